@@ -1,0 +1,65 @@
+"""Contrastive losses: tensors in, a scalar out. The logarithms of sums are taken in float32 or better."""
+
+import torch
+import torch.nn.functional as F
+
+
+def nt_xent(z1, z2, temperature=0.5):
+    """Return SimCLR's loss (Chen et al. 2020, arXiv:2002.05709, eq. 1), the mean over all 2N anchors.
+
+    z1, z2: (N, D), projections of two views of the same N images, not yet normalised. The positive of a view is
+    the other view of its image; the 2N - 2 views of other images are its negatives. temperature: > 0.
+    Equal embeddings everywhere (collapse) give log(2N - 1).
+    """
+    return multi_positive(torch.stack([z1, z2]), temperature)
+
+
+def multi_positive(z, temperature=0.5, form="out"):
+    """Return NT-Xent for M views of each image, the mean over all M N anchors.
+
+    z: (M, N, D), M >= 2 projections of the same N images, not yet normalised. An anchor has M - 1 positives.
+    form: where the mean over an anchor's positives stands (Khosla et al. 2020, arXiv:2004.11362):
+        "out"  outside the logarithm, eq. 2: SupCon's and StableRep's loss;
+        "in"   inside it, as a sum: -log(sum of positives / sum of all others).
+    Both are `nt_xent` when M = 2. Raises ValueError on another form or fewer than two views.
+    """
+    if form not in ("out", "in"):
+        raise ValueError(f"form {form!r}: choose 'out' or 'in'")
+    if z.ndim != 3 or len(z) < 2:
+        raise ValueError(f"z has shape {tuple(z.shape)}: expected (M, N, D) with M >= 2 views")
+    m, n, _ = z.shape
+    with torch.autocast(z.device.type, enabled=False):  # it would round the similarities to 8 bits
+        z = z.flatten(0, 1).to(torch.promote_types(z.dtype, torch.float32))
+        z = F.normalize(z, dim=1)  # (MN, D), on the unit sphere
+        s = z @ z.T / temperature  # (MN, MN), cosine similarities over temperature
+        itself = torch.eye(m * n, dtype=torch.bool, device=z.device)
+        s = s.masked_fill(itself, float("-inf"))  # a view is neither its own positive nor its own negative
+        log_all = s.logsumexp(dim=1).view(m, n)  # (M, N), over the MN - 1 others
+        positives = s.view(m, n, m, n).diagonal(
+            dim1=1, dim2=3
+        )  # (M, M, N): [a, p, i] = view a against view p of image i
+        if form == "in":
+            return (log_all - positives.logsumexp(dim=1)).mean()
+        positives = positives.masked_fill(torch.eye(m, dtype=torch.bool, device=z.device)[..., None], 0.0)
+        return (log_all - positives.sum(dim=1) / (m - 1)).mean()
+
+
+@torch.no_grad()
+def view_statistics(z):
+    """Return what an embedding looks like, as a dictionary of scalar tensors: no gradient, no host synchronisation.
+
+    z: (M, N, D) projections as for `multi_positive`. On the unit sphere (Wang & Isola 2020, arXiv:2005.10242):
+        embedding_std  mean over dimensions of the standard deviation over images, times sqrt(D): 1 when spread
+                       evenly over the sphere, 0 when all embeddings are equal (collapse)
+        alignment      mean squared distance between the first two views of an image, 0 (equal) to 4
+        uniformity     log of the mean Gaussian potential exp(-2 d^2) between images, 0 (collapse) to about -4
+    """
+    z = F.normalize(z.float(), dim=2)
+    n, d = z.shape[1:]
+    square = 2 - 2 * z[0] @ z[0].T  # (N, N) squared distances
+    square.fill_diagonal_(float("inf"))
+    return {
+        "embedding_std": z[0].std(dim=0, correction=0).mean() * d**0.5,
+        "alignment": (z[0] - z[1]).square().sum(dim=1).mean(),
+        "uniformity": torch.logsumexp(-2 * square.flatten(), 0) - torch.log(z.new_tensor(float(n * (n - 1)))),
+    }
