@@ -1,0 +1,127 @@
+"""Gather finished runs into Results/NAME.json, and write the tables of the README from there.
+
+    python -m Benchmarks.Collect Models/RUN [Models/RUN ...] --out Results/simclr-shapes.json
+    python -m Benchmarks.Collect                # only the README's tables, from what Results/ holds
+
+Every figure of the README comes through here, so that none is typed in by hand.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import statistics
+import textwrap
+from pathlib import Path
+
+import Evaluate
+
+ROOT = Path(__file__).resolve().parent.parent
+SCORES = ("knn", "linear", "linear_aug", "pixels_knn", "untrained_knn", "untrained_linear")
+
+
+def collect(folder):
+    """Return the record of a finished run: its scores, and what a number must come with."""
+    folder = Path(folder)
+    args = json.loads((folder / "args.json").read_text())
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    start = args["starts"][0]
+    flags = {key: args["args"][key] for key in ("data", "backbone", "aug", "num_views", "bs", "epochs", "seed")}
+    return {
+        **flags,
+        "steps": last["step"],
+        "minutes": round(last["seconds"] / 60, 1),  # of training and scoring, up to the last epoch's scores
+        "starts": len(args["starts"]),
+        **{key: start[key] for key in ("command", "revision", "device", "torch", "torchvision", "python")},
+        "evaluation": evaluation,
+    }
+
+
+def spread(values):
+    """Return mean and, of several values, their standard deviation, in per cent, as text."""
+    values = [100 * value for value in values]
+    mean = f"{statistics.mean(values):.1f}"
+    return mean + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def same_but_seed(record):
+    """Return what runs share that differ in nothing but the seed: the command without it, and the device."""
+    words = shlex.split(record["command"])
+    unimportant = (
+        "--seed",
+        "--suffix",
+        "--n_workers",
+        "--models_dir",
+        "--data_dir",
+        "--eval_iter",
+        "--save_iter",
+        "--resume",
+    )
+    words = [word for before, word in zip(["", *words], words) if before not in unimportant and word not in unimportant]
+    return shlex.join(words), record["device"]
+
+
+def table(records):
+    """Return a Markdown table: a row per command, mean ± standard deviation over its seeds."""
+    groups = {}
+    for record in records:
+        groups.setdefault(same_but_seed(record), []).append(record)
+    lines = [
+        "| command | seeds | kNN | linear | linear, aug. | pixels | untrained, kNN / lin. | minutes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (command, device), runs in groups.items():
+        scores = {key: spread([run["evaluation"][key] for run in runs]) for key in SCORES}
+        minutes = statistics.mean(run["minutes"] for run in runs)
+        cells = [f"`{command}`", str(len(runs)), scores["knn"], scores["linear"], scores["linear_aug"]]
+        cells += [scores["pixels_knn"], f"{scores['untrained_knn']} / {scores['untrained_linear']}"]
+        cells += [f"{minutes:.1f}, {device}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def speed_table(content):
+    """Return the Markdown table of a file of Benchmarks/Speed.py."""
+    lines = ["| what | variant | views/s | peak memory, MiB |", "|---|---|---|---|"]
+    for row in content["rows"]:
+        memory = f"{row['peak_memory_bytes'] / 2**20:,.0f}" if row.get("peak_memory_bytes") else ""
+        lines.append(f"| {row['part']} | {row['variant']} | {row['views_per_second']:,.0f} | {memory} |")
+    return "\n".join([*lines, "", f"`{content['command']}`, {content['device']}"])
+
+
+def shown(records):
+    """Return what the first of some runs printed at its end, as a block of code."""
+    return textwrap.indent(Evaluate.table(records[0]["evaluation"]), "    ")
+
+
+MAKERS = {"table": table, "speed": speed_table, "output": shown}
+
+
+def fill(text, results):
+    """Return the text with every block <!-- MAKER NAME --> ... <!-- end --> made anew from Results/NAME.json."""
+
+    def block(match):
+        content = json.loads((results / f"{match[2]}.json").read_text())
+        return f"<!-- {match[1]} {match[2]} -->\n\n{MAKERS[match[1]](content)}\n\n<!-- end -->"
+
+    return re.sub(rf"<!-- ({'|'.join(MAKERS)}) ([\w-]+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def main(argv=None):
+    """Collect runs, if any are named, and refresh the README."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("runs", nargs="*", help="run folders of one table")
+    parser.add_argument("--out", type=Path, help="file in Results/ to write them to")
+    args = parser.parse_args(argv)
+    if bool(args.runs) != bool(args.out):
+        parser.error("run folders and --out go together")
+    if args.runs:
+        records = [collect(run) for run in args.runs]
+        args.out.write_text(json.dumps(records, indent=1) + "\n")
+    readme = ROOT / "README.md"
+    readme.write_text(fill(readme.read_text(), ROOT / "Results"))
+
+
+if __name__ == "__main__":
+    main()

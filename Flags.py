@@ -1,0 +1,165 @@
+"""The flags that scripts share, each defined once, and what a run's flags build: data, views, encoder."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import Data
+import Utils
+from Backbones import BACKBONES, build_encoder
+
+
+def number(kind, low=None, high=None):
+    """Return an argparse type: an int or float within [low, high]."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'integer' if kind is int else 'number'}") from None
+        if not ((low is None or value >= low) and (high is None or value <= high)):  # written so that nan fails
+            bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")
+        return value
+
+    return parse
+
+
+def parser_for(doc):
+    """Return a parser with the flags of every script, in its group `run`: where and how fast, not what comes out."""
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False, formatter_class=form)
+    parser.run = parser.add_argument_group("run: where and how fast, not what comes out")
+    add = parser.run.add_argument
+    add("--device", default="auto", help="torch device, as cpu or cuda:1; auto: cuda if there is one")
+    add("--n_workers", type=number(int, 0), default=2, metavar="N", help="processes that decode image files")
+    add("--data_dir", default=str(Data.DATA_DIR), metavar="DIR", help="folder that holds the data sets")
+    storage = "image folders: decode once into memory, or at every use; auto: memory if half of what is free suffices"
+    add("--storage", choices=["auto", "memory", "stream"], default="auto", help=storage)
+    add("--skip_bad", action="store_true", help="leave unreadable images out and count them, instead of stopping")
+    return parser
+
+
+def contrastive_parser(doc, data="shapes"):
+    """Return the parser of the contrastive scripts; the defaults are the recipe of the row of `data`."""
+    parser = parser_for(doc)
+    _add_data_flags(parser.add_argument_group("data and views").add_argument)
+    _add_model_flags(parser.add_argument_group("model and loss").add_argument)
+    _add_optimisation_flags(parser.add_argument_group("optimisation").add_argument)
+    _add_run_flags(parser.run.add_argument)
+    parser.set_defaults(**Data.get_row(data).recipe)
+    return parser
+
+
+def _add_data_flags(add):
+    names = ", ".join(name for name in Data.DATASETS if name != "folder")
+    add("--data", default="shapes", help=f"{names}, or the path of a folder of images")
+    scored = "what is scored: a validation split (cv where there is none), 3-fold on train, or test, for reports only"
+    add("--eval", choices=["val", "cv", "test"], default="val", help=scored)
+    add("--size", type=number(int, 8), metavar="PX", help="side to resize an image folder to; None: the row's")
+    add("--num_views", type=number(int, 2), default=2, metavar="M", help="views of each image in a step")
+    views = "full: crop, flip, colour; crop: crop and flip; none: the images as they are"
+    add("--aug", choices=["full", "crop", "none"], default="full", help=views)
+    add("--color_s", type=number(float, 0, 2), metavar="S", help="strength of the colour jitter, 0 to about 1")
+    add("--crop_min", type=number(float, 0.001, 1), metavar="A", help="smallest share of the area that a crop keeps")
+    add("--gray_p", type=number(float, 0, 1), metavar="P", help="probability of a grey view")
+    add("--blur_p", type=number(float, 0, 1), metavar="P", help="probability of a blurred view")
+
+
+def _add_model_flags(add):
+    add("--backbone", choices=list(BACKBONES), help="encoder")
+    stem = "first layer of a ResNet; small: 3x3, stride 1, no pooling; auto: small up to 64 pixels"
+    add("--stem", choices=["auto", "small", "large"], default="auto", help=stem)
+    add("--proj_dim", type=number(int, 1), metavar="D", help="length of a projection")
+    add("--proj_hidden", type=number(int, 1), metavar="H", help="width of the projection head")
+    add("--proj_norm", action=argparse.BooleanOptionalAction, help="batch normalisation in the projection head")
+    add("--temp", type=number(float, 1e-3), metavar="T", help="temperature; lower weighs similar negatives more")
+    loss = "with more than 2 views: mean over positives outside the logarithm (SupCon), or sum inside it"
+    add("--loss", choices=["lout", "lin"], default="lout", help=loss)
+
+
+def _add_optimisation_flags(add):
+    add("--bs", type=number(int, 2), metavar="N", help="images in a step, of all processes; what is left is dropped")
+    add("--epochs", type=number(int, 1), metavar="E", help="passes over the data")
+    add("--opt", choices=["SGD", "Adam"], help="optimizer; SGD with Nesterov momentum")
+    add("--lr", type=number(float, 0), help="peak learning rate, as it is: it does not scale with --bs")
+    add("--mm", type=number(float, 0, 0.9999), metavar="M", help="momentum; beta1 of Adam")
+    add("--wd", type=number(float, 0), help="weight decay; biases and norm layers have none")
+    add("--n_ramp", type=number(float, 0), metavar="E", help="epochs of linear warm-up before the cosine to 0")
+    add("--lars", action="store_true", help="adapt the rate of every layer; over Adam as LAMB does")
+    add("--trust", type=number(float, 0), default=0.001, metavar="C", help="trust coefficient of --lars")
+    add("--seed", type=number(int, 0), default=0, help="of initial weights, order and views")
+
+
+def _add_run_flags(add):
+    add("--models_dir", default=str(Utils.ROOT / "Models"), metavar="DIR", help="folder of the run folders")
+    add("--suffix", default="", help="added to the run folder's name")
+    resume = "go on from a checkpoint, with its flags; auto: from the newest of this run, if there is one"
+    add("--resume", metavar="FILE|auto", help=resume)
+    add("--log_iter", type=number(int, 1), default=20, metavar="N", help="steps between logged lines")
+    add("--eval_iter", type=number(int, 0), default=10, metavar="E", help="epochs between scores; 0: at the end only")
+    add("--save_iter", type=number(int, 0), default=10, metavar="E", help="epochs between checkpoints; 0: at the end")
+    precision = "of the network; auto: bf16 where the hardware has it, else tf32, which CPUs ignore"
+    add("--precision", choices=["auto", "bf16", "tf32", "fp32"], default="auto", help=precision)
+    compile_ = "torch.compile; auto: on CUDA, in runs of 2,000 steps or more"
+    add("--compile", choices=["auto", "yes", "no"], default="auto", help=compile_)
+
+
+RUN_FLAGS = {  # they leave what is learnt as it is; the others name the run folder and must agree when it is resumed
+    *("device", "n_workers", "data_dir", "storage", "skip_bad", "eval", "models_dir", "suffix", "resume"),
+    *("log_iter", "eval_iter", "save_iter", "precision", "compile", "small_stem"),
+}
+
+
+def hyper_parameters(args):
+    """Return {flag: value} of the flags that decide what is learnt."""
+    return {key: value for key, value in vars(args).items() if key not in RUN_FLAGS}
+
+
+def parse(argv, build_parser):
+    """Parse a training script's flags: as given; else as in the checkpoint of --resume FILE; else the recipe of --data.
+
+    build_parser: data -> parser. Raises UserError where given flags contradict the checkpoint.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--data", default="shapes")
+    early.add_argument("--resume")
+    early = early.parse_known_args(argv)[0]
+    if early.resume in (None, "auto"):
+        return build_parser(early.data).parse_args(argv)
+    stored = Utils.load_(early.resume)["args"]
+    parser = build_parser(stored["data"])
+    hyper = hyper_parameters(parser.parse_args([]))
+    parser.set_defaults(**{key: stored[key] for key in hyper if key in stored})
+    args = parser.parse_args(argv)
+    given = hyper_parameters(args)
+    changed = [f"--{key} {given[key]} (it was {stored.get(key)})" for key in hyper if given[key] != stored.get(key)]
+    if changed:
+        raise Utils.UserError(
+            f"--resume {early.resume}: other flags than that run's: {', '.join(changed)}: leave them out"
+        )
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------- what they build
+
+
+def splits_for(args, device):
+    """Return the `Data.Splits` of a run's flags, on `device`."""
+    files = {key: getattr(args, key) for key in ("size", "storage", "n_workers", "skip_bad")}
+    splits = Data.get_data_splits(args.data, args.eval, data_dir=Path(args.data_dir), device=str(device), **files)
+    train = splits.train.to(device)
+    return splits._replace(train=train, test=train if splits.eval == "cv" else splits.test.to(device))
+
+
+def views_for(args, aug=None):
+    """Return the training `Augmentation` of a run's flags, or that of another --aug."""
+    recipe = {key: getattr(args, key) for key in ("size", "crop_min", "gray_p", "blur_p")}
+    return Data.get_ssl_data_augs(args.data, args.color_s, aug=aug or args.aug, **recipe)
+
+
+def encoder_for(args):
+    """Return the encoder of a run's flags as it was before training: the seed decides."""
+    torch.manual_seed(args.seed)
+    return build_encoder(args.backbone, args.small_stem)

@@ -1,0 +1,144 @@
+"""The embedded data set: ten outlines that no colour gives away, generated in seconds from a seed, without a download.
+
+The class is the outline. Colours and textures of object and ground, position, scale, tilt, contrast and noise are drawn
+independently of it. So an encoder that matches two crops by their colours, which is the easy way, learns nothing
+about the class: the shortcut that SimCLR (Chen et al. 2020, section 3.1) describes for colour histograms, in pure form.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from torchvision.utils import make_grid, save_image
+
+CLASSES = ["disc", "square", "triangle", "star", "cross", "ring", "crescent", "bars", "heart", "L"]
+SIZES = {"train": 8000, "val": 2000, "test": 2000}  # images per split, classes in equal shares
+TEXTURES = 4  # plain, stripes, checks, gradient
+
+
+def _box(u, v, width, height):
+    """Signed distance to an upright rectangle with these half-sides: negative inside."""
+    return torch.maximum(u.abs() - width, v.abs() - height)
+
+
+def _triangle(u, v):
+    u, v = u.abs(), v - 0.15  # equilateral, one corner up; its centre is 0.5 from each side
+    return torch.maximum(v - 0.5, (math.sqrt(3) * u - v - 1.0) / 2)
+
+
+def _star(u, v):
+    angle, wedge = torch.atan2(u, -v), 2 * math.pi / 5
+    folded = (torch.remainder(angle + wedge / 2, wedge) - wedge / 2).abs()
+    radius = torch.hypot(u, v)
+    x, y = (
+        radius * torch.cos(folded),
+        radius * torch.sin(folded),
+    )  # a corner lies at (1.05, 0), a notch at angle wedge/2
+    notch_x, notch_y = 0.45 * math.cos(wedge / 2), 0.45 * math.sin(wedge / 2)
+    normal_x, normal_y = notch_y, 1.05 - notch_x
+    return ((x - 1.05) * normal_x + y * normal_y) / math.hypot(normal_x, normal_y)
+
+
+def _heart(u, v):
+    u, v = u.abs(), v - 0.1
+    lobes = torch.hypot(u - 0.4, v + 0.33) - 0.48
+    tip = torch.maximum((u + v - 0.75) / math.sqrt(2), -0.33 - v)
+    return torch.minimum(lobes, tip)
+
+
+def outline(name, u, v):
+    """Return the signed distance, negative inside, of points (u right, v down) to an outline of about unit radius."""
+    radius = torch.hypot(u, v)
+    if name == "disc":
+        return radius - 0.85
+    if name == "square":
+        return _box(u, v, 0.75, 0.75)
+    if name == "triangle":
+        return _triangle(u, v)
+    if name == "star":
+        return _star(u, v)
+    if name == "cross":
+        return torch.minimum(_box(u, v, 0.95, 0.3), _box(u, v, 0.3, 0.95))
+    if name == "ring":
+        return (radius - 0.7).abs() - 0.22
+    if name == "crescent":
+        return torch.maximum(radius - 0.95, 0.75 - torch.hypot(u - 0.45, v))
+    if name == "bars":
+        return _box(u.abs() - 0.55, v, 0.25, 0.9)
+    if name == "heart":
+        return _heart(u, v)
+    return torch.minimum(_box(u + 0.45, v, 0.27, 0.9), _box(u, v - 0.63, 0.72, 0.27))  # L
+
+
+def _textured(x, y, generator):
+    """Return (n, 3, H, W): two random colours each, mixed plain, in stripes, in checks or as a gradient."""
+    n = len(x)
+
+    def uniform(low, high):
+        return torch.empty(n, 1, 1).uniform_(low, high, generator=generator)
+
+    kind = torch.randint(TEXTURES, (n, 1, 1), generator=generator)
+    angle, frequency, phase = uniform(0, math.pi), uniform(1.5, 4), uniform(0, 2 * math.pi)
+    along = x * torch.cos(angle) + y * torch.sin(angle)
+    across = y * torch.cos(angle) - x * torch.sin(angle)
+    wave = torch.sin(math.pi * frequency * along + phase)
+    stripes = (0.5 + 3 * wave).clamp(0, 1)
+    checks = (0.5 + 3 * wave * torch.sin(math.pi * frequency * across + phase)).clamp(0, 1)
+    mix = torch.zeros_like(along)
+    for k, texture in enumerate((stripes, checks, (0.5 + 0.5 * along).clamp(0, 1)), start=1):
+        mix = torch.where(kind == k, texture, mix)
+    first, second = torch.rand(2, n, 3, 1, 1, generator=generator)
+    return torch.lerp(first, 0.4 * first + 0.6 * second, mix[:, None])
+
+
+def _set_contrast(ground, figure, generator):
+    """Shift the figure's brightness until it differs visibly from the ground's: else no outline is left in grey."""
+    difference = (figure - ground).mean(dim=(1, 2, 3), keepdim=True)
+    sign = torch.where(difference < 0, -1.0, 1.0)
+    wanted = torch.empty_like(difference).uniform_(0.2, 0.5, generator=generator)
+    shift = (wanted - difference.abs()).clamp(min=0) * sign / 2
+    return (ground - shift).clamp(0, 1), (figure + shift).clamp(0, 1)
+
+
+def draw(labels, size, generator):
+    """Return images uint8 (N, 3, size, size), one of the outline of each label, everything else random."""
+    n = len(labels)
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    x, y = x.expand(n, -1, -1), y.expand(n, -1, -1)
+    centre_x, centre_y = torch.empty(2, n, 1, 1).uniform_(-0.3, 0.3, generator=generator)
+    scale = torch.empty(n, 1, 1).uniform_(0.4, 0.75, generator=generator)
+    tilt = torch.empty(n, 1, 1).uniform_(-math.pi / 6, math.pi / 6, generator=generator)
+    u = ((x - centre_x) * torch.cos(tilt) + (y - centre_y) * torch.sin(tilt)) / scale
+    v = ((y - centre_y) * torch.cos(tilt) - (x - centre_x) * torch.sin(tilt)) / scale
+    distance = torch.empty(n, size, size)
+    for k, name in enumerate(CLASSES):
+        distance[labels == k] = outline(name, u[labels == k], v[labels == k])
+    inside = (0.5 - distance * scale * size / 2).clamp(0, 1)[:, None]  # share of each pixel that the outline covers
+    ground, figure = _set_contrast(_textured(x, y, generator), _textured(x, y, generator), generator)
+    image = torch.lerp(ground, figure, inside)
+    noise = torch.empty(n, 1, 1, 1).uniform_(0, 0.08, generator=generator)
+    image += noise * torch.randn(image.shape, generator=generator)
+    return image.mul_(255).round_().clamp_(0, 255).byte()
+
+
+def make_split(split, size=32, seed=0):
+    """Return (images uint8 (N, 3, size, size), labels int64 (N,)) of "train", "val" or "test"."""
+    position = list(SIZES).index(split)
+    generator = torch.Generator().manual_seed(1000 * seed + position)
+    n = SIZES[split]
+    labels = (torch.arange(n) % len(CLASSES))[torch.randperm(n, generator=generator)]
+    images = torch.cat([draw(part, size, generator) for part in labels.split(500)])  # bounds the memory
+    return images, labels
+
+
+def main():
+    """Write Results/shapes.png: twenty images of each class, a row per class."""
+    images, labels = make_split("train")
+    rows = torch.cat([images[labels == k][:20] for k in range(len(CLASSES))]).float() / 255
+    grid = make_grid(rows, nrow=20, padding=2, pad_value=1)
+    save_image(grid, Path(__file__).parent / "Results" / "shapes.png")
+
+
+if __name__ == "__main__":
+    main()

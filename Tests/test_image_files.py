@@ -1,0 +1,540 @@
+"""Decode, Splits, ImageCache, ImageFiles: kinds of image, bad input, the cache, and streaming against memory."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+import Decode
+import ImageCache
+import ImageFiles
+from Decode import decode
+from ImageFiles import check_same_classes, list_folder, load_folder
+from Splits import Split, StreamedSplit
+from Utils import UserError
+
+ROOT = Path(__file__).parents[1]
+PHOTOS = Path("/work/shared/data/photos-9.tar")
+BATCHES = [torch.tensor(batch) for batch in ([5, 0, 3], [1], [4, 2, 2])]
+
+
+def save(path, pixels, **options):
+    """Save an array or an image, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six random 8 x 8 PNGs in the classes "a b" and "é", some of them in sub-folders, among hidden files."""
+    random = np.random.default_rng(0)
+    for name in ("a b/0.png", "a b/1.PNG", "a b/deep/er/2.png", "é/0.png", "é/x y ü.png", "é/z/9.png"):
+        save(tmp_path / "images" / name, random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    for name in (".DS_Store", ".hidden/1.png", "é/._0.png", "é/Thumbs.db", "a b/notes.txt", ".loose.png"):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def load(folder, tmp_path):
+    """load_folder of that folder at 8 pixels, in process, its cache in tmp_path."""
+    return lambda **options: load_folder(
+        folder, **{"size": 8, "n_workers": 0, "storage": "memory", "cache_dir": tmp_path / "cache", **options}
+    )
+
+
+def one_line(function, *parts):
+    """The message of the UserError that the call raises, a single line with these parts."""
+    with pytest.raises(UserError) as caught:
+        function()
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+    return str(caught.value)
+
+
+def pixel(path, size=4):
+    """The colour of the top left pixel."""
+    return decode(path, size)[:, 0, 0].tolist()
+
+
+# decode
+
+
+@pytest.mark.parametrize("size", [16, 7, 31])
+@pytest.mark.parametrize(("width", "height"), [(16, 16), (40, 16), (9, 200), (1, 1), (3, 500)])
+def test_any_shape_becomes_a_square(tmp_path, width, height, size):
+    path = save(tmp_path / "a.png", np.full((height, width, 3), (10, 20, 30), np.uint8))
+    image = decode(path, size)
+    assert image.dtype == torch.uint8 and image.shape == (3, size, size)
+    assert (image == torch.tensor([10, 20, 30], dtype=torch.uint8)[:, None, None]).all()
+
+
+def test_an_image_of_the_size_is_untouched(tmp_path):
+    pixels = np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    assert (decode(save(tmp_path / "a.png", pixels), 8).numpy() == pixels.transpose(2, 0, 1)).all()
+
+
+def test_the_centre_is_shown(tmp_path):
+    pixels = np.zeros((4, 12, 3), np.uint8)
+    pixels[:, 4:8] = 200
+    assert (decode(save(tmp_path / "a.png", pixels), 4) == 200).all()
+
+
+def test_grey_and_palette(tmp_path):
+    assert pixel(save(tmp_path / "l.png", np.full((4, 4), 77, np.uint8))) == [77] * 3
+    bits = Image.new("1", (4, 4), 1)
+    assert pixel(save(tmp_path / "1.png", bits)) == [255] * 3
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    assert pixel(save(tmp_path / "p.png", palette)) == [10, 200, 30]
+    assert pixel(save(tmp_path / "clear.png", palette, transparency=1)) == [255] * 3
+    assert pixel(save(tmp_path / "half.png", palette, transparency=bytes([255, 128]))) == [132, 227, 142]
+
+
+def test_transparent_parts_are_white(tmp_path):
+    assert pixel(save(tmp_path / "rgba.png", Image.new("RGBA", (4, 4), (10, 20, 30, 0)))) == [255] * 3
+    assert pixel(save(tmp_path / "solid.png", Image.new("RGBA", (4, 4), (10, 20, 30, 255)))) == [10, 20, 30]
+    assert pixel(save(tmp_path / "la.png", Image.new("LA", (4, 4), (0, 51)))) == [204] * 3
+    assert pixel(save(tmp_path / "key.png", Image.new("RGB", (4, 4), (1, 2, 3)), transparency=(1, 2, 3))) == [255] * 3
+
+
+def test_cmyk(tmp_path):
+    path = save(tmp_path / "a.jpg", Image.new("CMYK", (16, 16), (0, 255, 255, 0)), quality=95)
+    assert np.allclose(pixel(path, 16), [255, 0, 0], atol=4)
+
+
+@pytest.mark.parametrize(("value", "grey"), [(0, 0), (256, 1), (32896, 128), (40000, 156), (65535, 255)])
+def test_16_bits_are_scaled(tmp_path, value, grey):
+    values = np.full((4, 4), value, np.uint16)
+    assert Image.open(save(tmp_path / "a.png", values)).mode == "I;16"
+    assert pixel(tmp_path / "a.png") == [grey] * 3
+    assert pixel(save(tmp_path / "i.tif", values.astype(np.int32))) == [grey] * 3
+    (tmp_path / "a.pgm").write_bytes(b"P5 4 4 65535\n" + values.astype(">u2").tobytes())
+    assert pixel(tmp_path / "a.pgm") == [grey] * 3
+
+
+def test_a_transparent_value_of_16_bits(tmp_path):
+    path = save(tmp_path / "a.png", np.full((4, 4), 500, np.uint16), transparency=500)
+    assert pixel(path) == [255] * 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation(tmp_path, orientation):
+    stored = np.zeros((16, 32, 3), np.uint8)
+    stored[:8, :, 0] = stored[:, :16, 1] = 240
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = save(tmp_path / "a.jpg", stored, exif=exif, quality=95, subsampling=0)
+    upright = {
+        1: stored,
+        2: stored[:, ::-1],
+        3: stored[::-1, ::-1],
+        4: stored[::-1],
+        5: stored.transpose(1, 0, 2),
+        6: np.rot90(stored, -1),
+        7: np.rot90(stored, 2).transpose(1, 0, 2),
+        8: np.rot90(stored),
+    }[orientation]
+    expected = decode(save(tmp_path / "upright.png", np.ascontiguousarray(upright)), 16)
+    assert (decode(path, 16).int() - expected.int()).abs().max() < 12
+
+
+def test_a_turned_tiff_is_turned_once(tmp_path):
+    stored = np.zeros((4, 4, 3), np.uint8)
+    stored[:2] = 255
+    path = save(tmp_path / "a.tif", stored, tiffinfo={274: 6})
+    assert (decode(path, 4).numpy() == np.rot90(stored, -1).transpose(2, 0, 1)).all()
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "webp", "tiff"])
+def test_first_frame(tmp_path, kind):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    path = tmp_path / "a.png"  # the content counts
+    options = {"lossless": True} if kind == "webp" else {}
+    frames[0].save(path, format=kind, save_all=True, append_images=frames[1:], **options)
+    assert pixel(path) == [255, 0, 0]
+
+
+def test_webp(tmp_path):
+    assert pixel(save(tmp_path / "a.webp", Image.new("RGBA", (4, 4), (9, 8, 7, 255)), lossless=True)) == [9, 8, 7]
+
+
+# bad files
+
+
+def bad_files(folder):
+    """{name: part of the reason} of files that cannot be decoded, made in the folder."""
+    noise = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for name in ("truncated.png", "truncated.jpg"):
+        path = save(folder / name, noise)
+        path.write_bytes(path.read_bytes()[:1500])
+    broken = save(folder / "broken.png", noise)
+    data = bytearray(broken.read_bytes())
+    data[200:4000] = bytes(3800)
+    broken.write_bytes(data)
+    (folder / "empty.png").touch()
+    (folder / "text.jpg").write_text("not an image")
+    (folder / "folder.png").symlink_to(folder / "nowhere")
+    save(folder / "float.tif", np.ones((8, 8), np.float32))
+    save(folder / "wide.tif", np.full((8, 8), 70000, np.int32))
+    return {
+        "truncated.png": "truncated",
+        "truncated.jpg": "truncated",
+        "broken.png": "",
+        "empty.png": "empty file",
+        "text.jpg": "not an image",
+        "folder.png": "No such file",
+        "float.tif": "floating-point",
+        "wide.tif": "32-bit",
+    }
+
+
+def test_bad_files(tmp_path):
+    for name, reason in bad_files(tmp_path).items():
+        one_line(lambda name=name: decode(tmp_path / name, 8), str(tmp_path / name), reason, "repair", "--skip_bad")
+
+
+def test_decompression_bomb_and_no_permission(tmp_path, monkeypatch):
+    path = save(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+        one_line(lambda: decode(path, 8), str(path), "decompression bomb")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(Image, "open", refuse)
+    one_line(lambda: decode(path, 8), str(path), "Permission denied")
+
+
+def test_running_out_of_handles_is_no_bad_file(tmp_path, monkeypatch):
+    def refuse(path):
+        raise OSError(24, "Too many open files", path)
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(OSError, match="Too many"):
+        decode(tmp_path / "a.png", 8)
+
+
+@pytest.mark.parametrize("n_workers", [0, 2])
+@pytest.mark.parametrize("storage", ["memory", "stream"])
+def test_a_bad_file_is_named(load, folder, storage, n_workers):
+    (folder / "é/0.png").write_text("no")
+    order = [torch.arange(3), torch.arange(3, 6)]
+    one_line(
+        lambda: list(load(storage=storage, n_workers=n_workers).batches(order)), str(folder / "é/0.png"), "--skip_bad"
+    )
+
+
+def test_skip_bad_in_memory(load, folder, capsys):
+    whole = load()
+    (folder / "a b/1.PNG").write_text("no")
+    (folder / "é/0.png").write_text("")
+    capsys.readouterr()
+    for _ in range(2):  # decoded, then from the cache
+        split = load(skip_bad=True)
+        assert torch.equal(split.images, whole.images[[0, 2, 4, 5]]) and split.labels.tolist() == [0, 0, 1, 1]
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "left out 2 of 6" in line and "1.PNG" in line
+    one_line(load, "a b/1.PNG", "not an image", "--skip_bad")
+
+
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_skip_bad_when_streaming(load, folder, capsys, n_workers):
+    (folder / "a b/1.PNG").write_text("no")
+    (folder / "é/0.png").write_text("")
+    split = load(storage="stream", skip_bad=True, n_workers=n_workers)
+    found = [(indices.tolist(), len(images)) for _ in range(2) for indices, images in split.batches(BATCHES)]
+    assert found == [([5, 0], 2), ([4, 2, 2], 3)] * 2 and sorted(split.bad) == [1, 3]
+    assert split.labels.tolist() == [0, -1, 0, -1, 1, 1]  # so that a probe passes over them
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_only_bad_files(tmp_path):
+    (tmp_path / "images/a").mkdir(parents=True)
+    (tmp_path / "images/a/1.png").touch()
+    one_line(
+        lambda: load_folder(tmp_path / "images", 8, skip_bad=True, n_workers=0, cache_dir=tmp_path), "none of its 1"
+    )
+
+
+def test_bad_files_leave_the_listing_as_it_is(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1.png").touch()
+    listing = list_folder(tmp_path)
+    split = StreamedSplit(listing, 8, n_workers=0, skip_bad=True)
+    assert list(split.batches([torch.tensor([0])])) == []
+    assert split.labels.tolist() == [-1] and listing.labels.tolist() == [0]
+
+
+# folders
+
+
+def test_listing(folder):
+    listing = list_folder(folder)
+    assert [str(Path(path).relative_to(folder)) for path in listing.paths] == [
+        *("a b/0.png", "a b/1.PNG", "a b/deep/er/2.png", "é/0.png", "é/x y ü.png", "é/z/9.png")
+    ]
+    assert listing.labels.tolist() == [0, 0, 0, 1, 1, 1] and listing.classes == ["a b", "é"]
+
+
+def test_unlabelled_and_one_class(folder, tmp_path):
+    flat = list_folder(folder / "a b/deep/er")
+    assert flat.labels.tolist() == [-1] and flat.classes == [] and flat.labels.dtype == torch.int64
+    one = list_folder(folder / "é/..//é/../a b/deep")
+    assert one.labels.tolist() == [0] and one.classes == ["er"]
+    split = load_folder(folder / "a b/deep/er", 8, n_workers=0, cache_dir=tmp_path / "cache")
+    assert split.labels.tolist() == [-1] and split.classes == []
+
+
+def test_folder_errors(folder, tmp_path):
+    one_line(lambda: list_folder(tmp_path / "none"), str(tmp_path / "none"), "no such folder", "give")
+    (tmp_path / "bare").mkdir()
+    one_line(lambda: list_folder(tmp_path / "bare"), "bare", "no image", "fill")
+    (folder / "empty").mkdir()
+    one_line(lambda: list_folder(folder), "empty", "remove or fill")
+    save(folder / "loose.png", np.zeros((8, 8), np.uint8))
+    one_line(lambda: list_folder(folder), "loose.png", "beside", "move")
+
+
+def test_a_link_to_a_folder_above_ends(folder):
+    (folder / "é/loop").symlink_to(folder)
+    assert len(list_folder(folder).paths) == 6
+
+
+def test_a_pipe_is_no_image_and_odd_names_are_shown(folder):
+    os.mkfifo(folder / "é/pipe.png")
+    odd = os.fsencode(folder / "é") + b"/\xff\n.png"
+    Path(os.fsdecode(odd)).touch()
+    listing = list_folder(folder)
+    assert len(listing.paths) == 7
+    (path,) = (path for path in listing.paths if "\n" in path)
+    one_line(lambda: decode(path, 8), "empty file").encode()
+
+
+def test_class_sets(load, folder):
+    train = load(name="train")
+    check_same_classes(train, load(storage="stream", classes=["a b", "é"]))
+    other = Split(train.images[:0], train.labels[:0], ["a b", *"cdefg"], "test")
+    one_line(lambda: check_same_classes(train, other), "test", "only in train: é", "c, d, e and 2 more", "give both")
+    one_line(lambda: load(classes=["a b"]), str(folder), "é")
+    one_line(lambda: load(classes=["é", "a b"]), "another order")
+
+
+# the cache
+
+
+def no_decode(*_):
+    raise AssertionError("decoded")
+
+
+def test_the_second_call_reads_the_cache(load, tmp_path, monkeypatch):
+    first = load()
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".json", ".npy"]
+    monkeypatch.setattr(Decode, "decode", no_decode)
+    second = load()
+    assert torch.equal(first.images, second.images) and torch.equal(first.labels, second.labels)
+
+
+@pytest.mark.parametrize("change", ["pixels", "time", "added", "size", "place"])
+def test_a_change_decodes_again(load, folder, monkeypatch, change):
+    load()
+    options = {"size": 9} if change == "size" else {}
+    if change == "pixels":
+        save(folder / "é/0.png", np.zeros((8, 8), np.uint8))
+    elif change == "time":
+        os.utime(folder / "é/0.png", ns=(1, 1))
+    elif change == "added":
+        save(folder / "é/new.png", np.zeros((8, 8), np.uint8))
+    elif change == "place":  # two trees that differ in nothing but their pixels
+        folder.rename(folder.parent / "gone")
+        folder.symlink_to(folder.parent / "gone")
+    monkeypatch.setattr(Decode, "decode", no_decode)
+    with pytest.raises(AssertionError, match="decoded"):
+        load(**options)
+
+
+@pytest.mark.parametrize("damage", ["short", "garbage", "record", "missing"])
+def test_a_damaged_cache_is_made_again(load, tmp_path, capsys, damage):
+    expected = load().images.clone()
+    (array,), (record,) = (list((tmp_path / "cache").glob(f"*{suffix}")) for suffix in (".npy", ".json"))
+    if damage == "short":
+        os.truncate(array, array.stat().st_size - 1)
+    elif damage == "garbage":
+        array.write_bytes(b"x" * 900)
+    elif damage == "record":
+        record.write_text('{"0": "gone"')
+    else:
+        record.unlink()
+    assert torch.equal(load().images, expected)
+    assert len(capsys.readouterr().err.splitlines()) == (damage != "missing")
+    assert json.loads(record.read_text()) == {}
+
+
+def test_a_kill_while_decoding(tmp_path):
+    pixels = np.random.default_rng(3).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    first = save(tmp_path / "images/a/000.png", pixels)
+    for index in range(1, 400):
+        (tmp_path / f"images/a/{index:03}.png").hardlink_to(first)
+    cache = tmp_path / "cache"
+    code = f"from ImageFiles import load_folder; load_folder({str(tmp_path / 'images')!r}, 16, n_workers=0, storage="
+    code += f"'memory', cache_dir={str(cache)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    limit = time.monotonic() + 60
+    while not any(path.stat().st_size for path in cache.glob("*.tmp")):
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert [path.suffix for path in cache.iterdir()] == [".tmp"]
+    for path in list((tmp_path / "images/a").iterdir())[20:]:
+        path.unlink()
+    split = load_folder(tmp_path / "images", 16, n_workers=0, cache_dir=cache)
+    assert len(split) == 20 and sorted(path.suffix for path in cache.iterdir()) == [".json", ".npy"]
+
+
+def test_an_interrupt_leaves_nothing(load, tmp_path, monkeypatch):
+    def interrupt(path, size):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Decode, "decode", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_others_temporaries_stay(load, tmp_path):
+    (tmp_path / "cache").mkdir()
+    names = [f"k~{ImageCache.socket.gethostname()}~{os.getpid()}~0.tmp", "k~elsewhere~1~0.tmp", "k~elsewhere~2~0.tmp"]
+    for name in names:
+        (tmp_path / "cache" / name).touch()
+    os.utime(tmp_path / "cache" / names[2], (1, 1))
+    load()
+    assert sorted(path.name for path in (tmp_path / "cache").glob("*.tmp")) == sorted(names[:2])
+
+
+def test_no_room(load, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageCache.shutil, "disk_usage", lambda folder: ImageCache.shutil._ntuple_diskusage(9, 9, 0))
+        one_line(load, str(tmp_path / "cache"), "1,152 bytes", "No space left", "--storage stream")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))  # as a disk that fills up on the way
+    try:
+        one_line(load, str(tmp_path / "cache"), "File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_cache_folder_that_cannot_be(load, tmp_path):
+    (tmp_path / "file").touch()
+    one_line(lambda: load(cache_dir=tmp_path / "file/cache"), str(tmp_path / "file/cache"), "Not a directory")
+
+
+# batches
+
+
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_memory_and_stream_agree(load, n_workers):
+    memory, stream = load(n_workers=n_workers, size=5), load(n_workers=n_workers, size=5, storage="stream")
+    assert isinstance(stream, StreamedSplit) and stream.to("cpu") is stream and not hasattr(stream, "images")
+    assert len(memory) == len(stream) == 6 and memory.size == stream.size == 5
+    assert torch.equal(memory.labels, stream.labels) and memory.classes == stream.classes
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    pairs = list(zip(memory.batches(iter(BATCHES)), stream.batches(iter(BATCHES)), strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    for batch, ((left, ours), (right, theirs)) in zip(BATCHES, pairs, strict=True):
+        assert torch.equal(left, batch) and torch.equal(right, batch)
+        assert ours.dtype == torch.uint8 and torch.equal(ours, theirs) and torch.equal(ours, memory.images[batch])
+
+
+def test_split_checks_its_parts():
+    images, labels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, -1])
+    split = Split(images, labels, ["a"], "n").to("cpu")
+    assert len(split) == 2 and split.size == 4 and split.name == "n"
+    wrong = [(images.float(), labels), (images[:, :1], labels), (images, labels[:1]), (images, labels.int())]
+    for arguments in [*wrong, (images, labels + 1), (images, labels - 1)]:
+        with pytest.raises(ValueError, match="expected"):
+            Split(*arguments, ["a"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_the_gpu(load):
+    memory, stream = load(device="cuda"), load(storage="stream", device="cuda")
+    assert memory.images.is_cuda and not memory.labels.is_cuda
+    for split in (memory, load(), stream):
+        for indices, images in split.batches(BATCHES, "cuda"):
+            assert images.is_cuda and not indices.is_cuda and torch.equal(images, memory.images[indices.cuda()])
+
+
+def test_auto(load, monkeypatch, capsys):
+    assert ImageFiles._free_memory() > 2**20
+    n_bytes = 6 * 3 * 8 * 8
+    monkeypatch.setattr(ImageFiles, "_free_memory", lambda: 2 * n_bytes)
+    assert isinstance(load(storage="auto"), Split) and capsys.readouterr().err == ""
+    monkeypatch.setattr(ImageFiles, "_free_memory", lambda: 2 * n_bytes - 1)
+    assert isinstance(load(storage="auto", cache_dir="/dev/null"), StreamedSplit)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "stream" in line and "1,152" in line
+    assert isinstance(load(storage="memory"), Split)
+    one_line(lambda: load(storage="disk"), "--storage disk", "auto, memory or stream")
+
+
+def test_auto_counts_the_gpu(monkeypatch):
+    monkeypatch.setattr(ImageFiles, "_free_memory", lambda: 2000)
+    for free, chosen in ((2000, "memory"), (1999, "stream"), (10**9, "memory")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
+        assert ImageFiles._storage("auto", 1000, "cuda", "") == chosen
+
+
+def _rank(rank, folder, cache, address):
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    if rank == 1:
+        Decode.decode = no_decode
+    assert len(load_folder(folder, 8, storage="memory", n_workers=0, cache_dir=cache)) == 6
+    with pytest.raises(UserError, match="skip_bad"):
+        load_folder(folder / "../bad", 8, storage="memory", n_workers=0, cache_dir=cache)
+    dist.destroy_process_group()
+
+
+def test_rank_0_decodes(folder, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/1.png").touch()
+    arguments = (folder, tmp_path / "cache", f"file://{tmp_path}/meeting")
+    torch.multiprocessing.start_processes(_rank, arguments, nprocs=2, start_method="fork")
+
+
+# photographs
+
+
+def test_photographs(tmp_path):
+    if not PHOTOS.exists():
+        pytest.skip(f"{PHOTOS} is not there")
+    from torchvision import transforms
+    from torchvision.datasets.folder import default_loader
+
+    with tarfile.open(PHOTOS) as tar:
+        tar.extractall(tmp_path, filter="data")
+    folder = tmp_path / "imagenet-mini-18/train"
+    split = load_folder(folder, 64, n_workers=2, cache_dir=tmp_path / "cache")
+    assert split.images.shape == (294, 3, 64, 64) and len(split.classes) == 9
+    show = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(64), transforms.PILToTensor()])
+    theirs = torch.stack([show(default_loader(path)) for path in list_folder(folder).paths])
+    distances = (split.images.float() - theirs.float()).abs().mean((1, 2, 3))
+    assert distances.mean() < 0.2 and distances.max() < 2

@@ -1,0 +1,71 @@
+"""README and docstrings tell the truth: commands parse, files exist, figures come from Results/."""
+
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from Benchmarks import Collect
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SCRIPTS = {path.stem: path for path in ROOT.glob("*.py") if "__main__" in path.read_text()}
+
+
+def commands():
+    """Yield (script, flags) of each `python SCRIPT.py ...` and `torchrun ... SCRIPT.py ...` that users are shown."""
+    texts = {"README.md": README} | {path.name: path.read_text().split('"""')[1] for path in SCRIPTS.values()}
+    for where, text in texts.items():
+        for command in re.findall(r"(?:^ +|`)((?:python|torchrun) [^`\n]+)", text, flags=re.MULTILINE):
+            words = shlex.split(command.replace("...", ""), comments=True)
+            script = next(word for word in words if word.endswith(".py") or word.startswith("Benchmarks."))
+            yield pytest.param(script, words[words.index(script) + 1 :], id=f"{where}: {command[:60]}")
+
+
+def stand_in(flags, folder):
+    """Replace what stands for a user's own files by a folder that exists."""
+    return [str(folder) if flag.startswith("PATH") else flag for flag in flags]
+
+
+@pytest.mark.parametrize("script, flags", commands())
+def test_command_parses(script, flags, tmp_path):
+    if script.startswith("Benchmarks."):
+        assert (ROOT / (script.replace(".", "/") + ".py")).exists()
+        return
+    assert (ROOT / script).exists()
+    module = importlib.import_module(Path(script).stem) if "/" not in script else None
+    if hasattr(module, "get_args"):
+        module.get_args(stand_in(flags, tmp_path))
+
+
+def test_make_targets_and_files_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"make (\w+)", README)) & {"demo", "test"}
+    assert targets == {"demo", "test"} and all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / link).exists(), f"README links to {link}"
+
+
+def test_every_module_is_listed():
+    listed = set(re.findall(r"^    (\w+\.py) ", README, flags=re.MULTILINE))
+    assert listed == {path.name for path in ROOT.glob("*.py")}
+
+
+def test_figures_come_from_results():
+    assert README.count("<!-- end -->") == len(re.findall(r"<!-- (?:table|speed|output) ", README)) >= 4
+    assert Collect.fill(README, ROOT / "Results") == README, "run `python -m Benchmarks.Collect`"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "Results").glob("simclr-*.json")), ids=lambda file: file.name)
+def test_results_say_how_they_were_made(file):
+    for record in json.loads(file.read_text()):
+        assert record["command"].startswith("python ") and record["revision"] and record["device"]
+        assert record["evaluation"]["split"] == "test" and record["evaluation"]["epoch"] == record["epochs"]
+        assert 0 < record["evaluation"]["linear"] <= 1 and record["minutes"] > 0
+
+
+def test_data_is_no_package():
+    assert not (ROOT / "Data" / "__init__.py").exists(), "it would hide Data.py from every script"
