@@ -168,8 +168,8 @@ _LARGE = {  # nearer to SimCLR's own for photographs, where blur helps; not tune
 }
 _SHAPES = {  # chosen on the validation split
     **_CIFAR,
-    **{"backbone": "resnet8", "bs": 256, "epochs": 40, "lr": 0.6, "n_ramp": 2},
-    **{"proj_hidden": 256, "proj_norm": True, "gray_p": 0.2},
+    **{"backbone": "resnet8", "bs": 256, "epochs": 30, "lr": 0.6, "n_ramp": 2},
+    **{"proj_hidden": 256, "proj_norm": True, "temp": 0.2, "color_s": 1.0, "gray_p": 0.4},
 }
 _TREE = "put images at {train,val,test}/CLASS/IMAGE in it; Data/README.md shows the layout"
 

@@ -240,7 +240,7 @@ def main(args):
     if file.is_dir() and (file := Utils.newest_checkpoint(args.checkpoint)) is None:
         raise Utils.UserError(f"{args.checkpoint} holds no checkpoint: give a .pt file or another folder")
     state = Utils.load_(file)
-    if not isinstance(state, dict) or not {"args", "encoder", "epoch"} <= state.keys():
+    if not {"args", "encoder", "epoch"} <= state.keys():
         raise Utils.UserError(f"{file} holds no encoder: give a checkpoint of TrainSimCLR.py")
     run = type(args)(**{**state["args"], **{key: value for key, value in vars(args).items() if value is not None}})
     device = Utils.pick_device(args.device)

@@ -128,10 +128,14 @@ def parse(argv, build_parser):
     early = early.parse_known_args(argv)[0]
     if early.resume in (None, "auto"):
         return build_parser(early.data).parse_args(argv)
-    stored = Utils.load_(early.resume)["args"]
+    stored = Utils.load_(early.resume).get("args", {})
+    if "data" not in stored:
+        raise Utils.UserError(f"--resume {early.resume}: it holds no run: give a checkpoint of this script")
     parser = build_parser(stored["data"])
-    hyper = hyper_parameters(parser.parse_args([]))
-    parser.set_defaults(**{key: stored[key] for key in hyper if key in stored})
+    defaults = parser.parse_args([])
+    hyper = hyper_parameters(defaults)
+    of_this_start = ("device", "suffix", "resume")
+    parser.set_defaults(**{key: stored[key] for key in vars(defaults) if key in stored and key not in of_this_start})
     args = parser.parse_args(argv)
     given = hyper_parameters(args)
     changed = [f"--{key} {given[key]} (it was {stored.get(key)})" for key in hyper if given[key] != stored.get(key)]

@@ -47,7 +47,7 @@ def show_pairs(run, x, num_views, images=8):
 def show_embedding(run, encoder, split, device, most=1000):
     """Put the features of up to `most` scored images, with labels and pictures, into TensorBoard's projector."""
     rows = torch.arange(0, len(split), -(-len(split) // most))
-    _, images = next(iter(split.batches([rows], device)))
+    rows, images = next(iter(split.batches([rows], device)))  # --skip_bad can leave some out
     plain = Data.plain_views(split.size)(images, torch.Generator())
     with torch.no_grad(), Evaluate.frozen(encoder):
         features = encoder(plain.contiguous(memory_format=torch.channels_last)).float().cpu()

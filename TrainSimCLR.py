@@ -180,7 +180,7 @@ def log_step(trainer, run, loss, z, meter):
 def check_health(trainer, run, loss, std=1.0):
     """Stop a run that learns nothing more: loss not finite or, after the first epoch, all embeddings equal."""
     finite = abs(loss) < float("inf")
-    if finite and (std >= COLLAPSED or trainer.epoch < 1):
+    if finite and (std >= COLLAPSED or trainer.step <= trainer.steps_per_epoch):
         return
     args, last = trainer.args, Utils.newest_checkpoint(run.folder)
     problem = f"the embeddings collapsed (standard deviation {std:.4f})" if finite else "loss or weights are not finite"

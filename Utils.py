@@ -96,7 +96,7 @@ def load_(file, **parts):
     if not file.is_file():
         raise UserError(f"no checkpoint {file}: give the path of a .pt file in a folder of Models/")
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = dict(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises half a dozen types on damaged files
         raise UserError(
             f"{file} is damaged or no checkpoint of this repository ({type(error).__name__}): use another"
@@ -227,8 +227,11 @@ class Run:
         if not self.writes:
             return
         line = {"step": step, "epoch": epoch, "seconds": round(self.clock(), 3), **numbers}
-        with self.metrics.open("a") as handle:
-            handle.write(json.dumps(line) + "\n")
+        try:
+            with self.metrics.open("a") as handle:
+                handle.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.metrics}: {error}: free space there, then --resume auto") from error
         for name, value in numbers.items():
             self.board.add_scalar(self.TAGS.get(name, f"Train/{name}"), value, step)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import one_line, save
 from PIL import Image
 
 import Decode
@@ -27,13 +28,6 @@ from Utils import UserError
 ROOT = Path(__file__).parents[1]
 PHOTOS = Path("/work/shared/data/photos-9.tar")
 BATCHES = [torch.tensor(batch) for batch in ([5, 0, 3], [1], [4, 2, 2])]
-
-
-def save(path, pixels, **options):
-    """Save an array or an image, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(path, **options)
-    return path
 
 
 @pytest.fixture
@@ -55,16 +49,6 @@ def load(folder, tmp_path):
     return lambda **options: load_folder(
         folder, **{"size": 8, "n_workers": 0, "storage": "memory", "cache_dir": tmp_path / "cache", **options}
     )
-
-
-def one_line(function, *parts):
-    """The message of the UserError that the call raises, a single line with these parts."""
-    with pytest.raises(UserError) as caught:
-        function()
-    assert "\n" not in str(caught.value)
-    for part in parts:
-        assert part in str(caught.value)
-    return str(caught.value)
 
 
 def pixel(path, size=4):

@@ -1,0 +1,65 @@
+"""A small data set in files, and the flags and the finished run that several test files start from."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import save_shapes
+
+import TrainSimCLR
+import Utils
+
+ROOT = Path(__file__).parents[1]
+SMALL = "--size 32 --backbone resnet8 --bs 8 --epochs 3 --n_ramp 1 --lr 0.1 --proj_hidden 32 --blur_p 0"
+OFTEN = "--log_iter 1 --save_iter 1 --eval_iter 0 --n_workers 0 --device cpu"
+
+os.environ["OMP_NUM_THREADS"] = "1"  # one thread here and in all processes started: the same bits everywhere
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory):
+    """An ImageFolder tree of 10 classes: 240 images of 32 pixels in train, 60 each in val and test."""
+    root = tmp_path_factory.mktemp("data") / "tiny"
+    for seed, (split, each) in enumerate({"train": 24, "val": 6, "test": 6}.items()):
+        save_shapes(root / split, each, seed=seed)
+    return root
+
+
+@pytest.fixture(scope="session")
+def flags(tree):
+    """(models_dir, *more) -> the flags of a run of 3 epochs of 30 steps that logs each step and saves each epoch."""
+    small = [*f"--data {tree} {SMALL} {OFTEN}".split(), "--data_dir", str(tree.parent / "cache")]
+    return lambda models_dir, *more: [*small, "--models_dir", str(models_dir), *more]
+
+
+@pytest.fixture(scope="session")
+def whole(flags, tmp_path_factory):
+    """A finished run, made by its own process: .folder .models_dir .code .out .err .argv."""
+    models_dir = tmp_path_factory.mktemp("whole")
+    argv = flags(models_dir)
+    done = subprocess.run(
+        [sys.executable, "TrainSimCLR.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    (folder,) = models_dir.iterdir()
+    output = {"code": done.returncode, "out": done.stdout, "err": done.stderr}
+    return SimpleNamespace(folder=folder, models_dir=models_dir, argv=argv, **output)
+
+
+@pytest.fixture
+def cli(monkeypatch, capfd):
+    """(argv) -> .code .out .err of TrainSimCLR.py with these flags, run in this process as its last lines run it."""
+
+    def run(argv):
+        monkeypatch.setattr(sys, "argv", ["TrainSimCLR.py", *argv])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            Utils.run_script(TrainSimCLR.main, lambda: TrainSimCLR.get_args(argv))
+        out, err = capfd.readouterr()
+        return SimpleNamespace(code=caught.value.code, out=out, err=err)
+
+    return run

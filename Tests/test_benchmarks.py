@@ -1,0 +1,72 @@
+"""Benchmarks/Speed.py, run as its users run it: in a process of its own, with tiny settings."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+AUGMENTATION = ["ours", "torchvision, PIL images", "torchvision v2, uint8 tensors", "kornia, batch"]
+STEP = ["ours", "plain loop, PIL, fp32", "ours, fp32", "ours, without channels_last"]
+
+
+def speed(*args):
+    """Run `python ARGS` in the repository's folder."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """What a quick run prints, and what it writes."""
+    out = tmp_path_factory.mktemp("speed") / "new" / "speed.json"
+    tiny = ["--device", "cpu", "--bs", "8", "--size", "16", "--seconds", "0.05", "--threads", "1", "--workers", "1"]
+    done = speed("-m", "Benchmarks.Speed", "--quick", *tiny, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(out.read_text())
+
+
+def test_every_variant_is_measured(result):
+    rows = {"augmentation": {}, "step": {}}
+    for row in result[1]["rows"]:
+        rows[row["part"]][row["variant"]] = row
+        assert len(row["rounds"]) == 2 and min(row["rounds"]) > 0
+        assert row["views_per_second"] == pytest.approx(statistics.median(row["rounds"]), abs=0.1)
+    assert list(rows["augmentation"]) == AUGMENTATION[: None if find_spec("kornia") else -1]
+    assert list(rows["step"]) == STEP
+    assert all(2**26 < row["peak_memory_bytes"] < 2**34 for row in rows["step"].values())
+
+
+def test_ratios_are_of_the_same_round(result):
+    content = result[1]
+    assert list(content["ratios"]) == [f"{row['part']}: {row['variant']}" for row in content["rows"]]
+    ours = {row["part"]: row["rounds"] for row in content["rows"] if row["variant"] == "ours"}
+    for row, ratio in zip(content["rows"], content["ratios"].values()):
+        rounds = [mine / its for mine, its in zip(ours[row["part"]], row["rounds"])]
+        assert ratio == pytest.approx(statistics.median(rounds), abs=0.001)
+
+
+def test_json_says_how_it_was_made(result):
+    content = result[1]
+    assert content["command"].startswith("python -m Benchmarks.Speed --quick --device cpu --bs 8")
+    assert content["threads"] == {"augmentation": 1, "step": 1} and content["workers"] == 1
+    assert content["device"].startswith("cpu") and content["versions"]["torch"] and content["revision"]
+    assert "ru_maxrss" in content["notes"]["peak_memory_bytes"]
+
+
+def test_table_shows_the_same(result):
+    table, content = result
+    lines = [line for line in table.splitlines() if line.startswith(("augmentation ", "step "))]
+    for line, row in zip(lines, content["rows"], strict=True):
+        assert row["variant"] in line and f"{row['views_per_second']:,.0f}" in line
+
+
+def test_started_by_its_path_it_says_how_to():
+    done = speed("Benchmarks/Speed.py")
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "python -m Benchmarks.Speed" in done.stderr

@@ -1,0 +1,449 @@
+"""Data and Shapes: every row, folders of every layout, the downloads from a local server, and what colours tell."""
+
+import contextlib
+import hashlib
+import http.server
+import io
+import pickle
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import one_line, save, save_shapes
+from torchvision import datasets
+
+import Data
+import Evaluate
+import Flags
+import Shapes
+from Splits import Split, StreamedSplit
+
+REAL = Path("/work/shared/data")
+DEFAULTS = {"n_workers": 0, "size": 16}
+
+
+def splits(data, eval="val", **options):
+    """Data.get_data_splits, decoding in process, at 16 pixels unless given."""
+    return Data.get_data_splits(str(data), eval, **{**DEFAULTS, **options})
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Return (folder, address) of a server of that folder's files, on this machine only."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(folder))
+
+        def handle(self):
+            with contextlib.suppress(ConnectionError):  # torchvision looks for redirections, and hangs up
+                super().handle()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
+        yield folder, f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def md5(content):
+    return hashlib.md5(content).hexdigest()
+
+
+# the table
+
+
+def test_rows():
+    names = ["shapes", "cifar10", "cifar100", "stl10", "tinyImagenet", "miniImagenet", "folder"]
+    assert list(Data.DATASETS) == names
+    assert Data.no_val_split_datasets == ["cifar10", "cifar100", "stl10", "tinyImagenet", "folder"]
+    assert Data.small_image_datasets == ["shapes", "cifar10", "cifar100", "tinyImagenet"]
+    assert {row.n_classes for row in Data.DATASETS.values()} == {10, 100, 200, None}
+
+
+@pytest.mark.parametrize("data", [*Data.DATASETS, "path"])
+def test_every_recipe_is_whole(data, tmp_path):
+    data = str(tmp_path) if data in ("path", "folder") else data
+    args = Flags.contrastive_parser("x", data).parse_args([])
+    recipe = Data.get_row(data).recipe
+    missing = {key for key, value in Flags.hyper_parameters(args).items() if value is None} - {"size"}
+    assert not missing and recipe.keys() == Data.DATASETS["shapes"].recipe.keys()
+    assert {key: getattr(args, key) for key in recipe} == recipe
+    assert args.n_ramp < args.epochs
+
+
+def test_what_is_no_data_set():
+    one_line(lambda: splits("nowhere"), "--data nowhere", "shapes", "cifar10", "path")
+    one_line(lambda: splits("folder"), "--data folder", "path")
+    one_line(lambda: splits("shapes", "train"), "--eval train", "val, cv or test")
+
+
+# shapes
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return {eval: Data.get_data_splits("shapes", eval) for eval in ("val", "cv", "test")}
+
+
+def test_shapes(shapes):
+    train, val, test = shapes["val"].train, shapes["val"].test, shapes["test"].test
+    for split, n in ((train, 8000), (val, 2000), (test, 2000)):
+        assert split.images.dtype == torch.uint8 and split.images.shape == (n, 3, 32, 32)
+        assert split.labels.dtype == torch.int64 and split.labels.bincount().tolist() == [n // 10] * 10
+        assert split.classes == Shapes.CLASSES and len(split.images.flatten(1).unique(dim=0)) == n
+    assert shapes["cv"].test is shapes["cv"].train and [splits.eval for splits in shapes.values()] == [*shapes]
+    assert torch.equal(shapes["test"].train.images, train.images)  # the same bits in every call
+    assert torch.equal(shapes["test"].train.labels, train.labels)
+    assert not torch.equal(val.images, test.images) and not torch.equal(train.images[:2000], val.images)
+
+
+def test_shapes_of_another_size_or_seed():
+    labels = torch.arange(10)
+    first, again, other = (Shapes.draw(labels, 20, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert first.shape == (10, 3, 20, 20) and torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_colours_say_nothing_about_the_class(shapes):
+    def colours(split):
+        x = split.images.float().flatten(2) / 255
+        edges = torch.linspace(0, 1, 9)
+        bins = torch.bucketize(x, edges[1:-1])
+        histogram = torch.stack([(bins == k).float().mean(2) for k in range(8)], 2).flatten(1)
+        grey = x.mean(1)
+        return torch.cat([x.mean(2), x.std(2), grey.mean(1, keepdim=True), grey.std(1, keepdim=True), histogram], 1)
+
+    train, test = shapes["test"].train, shapes["test"].test
+    accuracy = Evaluate.linear_accuracy(colours(train), train.labels, colours(test), test.labels)
+    assert accuracy < 0.16  # chance is 0.1
+
+
+def test_outlines_differ():
+    axis = torch.linspace(-1, 1, 40)
+    v, u = torch.meshgrid(axis, axis, indexing="ij")
+    inside = torch.stack([Shapes.outline(name, u, v) < 0 for name in Shapes.CLASSES]).flatten(1)
+    assert inside.any(1).all() and not inside.all(1).any() and len(inside.unique(dim=0)) == 10
+
+
+# folders of images
+
+
+def test_a_folder_with_all_splits(tmp_path):
+    for seed, split in enumerate(Data.SPLITS):
+        save_shapes(tmp_path / "images" / split, 2 + seed, seed=seed)
+    found = {eval: splits(tmp_path / "images", eval, data_dir=tmp_path) for eval in ("val", "test", "cv")}
+    assert [(len(each.train), len(each.test), each.eval) for each in found.values()] == [
+        *((20, 30, "val"), (20, 40, "test"), (20, 20, "cv"))
+    ]
+    train = found["val"].train
+    assert isinstance(train, Split) and train.images.shape == (20, 3, 16, 16)
+    assert train.classes == sorted(Shapes.CLASSES) and (tmp_path / ".cache").is_dir()
+    streamed = splits(tmp_path / "images", storage="stream", data_dir=tmp_path).test
+    assert isinstance(streamed, StreamedSplit) and len(streamed) == 30
+
+
+def test_a_folder_without_val_or_test(tmp_path, capsys):
+    folder = save_shapes(tmp_path / "images/train", 2).parent
+    found = splits(folder, data_dir=tmp_path)
+    printed = "".join(capsys.readouterr())
+    assert found.eval == "cv" and found.test is found.train and "no validation split" in printed
+    one_line(lambda: splits(folder, "test", data_dir=tmp_path), "no folder", str(folder / "test"), "put images")
+
+
+def test_class_folders_alone(tmp_path):
+    folder = save_shapes(tmp_path / "images", 2)
+    found = splits(folder, data_dir=tmp_path)
+    assert len(found.train) == 20 and found.eval == "cv" and found.train.size == 16
+    save_shapes(tmp_path / "other/test", 1)  # no class folders: a tree that lacks its train
+    one_line(lambda: splits(tmp_path / "other", "cv", data_dir=tmp_path), "no folder", "train", "put images")
+
+
+def test_other_classes_in_the_scored_split(tmp_path):
+    save_shapes(tmp_path / "images/train", 1)
+    save_shapes(tmp_path / "images/val", 1, classes=[*Shapes.CLASSES[:9], "M"])
+    one_line(lambda: splits(tmp_path / "images", data_dir=tmp_path), "val", "only in", "L", "M")
+
+
+@pytest.mark.parametrize("data", ["cifar10", "stl10", "tinyImagenet"])
+def test_a_tree_in_the_place_of_a_download(tmp_path, data, capsys):
+    test = "val" if data == "tinyImagenet" else "test"
+    save_shapes(tmp_path / data / "train", 2)
+    save_shapes(tmp_path / data / test, 1, seed=1)
+    assert len(splits(data, "test", data_dir=tmp_path, size=None).test.images) == 10
+    assert splits(data, data_dir=tmp_path).eval == "cv" and "no validation split" in "".join(capsys.readouterr())
+
+
+def test_mini_imagenet(tmp_path):
+    message = one_line(lambda: splits("miniImagenet", data_dir=tmp_path), "Data/SetupMiniImagenet.py")
+    assert str(tmp_path / "miniImagenet/train") in message and list(tmp_path.iterdir()) == []
+    for split in Data.SPLITS:
+        save_shapes(tmp_path / "miniImagenet" / split, 1)
+    found = splits("miniImagenet", data_dir=tmp_path, size=None)
+    assert found.eval == "val" and found.test.images.shape == (10, 3, 84, 84)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    if not (REAL / "tiny-imagenet-25.tar.gz").exists():
+        pytest.skip(f"{REAL}/tiny-imagenet-25.tar.gz is not there")
+    folder = tmp_path_factory.mktemp("tiny")
+    subprocess.run([sys.executable, REAL / "unpack.py", "tiny", folder], check=True)
+    return folder
+
+
+def test_real_images(tiny, tmp_path):
+    found = Data.get_data_splits(str(tiny), size=64, n_workers=0, data_dir=tmp_path)
+    assert found.eval == "val" and len(found.train.classes) == 25
+    assert found.train.images.shape == (12500, 3, 64, 64) and found.test.images.shape == (1250, 3, 64, 64)
+    assert found.train.labels.bincount().tolist() == [500] * 25 and found.test.labels.bincount().tolist() == [50] * 25
+    again = Data.get_data_splits(str(tiny), size=64, n_workers=0, data_dir=tmp_path)
+    assert torch.equal(found.test.images, again.test.images)
+
+
+# downloads
+
+
+def write_tar(archive, folder, contents):
+    """Write {name: content} as files of one folder of an archive; return the archive's path."""
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(f"{folder}/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return archive
+
+
+def cifar_files(classes=10):
+    """Return {name: content} of a CIFAR-10 of 10 images a file, in the real format, and the images of all files."""
+    random, contents, images = np.random.default_rng(0), {}, {}
+    for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]:
+        images[name] = random.integers(0, 256, (10, 3, 32, 32), dtype=np.uint8)
+        contents[name] = pickle.dumps({"data": images[name].reshape(10, 3072), "labels": [*range(classes)]})
+    contents["batches.meta"] = pickle.dumps({"label_names": [f"class {k}" for k in range(classes)]})
+    return contents, images
+
+
+@pytest.fixture
+def cifar(server, monkeypatch):
+    """A stand-in CIFAR-10, served at the address that torchvision downloads from: its archive and its images."""
+    folder, address = server
+    contents, images = cifar_files()
+    archive = write_tar(folder / "cifar-10-python.tar.gz", "cifar-10-batches-py", contents)
+    sums = [[name, md5(content)] for name, content in contents.items()]
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": sums[6][1]}
+    values = {"url": f"{address}/{archive.name}", "tgz_md5": md5(archive.read_bytes()), "meta": meta}
+    for name, value in {**values, "train_list": sums[:5], "test_list": sums[5:6]}.items():
+        monkeypatch.setattr(datasets.CIFAR10, name, value)
+    return archive, images
+
+
+def test_cifar10_downloads_itself(cifar, tmp_path):
+    archive, images = cifar
+    found = splits("cifar10", "test", data_dir=tmp_path, size=None)
+    archive.unlink()  # the second call needs no network
+    again = splits("cifar10", "cv", data_dir=tmp_path, size=None)
+    expected = np.concatenate([images[f"data_batch_{k}"] for k in range(1, 6)])
+    assert (found.train.images.numpy() == expected).all() and torch.equal(found.train.images, again.train.images)
+    assert (found.test.images.numpy() == images["test_batch"]).all() and found.train.labels.dtype == torch.int64
+    assert found.test.labels.tolist() == [*range(10)] and found.train.classes[9] == "class 9"
+    one_line(lambda: splits("cifar10", "cv", data_dir=tmp_path, size=48), "--size 48", "32 pixels")
+
+
+def test_a_corrupted_download_is_done_again(cifar, tmp_path):
+    archive, _ = cifar
+    whole = archive.read_bytes()
+    for broken in (whole[:-7], b"<html>moved</html>", b""):
+        archive.write_bytes(broken)
+        one_line(lambda: splits("cifar10", data_dir=tmp_path, size=None), "--data cifar10", "orrupted", "try again")
+    archive.write_bytes(whole)
+    assert len(splits("cifar10", data_dir=tmp_path, size=None).train) == 50
+
+
+def _rank(rank, data_dir, address):
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    if rank == 1:
+        datasets.cifar.download_and_extract_archive = None
+    assert len(splits("cifar10", data_dir=data_dir, size=None).train) == 50
+    dist.destroy_process_group()
+
+
+def test_rank_0_downloads(cifar, tmp_path):
+    arguments = (tmp_path / "Data", f"file://{tmp_path}/meeting")
+    torch.multiprocessing.start_processes(_rank, arguments, nprocs=2, start_method="fork")
+
+
+def test_an_interrupted_extraction_is_done_again(cifar, tmp_path):
+    splits("cifar10", data_dir=tmp_path, size=None)
+    (batch,) = (tmp_path / "cifar10").rglob("data_batch_3")
+    batch.write_bytes(batch.read_bytes()[:100])
+    assert len(splits("cifar10", data_dir=tmp_path, size=None).train) == 50
+
+
+@pytest.mark.parametrize("data", ["cifar10", "tinyImagenet"])
+def test_no_network_blocks_nothing(cifar, tiny_zip, tmp_path, monkeypatch, data):
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.CIFAR10, "url", "http://127.0.0.1:1/cifar-10-python.tar.gz")
+        patch.setattr(Data, "TINY_IMAGENET", ("http://127.0.0.1:1/tiny-imagenet-200.zip", "0"))
+        for _ in range(2):
+            one_line(lambda: splits(data, data_dir=tmp_path / "new", size=None), f"{tmp_path}/new", "refused", "try")
+    assert len(splits(data, data_dir=tmp_path / "new", size=None).train) in (50, 6)
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\nxxx", b"no HTTP\r\n", b""])
+def test_an_answer_that_breaks_off(tmp_path, monkeypatch, server, answer):
+    def serve(handler):
+        handler.wfile.write(answer)
+        handler.close_connection = True
+
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "do_GET", serve)
+    monkeypatch.setattr(datasets.CIFAR10, "url", f"{server[1]}/cifar.tar.gz")
+    one_line(lambda: splits("cifar10", data_dir=tmp_path), "--data cifar10", "try again")
+
+
+WNIDS = ("n01", "n02", "n03")
+
+
+@pytest.fixture
+def tiny_zip(server, monkeypatch):
+    """A stand-in tiny-imagenet-200.zip in the official layout: 6 training images, and 9 to validate with, unsorted."""
+    folder, address = server
+    archive, root = folder / "tiny-imagenet-200.zip", folder / "made/tiny-imagenet-200"
+    notes = []
+    for label, wnid in enumerate(WNIDS):
+        grey = np.full((64, 64, 3), 80 * label, np.uint8)
+        for index in range(2):
+            save(root / f"train/{wnid}/images/{wnid}_{index}.JPEG", grey)
+        (root / f"train/{wnid}/{wnid}_boxes.txt").write_text("boxes")
+        for index in range(label, 9, 3):
+            save(root / f"val/images/val_{index}.JPEG", grey)
+            notes.append(f"val_{index}.JPEG\t{wnid}\t0\t0\t62\t62\n")
+    (root / "val/val_annotations.txt").write_text("".join(notes))
+    save(root / "test/images/test_0.JPEG", grey)
+    with zipfile.ZipFile(archive, "w") as writer:
+        for path in sorted(root.rglob("*")):
+            writer.write(path, path.relative_to(root.parent))
+    monkeypatch.setattr(Data, "TINY_IMAGENET", (f"{address}/{archive.name}", md5(archive.read_bytes())))
+    return archive
+
+
+def check_tiny(data_dir):
+    """Load what tiny_zip holds and look at every image: its grey tells its class."""
+    found = splits("tinyImagenet", "test", data_dir=data_dir, size=None)
+    assert found.train.classes == found.test.classes == [*WNIDS]
+    assert found.train.labels.tolist() == [0, 0, 1, 1, 2, 2] and found.test.labels.bincount().tolist() == [3, 3, 3]
+    assert torch.equal((found.test.images[:, 0, 0, 0] / 80).round().long(), found.test.labels)
+
+
+def test_tiny_imagenet_downloads_itself(tiny_zip, tmp_path):
+    check_tiny(tmp_path)
+    tiny_zip.unlink()
+    check_tiny(tmp_path)
+
+
+@pytest.mark.parametrize("moved", range(0, 10, 3))
+def test_an_interruption_while_sorting(tiny_zip, tmp_path, monkeypatch, moved):
+    rename, done = Path.rename, []
+
+    def interrupted(path, target):
+        if path.suffix == ".JPEG":
+            if len(done) == moved:
+                raise KeyboardInterrupt
+            done.append(path)
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt) if moved < 9 else contextlib.nullcontext():
+            splits("tinyImagenet", data_dir=tmp_path, size=None)
+    check_tiny(tmp_path)
+
+
+def test_an_interruption_while_extracting(tiny_zip, tmp_path, monkeypatch):
+    def some(archive, folder):
+        archive.extract("tiny-imagenet-200/train/n01/images/n01_0.JPEG", folder)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "extractall", some)
+        with pytest.raises(KeyboardInterrupt):
+            splits("tinyImagenet", data_dir=tmp_path, size=None)
+    check_tiny(tmp_path)
+
+
+def test_an_archive_unpacked_by_hand(tiny_zip, tmp_path):
+    with zipfile.ZipFile(tiny_zip) as archive:
+        archive.extractall(tmp_path)
+    (tmp_path / "tiny-imagenet-200").rename(tmp_path / "tinyImagenet")
+    tiny_zip.unlink()
+    check_tiny(tmp_path)
+
+
+def test_a_corrupted_tiny_imagenet(tiny_zip, tmp_path):
+    whole = tiny_zip.read_bytes()
+    tiny_zip.write_bytes(whole[:-50])
+    one_line(lambda: splits("tinyImagenet", data_dir=tmp_path, size=None), "orrupted", "try again")
+    tiny_zip.write_bytes(whole)
+    check_tiny(tmp_path)
+
+
+def test_stl10_downloads_itself(server, tmp_path, monkeypatch):
+    folder, address = server
+    random = np.random.default_rng(0)
+    contents = {"class_names.txt": b"cat\ndog\n", "fold_indices.txt": b""}
+    for name, labels in (("train", [1, 2, 2]), ("test", [2, 1]), ("unlabeled", [0] * 4)):
+        contents[f"{name}_X.bin"] = random.bytes(3 * 96 * 96 * len(labels))
+        contents[f"{name}_y.bin"] = bytes(labels)
+    archive = write_tar(folder / "stl10_binary.tar.gz", "stl10_binary", contents)
+    sums = {name: [name, md5(content)] for name, content in contents.items()}
+    lists = {"train_list": ("train_X.bin", "train_y.bin", "unlabeled_X.bin"), "test_list": ("test_X.bin", "test_y.bin")}
+    for key, names in lists.items():
+        monkeypatch.setattr(datasets.STL10, key, [sums[name] for name in names])
+    monkeypatch.setattr(datasets.STL10, "url", f"{address}/{archive.name}")
+    monkeypatch.setattr(datasets.STL10, "tgz_md5", md5(archive.read_bytes()))
+    found = splits("stl10", "test", data_dir=tmp_path, size=None)
+    assert found.train.labels.tolist() == [0, 1, 1, -1, -1, -1, -1] and found.test.labels.tolist() == [1, 0]
+    assert found.train.images.shape == (7, 3, 96, 96) and found.train.classes == ["cat", "dog"]
+    stored = np.frombuffer(contents["unlabeled_X.bin"], np.uint8).reshape(4, 3, 96, 96)  # column by column
+    assert (found.train.images[3:].numpy() == stored.transpose(0, 1, 3, 2)).all()
+
+
+# views
+
+
+def test_the_views_of_a_row():
+    for data, row in Data.DATASETS.items():
+        if data == "folder":
+            continue
+        views, strength = Data.get_ssl_data_augs(data), row.recipe["color_s"]
+        assert views.size == row.size and views.crop_scale == (row.recipe["crop_min"], 1.0)
+        assert views.jitter == pytest.approx((0.8 * strength,) * 3 + (0.2 * strength,)) and views.jitter_p == 0.8
+        assert (views.gray_p, views.blur_p, views.flip_p) == (row.recipe["gray_p"], row.recipe["blur_p"], 0.5)
+
+
+def test_flags_replace_the_recipe():
+    assert Data.get_ssl_data_augs("shapes", 1.0).jitter == pytest.approx((0.8, 0.8, 0.8, 0.2))
+    assert Data.get_ssl_data_augs("shapes", 0.0).jitter == (0.0, 0.0, 0.0, 0.0)
+    views = Data.get_ssl_data_augs("cifar10", size=48, crop_min=0.5, gray_p=0.0, blur_p=1.0)
+    assert (views.size, views.crop_scale, views.gray_p, views.blur_p) == (48, (0.5, 1.0), 0.0, 1.0)
+
+
+def test_weaker_views():
+    images = Shapes.draw(torch.arange(10), 32, torch.Generator().manual_seed(0))
+    plain = images.float() / 255
+    for views in (Data.get_ssl_data_augs("shapes", aug="none"), Data.plain_views(32)):
+        assert torch.equal(views(images, torch.Generator()), plain)
+    constant = torch.arange(30, dtype=torch.uint8).view(10, 3, 1, 1).expand(10, 3, 32, 32).contiguous()
+    crop = Data.get_ssl_data_augs("shapes", aug="crop")
+    torch.testing.assert_close(crop(constant, torch.Generator()), constant / 255)  # colours stay
+    assert not torch.allclose(crop(images, torch.Generator()), plain)

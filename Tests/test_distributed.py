@@ -1,0 +1,173 @@
+"""Several processes against one: gradients, batch statistics, and whole runs under torchrun (gloo, on the CPU)."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+import Distributed
+from Backbones import ContrastiveNet, build_encoder, build_head
+from Losses import multi_positive, nt_xent
+
+ROOT = Path(__file__).parents[1]
+
+
+def _process(rank, world, port, work, file):
+    """One of `world` forked processes: join the group, work, save what the work returns."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    Distributed.start("cpu")
+    torch.save(work(rank, world), f"{file}{rank}")
+    Distributed.stop()
+
+
+def processes(world, work, tmp_path):
+    """[what work(rank, world) returns in each of `world` processes]."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(_process, (world, port, work, tmp_path / "rank"), world, start_method="fork")
+    return [torch.load(f"{tmp_path / 'rank'}{rank}") for rank in range(world)]
+
+
+def golden_net(rank, world):
+    """Ten steps on the numbers of lightly's tests/utils/test_dist__gather__losses.py: the weights they end in."""
+    net = nn.Linear(5, 2, bias=False)
+    net.weight.data = torch.arange(1, 11).view(2, 5) / 10
+    x = torch.arange(80.0).view(8, 2, 5).chunk(world)[rank]
+    other_view = torch.arange(32.0).view(8, 4).chunk(world)[rank]
+    forward = Distributed.wrap(net, torch.device("cpu"))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for _ in range(10):
+        optimizer.zero_grad()
+        z = Distributed.gather(torch.stack([forward(x).flatten(1), other_view]))
+        nt_xent(z[0], z[1], 0.5).backward()
+        optimizer.step()
+    return net.weight.data
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_gradients_through_gathered_negatives_end_in_lightlys_weights(world, tmp_path):
+    expected = torch.tensor([[0.1675, 0.2676, 0.3678, 0.4679, 0.5680], [0.5763, 0.6742, 0.7721, 0.8700, 0.9679]])
+    for weight in processes(world, golden_net, tmp_path):
+        torch.testing.assert_close(weight, expected, rtol=0, atol=6e-5)
+
+
+def one_step(rank, world):
+    """(loss, gradients, state) of ResNet8 and its head, in float64, on this process's share of 12 images."""
+    torch.manual_seed(0)
+    encoder = build_encoder("resnet8", True)
+    net = ContrastiveNet(encoder, build_head(encoder.features, 16, 8)).double()
+    x = torch.rand(3, 12, 3, 16, 16, generator=torch.Generator().manual_seed(1)).double() + 100  # 3 views, far from 0
+    mine = x.chunk(world, dim=1)[rank].flatten(0, 1)
+    forward = Distributed.wrap(net, torch.device("cpu"))
+    z = Distributed.gather(forward(mine).view(3, -1, 8))
+    loss = multi_positive(z, 0.5)
+    loss.backward()
+    return loss.detach(), {name: each.grad for name, each in net.named_parameters()}, net.state_dict()
+
+
+def test_loss_gradients_and_batch_statistics_are_those_of_one_process(tmp_path):
+    loss, gradients, state = one_step(0, 1)
+    assert loss > 1 and all(gradient.abs().sum() > 0 for gradient in gradients.values())
+    for other_loss, other_gradients, other_state in processes(3, one_step, tmp_path):
+        torch.testing.assert_close(other_loss, loss, rtol=1e-12, atol=0)
+        assert other_state.keys() == state.keys()  # a checkpoint of three processes fits one
+        for name in state:
+            torch.testing.assert_close(other_state[name], state[name], rtol=1e-10, atol=1e-12, msg=name)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-7, atol=1e-9, msg=name)
+
+
+def share(rank, world):
+    """What gather and any_process give."""
+    z = torch.arange(4.0).view(2, 2, 1)[:, rank : rank + 1]
+    flags = [Distributed.any_process(flag, torch.device("cpu")) for flag in (False, rank == 1, True)]
+    return Distributed.gather(z), flags
+
+
+def test_gather_keeps_the_order_and_any_process_hears_each(tmp_path):
+    for z, flags in processes(2, share, tmp_path):
+        assert z.flatten().tolist() == [0, 1, 2, 3] and z.shape == (2, 2, 1)
+        assert flags == [False, True, True]
+
+
+def test_without_torchrun_nothing_is_distributed():
+    net, z = nn.Linear(1, 1), torch.ones(2, 3, 4)
+    assert Distributed.start("cpu") == (0, 1, torch.device("cpu"))
+    assert Distributed.wrap(net, torch.device("cpu")) is net and Distributed.gather(z) is z
+    assert Distributed.any_process(True, "cpu") is True
+
+
+# ---------------------------------------------------------------------------------------------------- torchrun
+
+
+def torchrun(argv):
+    """TrainSimCLR.py with these flags in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "TrainSimCLR.py", *argv]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def losses(models_dir):
+    """[losses] of the one run in models_dir, whose steps are each logged once and in order."""
+    (folder,) = models_dir.iterdir()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def test_a_run_in_two_processes_has_the_losses_of_one(flags, tmp_path, cli):
+    # Rounding grows with every step, the faster the higher the rate: to 4e-2 in 14 steps at .1, 2e-4 at .001.
+    calm = ("--precision", "fp32", "--lr", "0.001", "--bs", "48", "--epochs", "2")
+    assert cli(flags(tmp_path / "one", *calm)).code == 0
+    run = torchrun(flags(tmp_path / "two", *calm))
+    out, err = run.communicate(timeout=300)
+    assert run.returncode == 0, err
+    assert out.count("starting: ") == out.count("epoch 1/2  loss") == out.count("kNN on raw pixels") == 1
+    assert "Warning" not in err and "TrainSimCLR" not in err
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    deviation = max(abs(b / a - 1) for a, b in zip(one, two))
+    print(f"largest relative deviation of {len(one)} losses: {deviation:.1e}")
+    assert len(one) == len(two) == 10 and deviation < 1e-3
+    (folder,) = (tmp_path / "two").iterdir()
+    assert len(list(folder.glob("events.*"))) == 2  # the run's and that of its final scores: from one process
+    assert len(json.loads((folder / "args.json").read_text())["starts"]) == 1
+
+
+def test_a_mistake_is_reported_once(flags, tmp_path):
+    run = torchrun(flags(tmp_path / "models", "--bs", "33"))
+    out, err = run.communicate(timeout=300)
+    assert run.returncode != 0 and out == ""
+    errors = [line for line in err.splitlines() if "error: --bs" in line]
+    assert len(errors) == 1 and "33" in errors[0] and "multiple of 2" in errors[0]
+    assert not (tmp_path / "models").exists()
+
+
+def test_sigterm_to_torchrun_saves_and_the_run_goes_on(flags, tmp_path, cli):
+    argv = flags(tmp_path, "--precision", "fp32")
+    run, end = torchrun(argv), time.monotonic() + 120
+    while run.poll() is None and time.monotonic() < end:
+        logs = list(tmp_path.glob("*/metrics.jsonl"))
+        if logs and logs[0].read_bytes().count(b"\n") >= 35:
+            break
+        time.sleep(0.005)
+    run.send_signal(signal.SIGTERM)
+    out, _ = run.communicate(timeout=120)
+    saved = list(tmp_path.glob("*/*+*.pt"))
+    assert len(saved) == 1 and str(saved[0]) in out
+    before = losses(tmp_path)
+    assert cli([*argv, "--resume", "auto"]).code == 0  # in one process
+    after = losses(tmp_path)
+    assert after[: len(before)] == before and len(after) == 90
+    assert all(math.isfinite(loss) for loss in after)

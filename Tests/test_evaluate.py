@@ -1,0 +1,345 @@
+"""Evaluate: the probes against slow references, what scoring leaves untouched, and the script."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import one_line, save_shapes
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
+
+import Data
+import Evaluate
+import TrainSimCLR
+import Utils
+from Backbones import build_encoder
+from ImageFiles import list_folder
+from Splits import Split, StreamedSplit
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+NAMES = {  # DESIGN, section 10
+    *("knn", "linear", "linear_aug", "chance", "pixels_knn", "untrained_knn", "untrained_linear"),
+    *("n_test", "split", "epoch", "protocol"),
+}
+
+
+@pytest.fixture
+def clouds():
+    """Features and labels of 300 and 200 points of 5 overlapping classes; the features differ in scale."""
+    random = torch.Generator().manual_seed(0)
+    centres, scales = torch.randn(5, 12, generator=random), torch.logspace(-1, 1, 12)
+
+    def cloud(n):
+        labels = torch.randint(5, (n,), generator=random)
+        return (centres[labels] + torch.randn(n, 12, generator=random) + 0.5) * scales, labels
+
+    return *cloud(300), *cloud(200)
+
+
+def colour_splits(eval="val", size=16):
+    """Splits whose classes are the colours red, green and blue under noise: 90 images each to learn and to score."""
+    random = torch.Generator().manual_seed(0)
+
+    def split(n, unlabelled=0):
+        labels = torch.arange(n) % 3
+        images = torch.randint(0, 130, (n, 3, size, size), generator=random)
+        images[torch.arange(n), labels] += 60
+        labels[:unlabelled] = -1
+        return Split(images.byte(), labels, ["red", "green", "blue"])
+
+    train = split(100, unlabelled=10)
+    return Data.Splits(train, train if eval == "cv" else split(90), eval)
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    return build_encoder("resnet8", True)
+
+
+def state(module):
+    """Return copies of all that a state dict holds."""
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(first, second):
+    """Return whether two states have the same bits."""
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+# kNN
+
+
+def slow_knn(train, train_labels, test, test_labels, k, temperature):
+    """Return the accuracy that knn_accuracy is to have, image by image, in double precision."""
+    train, test = (x.double().numpy() for x in (train, test))
+    right = 0
+    for x, label in zip(test, test_labels.tolist()):
+        cosines = train @ x / np.linalg.norm(train, axis=1) / np.linalg.norm(x)
+        votes = np.zeros(int(train_labels.max()) + 1)
+        for row in np.argsort(-cosines)[:k]:
+            votes[train_labels[row]] += np.exp(cosines[row] / temperature)
+        right += votes.argmax() == label
+    return right / len(test)
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (20, 0.1), (20, 1.0), (7, 0.5), (1000, 0.1)])
+def test_knn(clouds, k, temperature):
+    train, train_labels, test, test_labels = clouds
+    accuracy = Evaluate.knn_accuracy(*clouds, k=k, temperature=temperature)
+    assert accuracy == pytest.approx(slow_knn(*clouds, k, temperature)) and 0.3 < accuracy < 1
+
+    def weigh(distances):  # cosine distance is 1 - similarity
+        return np.exp((1 - distances) / temperature)
+
+    theirs = KNeighborsClassifier(min(k, 300), metric="cosine", weights=weigh).fit(train, train_labels)
+    assert accuracy == pytest.approx(theirs.score(test, test_labels))
+
+
+def test_knn_in_parts(clouds):
+    train, train_labels, test, test_labels = clouds
+    many = test.repeat(8, 1), test_labels.repeat(8)  # more than are compared at a time
+    assert Evaluate.knn_accuracy(train, train_labels, *many) == pytest.approx(Evaluate.knn_accuracy(*clouds))
+
+
+# the linear probe
+
+
+def objective(x, labels, weight, bias):
+    """Return what fit_linear minimises, in double precision."""
+    x, weight, bias = x.double(), torch.as_tensor(weight).double(), torch.as_tensor(bias).double()
+    l2 = Evaluate.PROTOCOL["linear_l2"]
+    return (F.cross_entropy(x @ weight.T + bias, labels) + l2 / 2 * weight.square().sum()).item()
+
+
+def test_the_linear_probe(clouds):
+    train, train_labels, test, test_labels = clouds
+    mean, std = train.mean(0), train.std(0, correction=0)
+    x, y = (train - mean) / std, (test - mean) / std
+    # scikit-learn minimises C times the sum of the losses + |weight|^2 / 2
+    theirs = LogisticRegression(C=1 / (Evaluate.PROTOCOL["linear_l2"] * len(x)), max_iter=10000, tol=1e-10)
+    theirs.fit(x.double(), train_labels)
+    assert Evaluate.linear_accuracy(*clouds) == pytest.approx(theirs.score(y.double(), test_labels), abs=0.01)
+    ours = objective(x, train_labels, *Evaluate.fit_linear(x, train_labels))
+    assert ours == pytest.approx(objective(x, train_labels, theirs.coef_, theirs.intercept_), rel=1e-3)
+
+
+def test_the_linear_probe_ignores_scale_and_constants(clouds):
+    train, train_labels, test, test_labels = clouds
+    train, test = (torch.cat([3 - 5 * x, torch.full((len(x), 1), 7.0)], 1) for x in (train, test))
+    assert Evaluate.linear_accuracy(train, train_labels, test, test_labels) == pytest.approx(
+        Evaluate.linear_accuracy(*clouds), abs=0.01
+    )
+
+
+# folds
+
+
+def test_folds_of_cross_validation():
+    labels = torch.tensor([0] * 30 + [1] * 9 + [-1] * 20 + [2] * 7)[torch.randperm(66)]
+    split = Split(torch.zeros(66, 3, 4, 4, dtype=torch.uint8), labels, ["a", "b", "c"])
+    pairs = Evaluate.folds(Data.Splits(split, split, "cv"))
+    assert len(pairs) == 3 and torch.cat([test for _, test in pairs]).unique().numel() == 46
+    for train, test in pairs:
+        assert not {*train.tolist()} & {*test.tolist()} and len(train) + len(test) == 46
+        assert labels[train].min() == labels[test].min() == 0
+        assert (labels[test].bincount() - torch.tensor([10, 3, 7 / 3])).abs().max() < 1
+    again = Evaluate.folds(Data.Splits(split, split, "cv"))
+    assert all(torch.equal(a, b) for old, new in zip(pairs, again) for a, b in zip(old, new))
+
+
+def test_folds_of_a_scored_split():
+    splits = colour_splits()
+    ((train, test),) = Evaluate.folds(splits)
+    assert train.tolist() == [*range(10, 100)] and test.tolist() == [*range(90)]
+
+
+# features
+
+
+def test_features_are_in_order(encoder):
+    split = colour_splits().train
+    encoder.eval()
+    features = Evaluate.extract(encoder, split, CPU, bs=33)
+    assert features.shape == (100, 128) and features.dtype == torch.float32 and not features.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(features[70:80], encoder(split.images[70:80] / 255))
+
+
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_bad_files_keep_the_others_in_place(tmp_path, encoder, n_workers):
+    folder = save_shapes(tmp_path, 3)
+    whole = StreamedSplit(list_folder(folder), 16, n_workers)
+    expected = Evaluate.extract(encoder.eval(), whole, CPU, bs=7)
+    bad = [4, 5, 29]
+    for index in bad:
+        Path(whole.files.paths[index]).write_text("no")
+    split = StreamedSplit(list_folder(folder), 16, n_workers, skip_bad=True)
+    features = Evaluate.extract(encoder, split, CPU, bs=7)
+    good = [index for index in range(30) if index not in bad]
+    assert features.shape == (30, 128) and (features[bad] == 0).all()
+    torch.testing.assert_close(features[good], expected[good])
+    ((train, _),) = Evaluate.folds(Data.Splits(split, whole, "val"))
+    assert train.tolist() == good
+    result = Evaluate.evaluate(encoder, encoder, Data.Splits(split, split, "cv"), Data.plain_views(16), CPU, 1)
+    assert result["n_test"] == 27
+
+
+def test_frozen(encoder):
+    encoder.train()
+    x = torch.rand(4, 3, 16, 16)
+    with Evaluate.frozen(encoder):
+        assert not encoder.training and not encoder.stem[1].training
+        encoder(x)
+    assert encoder.training and encoder.stem[1].training
+    with pytest.raises(AssertionError, match="running_mean"), Evaluate.frozen(encoder):
+        encoder.train()
+        encoder(x)
+    with pytest.raises(AssertionError, match=r"stem\.0\.weight"), Evaluate.frozen(encoder), torch.no_grad():
+        encoder.stem[0].weight[0, 0, 0, 0] += 1e-3
+    with pytest.raises(ZeroDivisionError), Evaluate.frozen(encoder):
+        _ = 1 / 0
+    assert encoder.training
+
+
+# scores
+
+
+@pytest.mark.parametrize("eval", ["val", "cv"])
+def test_score_leaves_everything_as_it_was(encoder, eval):
+    splits, before, random = colour_splits(eval), state(encoder), torch.get_rng_state()
+    encoder.train()
+    first, second = (Evaluate.score(encoder, splits, CPU) for _ in range(2))
+    assert first == second and first.keys() == {"knn", "linear"}
+    assert torch.equal(torch.get_rng_state(), random) and same(before, state(encoder)) and encoder.training
+    assert first["linear"] > 0.8 and first["knn"] > 0.5
+
+
+@pytest.mark.parametrize("eval", ["val", "cv"])
+def test_evaluate(encoder, eval):
+    splits, views = colour_splits(eval), Data.get_ssl_data_augs("shapes", size=16)
+    before, untrained = state(encoder.train()), build_encoder("resnet8", True)
+    random = torch.get_rng_state()
+    result = Evaluate.evaluate(encoder, untrained, splits, views, CPU, 7)
+    assert result.keys() == NAMES and (result["n_test"], result["split"], result["epoch"]) == (90, eval, 7)
+    scores = NAMES - {"n_test", "split", "epoch", "protocol"}
+    assert all(0 <= result[name] <= 1 for name in scores) and result["chance"] == pytest.approx(1 / 3, abs=0.01)
+    assert torch.equal(torch.get_rng_state(), random) and same(before, state(encoder)) and encoder.training
+    assert result["linear"] == Evaluate.score(encoder, splits, CPU)["linear"]
+    assert result["untrained_knn"] == Evaluate.score(untrained, splits, CPU)["knn"]
+    assert json.loads(json.dumps(result)) == result
+    table = Evaluate.table({**result, "finetune": 0.5})
+    assert "kNN" in table and "90 images" in table and len(table.splitlines()) == 9
+
+
+def test_pixels():
+    splits = colour_splits(size=48)
+    train, test = (F.interpolate(split.images / 255, 32, mode="area").flatten(1) for split in splits[:2])
+    labels = splits.train.labels
+    expected = slow_knn(train[10:], labels[10:], test, splits.test.labels, 20, 0.1)
+    assert Evaluate.score_pixels(splits, CPU) == pytest.approx(expected, abs=0.012)
+
+
+def test_augmented_features_meet_their_labels():
+    splits, mean = colour_splits("cv"), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert Evaluate.score_augmented(mean, splits, CPU, Data.get_ssl_data_augs("shapes", size=16, aug="crop")) > 0.95
+
+
+@pytest.mark.parametrize("eval", ["val", "cv"])
+def test_fine_tuning(encoder, eval):
+    before, views = state(encoder.eval()), Data.get_ssl_data_augs("shapes", size=16, aug="crop")
+    assert Evaluate.fine_tune(encoder, colour_splits(eval), CPU, views, epochs=25, bs=32) > 0.8  # chance: 0.33
+    assert same(before, state(encoder)) and not encoder.training
+    assert all(p.grad is None for p in encoder.parameters())
+
+
+# the script
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run of one epoch on a tree of shapes."""
+    folder = tmp_path_factory.mktemp("run")
+    for seed, split in enumerate(("train", "val")):
+        save_shapes(folder / "images" / split, (24, 6)[seed], seed=seed)
+    flags = f"--data {folder / 'images'} --models_dir {folder / 'Models'} --data_dir {folder / 'Data'} --size 32"
+    flags += " --backbone resnet8 --bs 32 --epochs 1 --n_ramp 0 --proj_hidden 32 --n_workers 0 --device cpu"
+    assert TrainSimCLR.main(TrainSimCLR.get_args(flags.split())) == 0
+    (found,) = (folder / "Models").iterdir()
+    return found
+
+
+def script(*arguments):
+    """Run Evaluate.py as its user does."""
+    command = [sys.executable, "Evaluate.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def evaluated(*arguments):
+    """Run Evaluate.py in this process."""
+    Evaluate.main(Evaluate.get_args([*map(str, arguments), "--device", "cpu"]))
+
+
+def test_a_checkpoint_alone(run):
+    file = run / "evaluation.json"
+    by_training = json.loads(file.read_text())
+    file.unlink()
+    done = script(run / "1.pt")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert result.keys() == by_training.keys() == NAMES and result["n_test"] == 60 and result["split"] == "val"
+    for name in NAMES - {"protocol", "split"}:
+        assert result[name] == pytest.approx(by_training[name], abs=0.02)
+    assert "linear probe" in done.stdout and str(file) in done.stdout and "Traceback" not in done.stderr
+
+
+def test_a_run_folder_and_other_flags(run, tmp_path):
+    kept = (run / "evaluation.json").read_text()
+    evaluated(run, "--eval", "cv", "--finetune", 1, "--out", tmp_path / "out.json")
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result.keys() == NAMES | {"finetune"} and (result["split"], result["n_test"]) == ("cv", 240)
+    assert result["protocol"]["finetune_epochs"] == 1 and 0 < result["finetune"] < 1
+    assert (run / "evaluation.json").read_text() == kept
+
+
+def test_files_are_read_as_the_run_read_them(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Evaluate.Flags, "splits_for", lambda args, device: seen.append(vars(args)) or 1 / 0)
+    for flags in ([], ["--data_dir", "here", "--n_workers", "3", "--storage", "stream", "--skip_bad"]):
+        with pytest.raises(ZeroDivisionError):
+            evaluated(run, *flags)
+    names = ("data_dir", "n_workers", "storage", "skip_bad")
+    assert [seen[0][name] for name in names] == [str(run.parents[1] / "Data"), 0, "auto", False]
+    assert [seen[1][name] for name in names] == ["here", 3, "stream", True]
+
+
+def test_bad_input(run, tmp_path):
+    done = script(tmp_path / "none.pt")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "no checkpoint" in done.stderr
+    one_line(lambda: evaluated(tmp_path), str(tmp_path), "holds no checkpoint", "give")
+    (tmp_path / "text.pt").write_text("no")
+    one_line(lambda: evaluated(tmp_path / "text.pt"), "text.pt", "damaged")
+    for content, reason in (({"generator": 1}, "no encoder"), ([1], "no checkpoint"), (torch.ones(2), "no checkpoint")):
+        torch.save(content, tmp_path / "other.pt")
+        one_line(lambda: evaluated(tmp_path / "other.pt"), "other.pt", reason)
+    flat = tmp_path / "flat"
+    save_shapes(tmp_path, 2, classes=["flat"] * 10)
+    one_line(lambda: evaluated(run, "--data", flat), str(flat), "no labels")
+    one_line(lambda: evaluated(run, "--data", tmp_path / "gone"), "gone", "neither")
+    one_line(lambda: evaluated(run, "--eval", "test"), "no folder", "test")
+    one_line(lambda: evaluated(run, "--out", tmp_path / "no/where.json"), "where.json")
+
+
+def test_a_net_that_does_not_fit(run, tmp_path):
+    content = torch.load(run / "1.pt", weights_only=True)
+    content["args"]["backbone"] = "resnet18"
+    torch.save(content, tmp_path / "1.pt")
+    one_line(lambda: evaluated(tmp_path / "1.pt"), "does not fit", "encoder")
+    assert Utils.newest_checkpoint(run).name == "1.pt"

@@ -1,0 +1,527 @@
+"""TrainSimCLR.py run as its users run it: what it writes, how it stops, and that it goes on in the same bits."""
+
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import Backbones
+import Data
+import TrainSimCLR
+import Utils
+
+ROOT = Path(__file__).parents[1]
+SCORES = ("knn", "linear", "linear_aug", "chance", "pixels_knn", "untrained_knn", "untrained_linear")
+
+
+def lines(folder):
+    """The objects of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    """{step: loss}; a step that is logged twice fails."""
+    pairs = [(line["step"], line["loss"]) for line in lines(folder) if "loss" in line]
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
+
+
+def tensors(value, path=""):
+    """{path: tensor} of all tensors in a checkpoint."""
+    if isinstance(value, torch.Tensor):
+        return {path: value}
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return {key: tensor for name, part in pairs for key, tensor in tensors(part, f"{path}/{name}").items()}
+
+
+def different(file, other):
+    """The names of the tensors that are not the same bits in two checkpoints: weights, momentum, random state."""
+    mine, theirs = (tensors(torch.load(each, weights_only=True)) for each in (file, other))
+    assert mine.keys() == theirs.keys() and len(mine) > 60
+    return [name for name in mine if not torch.equal(mine[name], theirs[name])]
+
+
+def content(folder):
+    """{name: (time, bytes)} of all files of a folder."""
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+def only_run(models_dir):
+    """The one run folder in it."""
+    (folder,) = models_dir.iterdir()
+    return folder
+
+
+def one_error(done, *parts, code=2):
+    """The run ended with this code and one line of error, with these parts, and no traceback."""
+    assert done.code == code, done
+    errors = [line for line in done.err.splitlines() if "error:" in line]
+    assert len(errors) == 1 and "Traceback" not in done.err, done.err
+    assert all(str(part) in errors[0] for part in parts), errors[0]
+
+
+@pytest.fixture
+def unfinished(whole, flags, tmp_path):
+    """(*checkpoints) -> (models_dir's flags, folder) of a copy of the whole run with only these checkpoints left."""
+
+    def make(*checkpoints):
+        folder = tmp_path / "models" / whole.folder.name
+        shutil.copytree(whole.folder, folder)
+        for path in [*folder.glob("*.pt"), folder / "evaluation.json"]:
+            if path.name not in checkpoints:
+                path.unlink()
+        return flags(folder.parent), folder
+
+    return make
+
+
+# ---------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_says_what_it_does_in_few_lines(whole):
+    assert whole.code == 0, whole.err
+    assert whole.err == ""  # no progress bars, no warnings
+    assert "\r" not in whole.out
+    out = whole.out.splitlines()
+    assert [line.split("  ")[0] for line in out if line.startswith("epoch ") and "loss" in line] == [
+        "epoch 1/3",
+        "epoch 2/3",
+        "epoch 3/3",
+    ]
+    assert len(out) < 25
+    assert str(whole.folder) in whole.out
+
+
+def test_a_run_records_its_flags_and_versions(whole, tree):
+    record = json.loads((whole.folder / "args.json").read_text())
+    assert record["args"]["lr"] == 0.1 and record["args"]["data"] == str(tree) and record["args"]["opt"] == "SGD"
+    (start,) = record["starts"]
+    assert "TrainSimCLR.py --data" in start["command"] and start["torch"] == torch.__version__
+    assert {"revision", "started", "python", "torchvision", "device"} <= start.keys()
+
+
+def test_a_run_logs_every_step_and_its_scores(whole):
+    *training, scores = lines(whole.folder)
+    assert [line["step"] for line in training] == list(range(1, 91))
+    assert [line["epoch"] for line in training] == [step // 30 for step in range(1, 91)]
+    for line in training:
+        assert line["loss"] > 0 and line["views_per_second"] > 0 and 0 <= line["data_wait"] <= 1
+    lr = [line["lr"] for line in training]
+    assert lr[29] == pytest.approx(0.1) and lr[0] < lr[10] < lr[29] > lr[50] > lr[89] < 0.001
+    seconds = [line["seconds"] for line in training]
+    assert seconds == sorted(seconds)
+    result = json.loads((whole.folder / "evaluation.json").read_text())
+    assert scores["step"] == 90 and scores["epoch"] == 3 and "seconds" in scores
+    assert (scores["knn"], scores["linear"]) == (result["knn"], result["linear"])
+
+
+def test_a_run_ends_with_all_scores(whole):
+    result = json.loads((whole.folder / "evaluation.json").read_text())
+    assert all(0 <= result[name] <= 1 for name in SCORES)
+    assert (result["n_test"], result["split"], result["epoch"], result["chance"]) == (60, "val", 3, 0.1)
+    assert result["protocol"]["knn_k"] == 20
+    assert f"{100 * result['linear']:.2f} %" in whole.out
+
+
+def test_a_run_saves_what_can_be_read_without_trust(whole):
+    assert sorted(path.name for path in whole.folder.glob("*.pt")) == ["1.pt", "2.pt", "3.pt"]
+    for epoch in (1, 2, 3):
+        state = torch.load(whole.folder / f"{epoch}.pt", weights_only=True)
+        assert (state["epoch"], state["step"], state["args"]["lr"]) == (epoch, 30 * epoch, 0.1)
+    assert different(whole.folder / "2.pt", whole.folder / "3.pt")
+    with Image.open(whole.folder / "pairs.png") as pairs:
+        assert pairs.size == (8 * 33 + 1, 2 * 33 + 1)
+
+
+def board(folder):
+    """{tag: {step: value}} of the TensorBoard events."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    tags = events.Tags()
+    assert "pairs" in tags["images"]
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags["scalars"]}
+
+
+def check_board(folder):
+    """TensorBoard shows the numbers of metrics.jsonl, all of them, and the final scores."""
+    shown, logged = board(folder), {}
+    for line in lines(folder):
+        for name in line.keys() - {"step", "epoch", "seconds"}:
+            logged.setdefault(Utils.Run.TAGS.get(name, f"Train/{name}"), {})[line["step"]] = line[name]
+    assert {"Loss/train", "LR", "Accuracy/knn", "Accuracy/linear"} <= logged.keys()
+    assert {tag for tag in shown if not tag.startswith("Final/")} == logged.keys()
+    for tag, values in logged.items():
+        assert shown[tag] == pytest.approx(values, rel=1e-6, abs=1e-7), tag
+    result = json.loads((folder / "evaluation.json").read_text())
+    for name in ("knn", "linear", "linear_aug"):
+        assert list(shown[f"Final/{name}"].values()) == pytest.approx([result[name]])
+
+
+def test_tensorboard_shows_the_same_numbers(whole):
+    check_board(whole.folder)
+    assert list(whole.folder.rglob("tensors.tsv")), "no embedding for the projector"
+
+
+# ---------------------------------------------------------------------------------------------------- a second start
+
+
+def test_a_second_start_is_refused_and_touches_nothing(whole, cli):
+    before = content(whole.folder)
+    one_error(cli(whole.argv), whole.folder, "--resume auto", "--suffix")
+    assert content(whole.folder) == before
+    assert only_run(whole.models_dir) == whole.folder
+
+
+def test_a_finished_run_is_not_trained_again(unfinished, cli):
+    argv, folder = unfinished("1.pt", "2.pt", "3.pt", "evaluation.json")
+    before = content(folder)
+    done = cli([*argv, "--resume", "auto"])
+    assert done.code == 0 and "complete" in done.out and "  loss " not in done.out
+    after = content(folder)
+    for name in ("1.pt", "2.pt", "3.pt", "evaluation.json"):
+        assert after[name] == before[name]
+    assert after["metrics.jsonl"][1] == before["metrics.jsonl"][1]
+
+
+def test_a_run_killed_before_its_scores_is_scored(unfinished, cli, whole):
+    argv, folder = unfinished("3.pt")
+    assert cli([*argv, "--resume", "auto"]).code == 0
+    assert (folder / "evaluation.json").read_text() == (whole.folder / "evaluation.json").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------- exact resume
+
+
+def signalled(argv, models_dir, number, step):
+    """Start a run, send the signal once `step` is logged; return (exit code, stdout, stderr, run folder)."""
+    command = [sys.executable, "TrainSimCLR.py", *argv]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while time.monotonic() < end and run.poll() is None:
+        logs = list(models_dir.glob("*/metrics.jsonl"))
+        if logs and logs[0].read_bytes().count(b"\n") >= step:
+            break
+        time.sleep(0.002)
+    run.send_signal(number)
+    out, err = run.communicate(timeout=120)
+    return run.returncode, out, err, only_run(models_dir)
+
+
+def check_same_run(folder, whole):
+    """The run ended as the uninterrupted one did, bit for bit."""
+    assert different(folder / "3.pt", whole.folder / "3.pt") == []
+    assert losses(folder) == losses(whole.folder)
+    assert (folder / "evaluation.json").read_text() == (whole.folder / "evaluation.json").read_text()
+    check_board(folder)
+
+
+def test_sigkill_then_resume_auto_gives_the_same_bits(flags, whole, tmp_path, cli):
+    argv = flags(tmp_path)
+    code, _, _, folder = signalled(argv, tmp_path, signal.SIGKILL, 40)
+    assert code == -signal.SIGKILL
+    assert (folder / "1.pt").exists() and not (folder / "3.pt").exists()
+    done = cli([*argv, "--resume", "auto"])
+    assert done.code == 0 and "going on at step" in done.out
+    check_same_run(folder, whole)
+
+
+def test_sigterm_saves_inside_the_epoch_and_resume_auto_gives_the_same_bits(flags, whole, tmp_path, cli):
+    argv = flags(tmp_path)
+    code, out, err, folder = signalled(argv, tmp_path, signal.SIGTERM, 35)
+    assert (code, err) == (0, "")
+    (saved,) = folder.glob("*+*.pt")
+    assert str(saved) in out and not (folder / "evaluation.json").exists()
+    epoch, step = map(int, saved.stem.split("+"))
+    assert 0 < step < 30 and losses(folder).keys() == set(range(1, 30 * epoch + step + 1))
+    done = cli([*argv, "--resume", "auto"])
+    assert done.code == 0 and f"going on at step {30 * epoch + step}:" in done.out
+    check_same_run(folder, whole)
+
+
+def test_ctrl_c_saves_and_resume_file_needs_no_other_flags(flags, whole, tmp_path, cli):
+    code, out, err, folder = signalled(flags(tmp_path), tmp_path, signal.SIGINT, 35)
+    assert (code, err) == (130, "")
+    (saved,) = folder.glob("*+*.pt")
+    assert str(saved) in out
+    assert cli(["--resume", str(saved)]).code == 0
+    assert different(folder / "3.pt", whole.folder / "3.pt") == []
+    assert losses(folder).items() <= losses(whole.folder).items()
+
+
+def test_a_damaged_checkpoint_is_passed_over(unfinished, whole, cli):
+    argv, folder = unfinished("1.pt", "2.pt", "3.pt")
+    (folder / "3.pt").write_bytes((folder / "3.pt").read_bytes()[:100_000])
+    done = cli([*argv, "--resume", "auto"])
+    assert done.code == 0
+    assert "passed over" in done.out and str(folder / "3.pt") in done.out and "going on at step 60" in done.out
+    check_same_run(folder, whole)
+
+
+def test_resume_auto_starts_where_there_is_nothing(flags, tmp_path, cli):
+    done = cli(flags(tmp_path, "--resume", "auto", "--epochs", "1", "--n_ramp", "0", "--bs", "60"))
+    assert done.code == 0 and "starting" in done.out
+    assert (only_run(tmp_path) / "1.pt").exists()
+
+
+def test_resume_with_another_flag_is_refused(whole, cli):
+    before = content(whole.folder)
+    done = cli(["--resume", str(whole.folder / "2.pt"), "--lr", "0.2", "--device", "cpu"])
+    one_error(done, "--lr 0.2", "0.1")
+    assert "--bs" not in done.err
+    assert content(whole.folder) == before
+
+
+def test_resume_auto_does_not_take_the_run_of_a_folder_of_the_same_name(unfinished, tree, tmp_path, cli):
+    argv, folder = unfinished("1.pt")
+    other = shutil.copytree(tree, tmp_path / "elsewhere" / tree.name)
+    before = content(folder)
+    one_error(cli([*argv, "--data", str(other), "--resume", "auto"]), "--data", tree, other)
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated"])
+def test_resume_of_what_is_no_checkpoint_is_one_line(whole, tmp_path, cli, damage):
+    file = tmp_path / "7.pt"
+    if damage != "missing":
+        file.write_bytes((whole.folder / "1.pt").read_bytes()[: 0 if damage == "empty" else 100_000])
+    one_error(cli(["--resume", str(file)]), file)
+    assert {path.name for path in tmp_path.iterdir()} <= {"7.pt"}
+
+
+# ---------------------------------------------------------------------------------------------------- no influence
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--eval_iter", "1"],
+        ["--storage", "stream"],
+        ["--storage", "stream", "--n_workers", "2"],
+        ["--log_iter", "7", "--save_iter", "0"],
+    ],
+    ids=" ".join,
+)
+def test_how_a_run_is_watched_and_fed_changes_no_bit(flags, whole, tmp_path, cli, more):
+    done = cli(flags(tmp_path, *more))
+    assert done.code == 0, done.err
+    folder = only_run(tmp_path)
+    assert folder.name == whole.folder.name
+    assert different(folder / "3.pt", whole.folder / "3.pt") == []
+    assert losses(folder).items() <= losses(whole.folder).items()
+    scores = [line for line in lines(folder) if "knn" in line]
+    assert [line["epoch"] for line in scores] == ([1, 2, 3] if "--eval_iter" in more else [3])
+    assert done.out.count("linear ") == len(scores) + 2  # two of them in the table at the end
+
+
+def test_the_seed_decides(flags, tmp_path, cli):
+    short = ("--epochs", "1", "--n_ramp", "0", "--bs", "40")
+    for models_dir, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert cli(flags(tmp_path / models_dir, *short, "--seed", str(seed))).code == 0
+    a, b, c = (only_run(tmp_path / models_dir) for models_dir in "abc")
+    assert different(a / "1.pt", b / "1.pt") == []
+    assert different(a / "1.pt", c / "1.pt") and losses(a)[1] != losses(c)[1]
+    assert a.name == b.name != c.name
+
+
+# ---------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def all_finite(file):
+    """Whether the weights and statistics of a checkpoint are finite."""
+    state = torch.load(file, weights_only=True)
+    return all(value.isfinite().all() for part in ("encoder", "head") for value in state[part].values())
+
+
+def test_a_rate_that_explodes_stops_the_run(flags, tmp_path, cli):
+    done = cli(flags(tmp_path, "--lr", "1e18"))
+    one_error(done, "epoch 1:", "not finite", "--lr 1e+18", "--n_ramp", "--temp", "last good checkpoint: none")
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_weights_that_overflow_in_the_last_step_are_not_saved(flags, tmp_path, cli):
+    done = cli(flags(tmp_path, "--lr", "1e39", "--epochs", "1", "--n_ramp", "0", "--bs", "240"))
+    (line,) = lines(only_run(tmp_path))
+    assert math.isfinite(line["loss"])
+    one_error(done, "epoch 1:", "not finite")
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(flags, tmp_path, cli, monkeypatch):
+    steps, multi_positive = [], TrainSimCLR.multi_positive
+
+    def broken(*args, **options):
+        steps.append(1)
+        return multi_positive(*args, **options) * (math.inf if len(steps) == 45 else 1)
+
+    monkeypatch.setattr(TrainSimCLR, "multi_positive", broken)
+    done = cli(flags(tmp_path, "--log_iter", "1000"))
+    (saved,) = tmp_path.rglob("*.pt")
+    assert saved.name == "1.pt" and all_finite(saved)
+    one_error(done, "epoch 2:", f"last good checkpoint: {saved}")
+
+
+def test_a_collapse_stops_the_run_after_its_first_epoch(flags, tmp_path, cli, monkeypatch):
+    def collapsed(z):
+        return {"embedding_std": torch.tensor(0.001)}
+
+    monkeypatch.setattr(TrainSimCLR, "view_statistics", collapsed)
+    done = cli(flags(tmp_path))
+    (saved,) = tmp_path.rglob("*.pt")
+    one_error(done, "collapsed", "0.0010", "epoch 2:", "--temp 0.5", "--aug full", f"last good checkpoint: {saved}")
+    assert len(lines(only_run(tmp_path))) == 31
+
+
+BAD = {
+    "--data nosuch": ("--data nosuch", "cifar10"),
+    "--data EMPTY": ("EMPTY", "no image"),
+    "--data ONLYTRAIN --eval test": ("ONLYTRAIN/test",),
+    "--bs 241": ("--bs 241", "240"),
+    "--bs 0": ("--bs", "at least 2"),
+    "--epochs 0": ("--epochs", "at least 1"),
+    "--epoch 3": ("--epoch 3",),
+    "--n_ramp 3": ("--n_ramp 3", "--epochs 3"),
+    "--n_ramp nan": ("--n_ramp",),
+    "--temp 0": ("--temp",),
+    "--crop_min 2": ("--crop_min", "from 0.001 to 1"),
+    "--lr fast": ("--lr", "'fast'"),
+    "--opt LARS": ("--opt", "SGD"),
+    "--device cuda:99": ("--device cuda:99", "--device auto"),
+    "--device gpu": ("--device gpu",),
+    "--models_dir FILE": ("FILE",),
+    "--models_dir /proc/nowhere": ("/proc/nowhere",),
+    f"--suffix {'s' * 101}": ("--suffix", "100"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_flags_are_one_line_and_leave_nothing(flags, tree, tmp_path, cli, bad):
+    models_dir, only_train = tmp_path / "models", tmp_path / "ONLYTRAIN"
+    only_train.mkdir()
+    (only_train / "train").symlink_to(tree / "train")
+    (tmp_path / "EMPTY" / "train" / "class").mkdir(parents=True)
+    (tmp_path / "FILE").write_text("")
+    given = [str(tmp_path / word) if word in ("EMPTY", "ONLYTRAIN", "FILE") else word for word in bad.split()]
+    one_error(cli(flags(models_dir, *given)), *BAD[bad])
+    assert not models_dir.exists()
+    assert (tmp_path / "FILE").read_text() == ""
+
+
+def test_a_full_disk_is_one_line_and_spares_the_last_checkpoint(unfinished):
+    argv, folder = unfinished("1.pt")
+    before = (folder / "1.pt").read_bytes()
+    limit = len(before) // 2
+    done = subprocess.run(
+        [sys.executable, "TrainSimCLR.py", *argv, "--resume", "auto"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    done.code, done.err = done.returncode, done.stderr
+    one_error(done, folder / "2.pt", "cannot write")
+    assert [path.name for path in folder.glob("*.pt")] == ["1.pt"]
+    assert not list(folder.glob(".*"))
+    assert (folder / "1.pt").read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------------- variants
+
+
+@pytest.mark.parametrize(
+    "more, label",
+    [
+        ("--num_views 3 --loss lin", "num_views_3 loss_lin"),
+        ("--num_views 3 --loss lout", "num_views_3 loss_lout"),
+        ("--lars --lr 1", ""),
+        ("--lars --opt Adam --lr 1 --trust 0.1", "opt_Adam"),
+        ("--opt Adam --lr 0.001 --no-proj_norm", "opt_Adam"),
+        ("--aug none --gray_p 1", "aug_none"),
+    ],
+)
+def test_variants_train(flags, tmp_path, cli, more, label):
+    short = ("--epochs", "1", "--n_ramp", "0", "--bs", "60")
+    done = cli(flags(tmp_path, *short, *more.split()))
+    assert done.code == 0, done.err
+    folder = only_run(tmp_path)
+    assert all(part in folder.name.split("-") for part in label.split())
+    assert ("proj_norm_True" in folder.name) == ("no-proj_norm" not in more)
+    assert all(math.isfinite(line["loss"]) for line in lines(folder) if "loss" in line)
+    assert all_finite(folder / "1.pt")
+    views = 3 if "num_views" in more else 2
+    with Image.open(folder / "pairs.png") as pairs:
+        assert pairs.size == (8 * 33 + 1, views * 33 + 1)
+
+
+def test_unlabelled_images_train_and_are_not_scored(flags, tree, tmp_path, cli):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (tree / "val").rglob("*.png"):
+        shutil.copy(path, flat / f"{path.parent.name}-{path.name}")
+    done = cli(flags(tmp_path / "models", "--data", str(flat), "--eval_iter", "1"))
+    assert done.code == 0 and "nothing to score" in done.out and done.err == ""
+    folder = only_run(tmp_path / "models")
+    assert len(losses(folder)) == len(lines(folder)) == 3 * (60 // 8)
+    assert (folder / "3.pt").exists() and not (folder / "evaluation.json").exists()
+
+
+def first_losses(argv, steps):
+    """The losses of the first steps of a run with these flags, without a run folder."""
+    args = TrainSimCLR.get_args(argv)
+    TrainSimCLR.resolve(args, 1)
+    split = TrainSimCLR.Flags.splits_for(args, "cpu").train
+    trainer = TrainSimCLR.Trainer(args, split, TrainSimCLR.SamePair(2), torch.device("cpu"))
+    trainer.net.train()
+    return [trainer.update(*batch)[0].item() for batch, _ in zip(trainer.batches(), range(steps))]
+
+
+def test_bf16_keeps_the_loss_to_two_percent(flags, tmp_path):
+    full, half = (first_losses(flags(tmp_path, "--bs", "60", "--precision", kind), 4) for kind in ("fp32", "bf16"))
+    assert half != full
+    assert half == pytest.approx(full, rel=2e-2)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU: no g++")
+def test_compile_keeps_the_loss_to_1e_4(flags, tmp_path, monkeypatch):
+    def short_net(small_stem):  # one stage: the compiler takes 20 seconds for each
+        net = Backbones.ResNet8()
+        net.stages, net.features = net.stages[:1], 32
+        return net
+
+    monkeypatch.setitem(Backbones.BACKBONES, "resnet8", short_net)
+    same = ("--bs", "60", "--precision", "fp32", "--compile")
+    plain, compiled = (first_losses(flags(tmp_path, *same, kind), 2) for kind in ("no", "yes"))
+    assert compiled == pytest.approx(plain, rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- flags
+
+
+def test_help_shows_the_recipe_of_the_data():
+    done = subprocess.run(
+        [sys.executable, "TrainSimCLR.py", "--data", "cifar10", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},  # no line is broken inside what is looked for
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    text = " ".join(done.stdout.split())
+    assert "encoder (default: resnet18)" in text and "--epochs E passes over the data (default: 500)" in text
+    assert Data.DATASETS["cifar10"].recipe["epochs"] == 500
+
+
+def test_the_data_set_chooses_the_defaults():
+    assert TrainSimCLR.get_args([]).backbone == "resnet8"
+    assert TrainSimCLR.get_args(["--data=cifar10"]).backbone == "resnet18"
+    assert TrainSimCLR.get_args(["--data", "cifar10", "--backbone", "resnet50"]).backbone == "resnet50"
