@@ -42,9 +42,9 @@ from Backbones import BACKBONES, ContrastiveNet, build_head
 from Losses import nt_xent
 
 NOTES = {
-    "peak_memory_bytes": "its own process, 3 steps; CUDA: max_memory_allocated; CPU: ru_maxrss, with its libraries "
-    "and the images, without the plain loop's workers",
+    "peak_memory_bytes": "own process, 3 steps; CUDA: max_memory_allocated; CPU: ru_maxrss, without loader workers",
     "ratios": "views per second of ours / of the variant, in the same round; the median over rounds",
+    "fp32": "on CUDA as torch has it by default: convolutions in tf32",
 }
 
 
@@ -55,8 +55,7 @@ def get_args(argv=None):
     add = parser.add_argument
     add("--device", default="auto", help="torch device, as cpu or cuda:1; auto: cuda if there is one")
     add("--backbone", default="resnet8", choices=list(BACKBONES), help="encoder")
-    bs = Flags.number(int, 2, Shapes.SIZES["train"])
-    add("--bs", type=bs, default=256, metavar="N", help="images in a batch; a step sees two views of each")
+    add("--bs", type=Flags.number(int, 2, Shapes.SIZES["train"]), default=256, metavar="N", help="images in a batch")
     add("--size", type=Flags.number(int, 8), default=32, metavar="PX", help="side of the images")
     add("--threads", type=Flags.number(int, 0), default=0, metavar="N", help="of torch in a step; 0: torch's own")
     add("--workers", type=Flags.number(int, 0), default=0, metavar="N", help="of the plain loop; 0: one for each core")
@@ -125,12 +124,7 @@ def our_step(flags, split, device, channels_last=True, **changes):
         trainer.augment = lambda batches, augment=trainer.augment: augment(batches).contiguous()
     trainer.net.train()
     stream = (batch for _ in iter(int, 1) for batch in trainer.batches())  # epoch after epoch
-
-    def begin():
-        torch.backends.cudnn.allow_tf32 = flags.precision != "fp32"  # a global that the other variants set as well
-        return lambda: trainer.update(*next(stream))
-
-    return begin
+    return lambda: lambda: trainer.update(*next(stream))
 
 
 def plain_step(flags, split, device, workers):
@@ -145,13 +139,11 @@ def plain_step(flags, split, device, workers):
 
     def step(stream):
         first, second = next(stream)
-        loss = nt_xent(net(first.to(device)), net(second.to(device)), flags.temp)
         optimizer.zero_grad()
-        loss.backward()
+        nt_xent(net(first.to(device)), net(second.to(device)), flags.temp).backward()
         optimizer.step()
 
     def begin():
-        torch.backends.cudnn.allow_tf32 = True  # torch's default
         stream = iter(loader)
         for _ in range(loader.prefetch_factor * workers):
             next(stream)
@@ -163,10 +155,9 @@ def plain_step(flags, split, device, workers):
 def step_variants(workers, device):
     """Return {variant: build}; build(flags, split, device) returns a begin() as above."""
     variants = {"ours": our_step, "plain loop, PIL, fp32": partial(plain_step, workers=workers)}
-    variants["ours, fp32"] = partial(our_step, precision="fp32")
+    variants["ours, fp32"] = partial(our_step, precision="tf32")  # CPUs ignore tf32; see NOTES
     variants["ours, without channels_last"] = partial(our_step, channels_last=False)
     if device.type == "cuda":
-        variants["ours, tf32"] = partial(our_step, precision="tf32")  # the plain loop's convolutions
         variants["ours, compiled"] = partial(our_step, compile="yes")  # as the script does in long runs
     return variants
 
@@ -212,8 +203,8 @@ def measure_all(args, device):
             memory[name] = pool.submit(peak_memory, args, device, name).result()
     (flags, split), threads = prepare(args, device), args.threads or torch.get_num_threads()
     torch.set_num_threads(1)
-    variants = augmentation_variants(Flags.views_for(flags), split.images[: args.bs], device)
-    rows = measure("augmentation", variants, args.bs, args, device)
+    augmentations = augmentation_variants(Flags.views_for(flags), split.images[: args.bs], device)
+    rows = measure("augmentation", augmentations, args.bs, args, device)
     torch.set_num_threads(threads)
     variants = {name: build(flags, split, device) for name, build in builders.items()}
     steps = measure("step", variants, 2 * args.bs, args, device)
@@ -227,8 +218,7 @@ def main(args):
     """Measure, print a table, write it; return the exit code."""
     device = Utils.pick_device(args.device)
     args.workers = args.workers or len(os.sched_getaffinity(0))
-    load, made = os.getloadavg(), Utils.provenance(device)
-    rows, ratios = measure_all(args, device)
+    load, made, (rows, ratios) = os.getloadavg(), Utils.provenance(device), measure_all(args, device)
     print(f"{'part':14}{'variant':32}{'views/s':>10}{'ours / it':>11}{'peak MiB':>10}")
     for row, ratio in zip(rows, ratios.values()):
         memory = f"{row['peak_memory_bytes'] / 2**20:,.0f}" if row["peak_memory_bytes"] else ""
@@ -236,8 +226,8 @@ def main(args):
     made |= {"command": shlex.join(["python", "-m", "Benchmarks.Speed", *sys.argv[1:]]), "load_average_before": load}
     made |= {"workers": args.workers, "threads": {"augmentation": 1, "step": torch.get_num_threads()}}
     installed = {package.name.lower(): package.version for package in metadata.distributions()}
-    made["versions"] = {name: installed.get(name) for name in ("torch", "torchvision", "kornia", "pillow")}
-    made |= {"flags": Utils.plain(args), "rows": rows, "ratios": ratios, "notes": NOTES}
+    versions = {name: installed.get(name) for name in ("torch", "torchvision", "kornia", "pillow")}
+    made |= {"versions": versions, "flags": Utils.plain(args), "rows": rows, "ratios": ratios, "notes": NOTES}
     if args.out or not args.quick:
         out = Path(args.out or Utils.ROOT / "Results" / f"speed-{device.type}.json")
         out.parent.mkdir(parents=True, exist_ok=True)
