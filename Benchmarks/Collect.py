@@ -102,7 +102,10 @@ def fill(text, results):
     """Return the text with every block <!-- MAKER NAME --> ... <!-- end --> made anew from Results/NAME.json."""
 
     def block(match):
-        content = json.loads((results / f"{match[2]}.json").read_text())
+        file = results / f"{match[2]}.json"
+        if not file.exists():  # not yet measured
+            return match[0]
+        content = json.loads(file.read_text())
         return f"<!-- {match[1]} {match[2]} -->\n\n{MAKERS[match[1]](content)}\n\n<!-- end -->"
 
     return re.sub(rf"<!-- ({'|'.join(MAKERS)}) ([\w-]+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
