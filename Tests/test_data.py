@@ -25,7 +25,7 @@ import Flags
 import Shapes
 from Splits import Split, StreamedSplit
 
-REAL = Path("/work/shared/data")
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 DEFAULTS = {"n_workers": 0, "size": 16}
 
 

@@ -26,7 +26,7 @@ from Splits import Split, StreamedSplit
 from Utils import UserError
 
 ROOT = Path(__file__).parents[1]
-PHOTOS = Path("/work/shared/data/photos-9.tar")
+PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos-9.tar"
 BATCHES = [torch.tensor(batch) for batch in ([5, 0, 3], [1], [4, 2, 2])]
 
 
