@@ -10,9 +10,9 @@ from torch import nn
 
 def start(device):
     """Join the process group if torchrun launched this process; return (rank, world size, device of this process)."""
-    if "WORLD_SIZE" not in os.environ:
-        return 0, 1, torch.device(device)
     device = torch.device(device)
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1, device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

@@ -1,4 +1,4 @@
-"""What every script needs: flags, errors, run folders, checkpoints, seeds, interruption."""
+"""What every script needs: errors, devices, checkpoints, run folders, interruption."""
 
 import contextlib
 import datetime
