@@ -51,7 +51,8 @@ class Row:
     n_classes: int | None  # None: as many as there are class folders
     has_val: bool  # a validation split of its own; else hyper-parameters are chosen by cross-validation on train
     setup: str  # what puts the files in place
-    recipe: dict = field(default_factory=dict)  # defaults of the training flags that suit it
+    recipe: dict = field(default_factory=dict)  # defaults of the encoder's training flags that suit it
+    generator: dict = field(default_factory=dict)  # the same of TrainCamNet.py
     folder: Path | None = None  # where its files lie; None: data_dir / name
     splits: dict = field(default_factory=dict)  # names of split folders that differ: {"test": "val"}
 
@@ -171,18 +172,36 @@ _SHAPES = {  # chosen on the validation split; 30 epochs give more, 20 leave the
     **{"backbone": "resnet8", "bs": 256, "epochs": 20, "lr": 0.6, "n_ramp": 2},
     **{"proj_hidden": 256, "proj_norm": True, "temp": 0.2, "color_s": 1.0, "gray_p": 0.4},
 }
+_TINY = {  # for two CPU cores
+    **{"net": "tiny", "corrupt": "gray+down2", "distance": "pixels", "m": "16,16"},
+    **{"period": 512, "visits": 16, "periods": 4, "bs": 64, "lr": 2e-3, "ema": 0.995},
+}
+_SMALL = {  # for one GPU
+    **{"net": "small", "corrupt": "gray+down2", "distance": "squeeze", "m": "64,32,16"},
+    **{"period": 1024, "visits": 20, "periods": 50, "bs": 32, "lr": 2e-4, "ema": 0.999},
+}
 _TREE = "put images at {train,val,test}/CLASS/IMAGE in it; Data/README.md shows the layout"
 
 DATASETS = {
     row.name: row
     for row in (
-        Row(_load_shapes, "shapes", 32, 10, True, "nothing: it is generated", _SHAPES),
-        Row(_load_cifar(datasets.CIFAR10), "cifar10", 32, 10, False, "downloads itself", _CIFAR),
-        Row(_load_cifar(datasets.CIFAR100), "cifar100", 32, 100, False, "downloads itself", _CIFAR),
-        Row(_load_torchvision(_stl10), "stl10", 96, 10, False, "downloads itself", _LARGE),
-        Row(_load_tiny_imagenet, "tinyImagenet", 64, 200, False, "downloads itself", _CIFAR, splits={"test": "val"}),
-        Row(_load_tree, "miniImagenet", 84, 100, True, "run `python Data/SetupMiniImagenet.py`", _LARGE),
-        Row(_load_tree, "folder", 128, None, False, _TREE, _LARGE),
+        Row(_load_shapes, "shapes", 32, 10, True, "nothing: it is generated", _SHAPES, _TINY),
+        Row(_load_cifar(datasets.CIFAR10), "cifar10", 32, 10, False, "downloads itself", _CIFAR, _SMALL),
+        Row(_load_cifar(datasets.CIFAR100), "cifar100", 32, 100, False, "downloads itself", _CIFAR, _SMALL),
+        Row(_load_torchvision(_stl10), "stl10", 96, 10, False, "downloads itself", _LARGE, _SMALL),
+        Row(
+            _load_tiny_imagenet,
+            "tinyImagenet",
+            64,
+            200,
+            False,
+            "downloads itself",
+            _CIFAR,
+            _SMALL,
+            splits={"test": "val"},
+        ),
+        Row(_load_tree, "miniImagenet", 84, 100, True, "run `python Data/SetupMiniImagenet.py`", _LARGE, _SMALL),
+        Row(_load_tree, "folder", 128, None, False, _TREE, _LARGE, _SMALL),
     )
 }
 no_val_split_datasets = [row.name for row in DATASETS.values() if not row.has_val]
@@ -225,6 +244,13 @@ def get_data_splits(data, eval="val", **options):
     test = row.load(row, eval, options)
     check_same_classes(train, test)
     return Splits(train, test, eval)
+
+
+def get_train_split(data, **options):
+    """Return the train split alone of a data set, as `get_data_splits` does: what a generator learns from."""
+    options = Options(**options)
+    row = get_row(data, options.size)
+    return row.load(row, "train", options)
 
 
 def get_ssl_data_augs(data, color_s=None, *, aug="full", size=None, crop_min=None, gray_p=None, blur_p=None):

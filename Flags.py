@@ -8,6 +8,7 @@ import torch
 import Data
 import Utils
 from Backbones import BACKBONES, build_encoder
+from CamNet.Generator import NETS
 
 
 def number(kind, low=None, high=None):
@@ -47,17 +48,41 @@ def contrastive_parser(doc, data="shapes"):
     _add_data_flags(parser.add_argument_group("data and views").add_argument)
     _add_model_flags(parser.add_argument_group("model and loss").add_argument)
     _add_optimisation_flags(parser.add_argument_group("optimisation").add_argument)
-    _add_run_flags(parser.run.add_argument)
+    _add_run_flags(parser.run.add_argument, "epochs")
+    eval_ = "epochs between scores; 0: at the end only"
+    parser.run.add_argument("--eval_iter", type=number(int, 0), default=10, metavar="E", help=eval_)
+    compile_ = "torch.compile; auto: on CUDA, in runs of 2,000 steps or more"
+    parser.run.add_argument("--compile", choices=["auto", "yes", "no"], default="auto", help=compile_)
     parser.set_defaults(**Data.get_row(data).recipe)
     return parser
 
 
-def _add_data_flags(add):
+def camnet_parser(doc, data="shapes"):
+    """Return the parser of TrainCamNet.py; the defaults are the generator's recipe in the row of `data`."""
+    parser = parser_for(doc)
+    add = parser.add_argument_group("data").add_argument
+    _add_data_place(add)
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the images, drawn anew")
+    _add_generator_flags(parser.add_argument_group("generator").add_argument)
+    _add_imle_flags(parser.add_argument_group("search and distance").add_argument)
+    _add_generator_optimisation(parser.add_argument_group("optimisation").add_argument)
+    _add_run_flags(parser.run.add_argument, "periods")
+    sample = "periods between pictures; 0: at the end only"
+    parser.run.add_argument("--sample_iter", type=number(int, 0), default=5, metavar="P", help=sample)
+    parser.set_defaults(**Data.get_row(data).generator)
+    return parser
+
+
+def _add_data_place(add):
     names = ", ".join(name for name in Data.DATASETS if name != "folder")
     add("--data", default="shapes", help=f"{names}, or the path of a folder of images")
+    add("--size", type=number(int, 8), metavar="PX", help="side to resize an image folder to; None: the row's")
+
+
+def _add_data_flags(add):
+    _add_data_place(add)
     scored = "what is scored: a validation split (cv where there is none), 3-fold on train, or test, for reports only"
     add("--eval", choices=["val", "cv", "test"], default="val", help=scored)
-    add("--size", type=number(int, 8), metavar="PX", help="side to resize an image folder to; None: the row's")
     add("--num_views", type=number(int, 2), default=2, metavar="M", help="views of each image in a step")
     views = "full: crop, flip, colour; crop: crop and flip; none: the images as they are"
     add("--aug", choices=["full", "crop", "none"], default="full", help=views)
@@ -92,23 +117,68 @@ def _add_optimisation_flags(add):
     add("--seed", type=number(int, 0), default=0, help="of initial weights, order and views")
 
 
-def _add_run_flags(add):
+def _add_generator_flags(add):
+    add("--net", choices=list(NETS), help="size of the generator: tiny for CPUs, small for a GPU, paper as published")
+    corrupt = "what the generator undoes: gray, down<k> (1/k of the side), mask<f> (share hidden), joined by +"
+    add("--corrupt", metavar="SPEC", help=corrupt)
+    project = "make the corruption of every sample exactly c(x)"
+    add("--project", action=argparse.BooleanOptionalAction, default=True, help=project)
+    mapping = "styles see those of coarser levels (cumulative, CHIMLE) or not; None: the net's"
+    add("--mapping", choices=["cumulative", "per_level"], help=mapping)
+    level_input = "finer levels see c(x) and the output before, or, as published, that output alone; None: the net's"
+    add("--level_input", choices=["both", "output"], help=level_input)
+    init = "first weights of the style path: alive (he), or as published (ref), where styles change nothing at first"
+    add("--init", choices=["he", "ref"], default="he", help=init)
+
+
+def counts(text):
+    """Check --m: integers of at least 1, joined by commas."""
+    return ",".join(str(number(int, 1)(part)) for part in text.split(","))
+
+
+def _add_imle_flags(add):
+    add("--m", type=counts, metavar="M,..", help="codes searched on each level, coarse to fine; the last is repeated")
+    add("--period", type=number(int, 1), metavar="N", help="images whose codes are searched at a time, then kept")
+    add("--keep_previous", action="store_true", help="an image's last code is one more candidate")
+    reject = "pass over candidates nearer than D to the target (RS-IMLE), since later codes are not searched"
+    chunk = "candidates in one forward of the search: bounds the memory, changes nothing else"
+    add("--chunk", type=number(int, 1), default=1024, metavar="N", help=chunk)
+    add("--reject", type=number(float, 0), default=0.0, metavar="D", help=reject)
+    add("--distance", choices=["pixels", "squeeze", "alex", "vgg"], help="pixels, or LPIPS with this backbone")
+    add("--alpha", type=number(float, 0), default=0.1, help="weight of the pixels' squared error beside LPIPS")
+    side = "LPIPS looks at images enlarged to this side; 0: as they are"
+    add("--lpips_side", type=number(int, 0), default=64, metavar="PX", help=side)
+    add("--lpips_weights", metavar="FILE", help="weights of the LPIPS backbone; None: torchvision's, downloaded once")
+
+
+def _add_generator_optimisation(add):
+    add("--periods", type=number(int, 1), metavar="P", help="times that codes are searched")
+    add("--visits", type=number(int, 1), metavar="V", help="steps that each image of a period takes part in")
+    add("--bs", type=number(int, 1), metavar="N", help="images in a step")
+    add("--lr", type=number(float, 0), help="peak learning rate of Adam; a cosine to 0")
+    add("--map_lr", type=number(float, 0), default=0.1, metavar="C", help="the mapping network learns at C times --lr")
+    add("--n_ramp", type=number(int, 0), default=100, metavar="N", help="steps of linear warm-up")
+    add("--ema", type=number(float, 0, 0.99999), metavar="D", help="decay of the averaged weights, which are sampled")
+    add("--seed", type=number(int, 0), default=0, help="of initial weights, order and codes")
+    single = "also train the net on one code (m = 1), to compare with: it takes as long as the training itself"
+    add("--single_code", action=argparse.BooleanOptionalAction, default=True, help=single)
+
+
+def _add_run_flags(add, unit):
     add("--models_dir", default=str(Utils.ROOT / "Models"), metavar="DIR", help="folder of the run folders")
     add("--suffix", default="", help="added to the run folder's name")
     resume = "go on from a checkpoint, with its flags; auto: from the newest of this run, if there is one"
     add("--resume", metavar="FILE|auto", help=resume)
     add("--log_iter", type=number(int, 1), default=20, metavar="N", help="steps between logged lines")
-    add("--eval_iter", type=number(int, 0), default=10, metavar="E", help="epochs between scores; 0: at the end only")
-    add("--save_iter", type=number(int, 0), default=10, metavar="E", help="epochs between checkpoints; 0: at the end")
+    save = f"{unit} between checkpoints; 0: at the end"
+    add("--save_iter", type=number(int, 0), default=10, metavar=unit[0].upper(), help=save)
     precision = "of the network; auto: bf16 where the hardware has it, else tf32, which CPUs ignore"
     add("--precision", choices=["auto", "bf16", "tf32", "fp32"], default="auto", help=precision)
-    compile_ = "torch.compile; auto: on CUDA, in runs of 2,000 steps or more"
-    add("--compile", choices=["auto", "yes", "no"], default="auto", help=compile_)
 
 
 RUN_FLAGS = {  # they leave what is learnt as it is; the others name the run folder and must agree when it is resumed
     *("device", "n_workers", "data_dir", "storage", "skip_bad", "eval", "models_dir", "suffix", "resume"),
-    *("log_iter", "eval_iter", "save_iter", "precision", "compile", "small_stem"),
+    *("log_iter", "eval_iter", "save_iter", "sample_iter", "chunk", "precision", "compile", "small_stem"),
 }
 
 
@@ -149,12 +219,36 @@ def parse(argv, build_parser):
 # ---------------------------------------------------------------------------------------------------- what they build
 
 
+def find_run(args, row, script):
+    """Return (run folder, checkpoint to go on from or None). Raises UserError if the folder holds another run."""
+    if args.resume not in (None, "auto"):
+        return Path(args.resume).resolve().parent, Path(args.resume)
+    folder = Path(args.models_dir) / Utils.run_name(script, row.name, hyper_parameters(args), args.suffix)
+    if not args.resume:
+        Utils.check_unused(folder)
+        return folder, None
+    checkpoint = Utils.newest_checkpoint(folder)
+    data = Utils.load_(checkpoint)["args"]["data"] if checkpoint else args.data
+    if Path(data).resolve() != Path(args.data).resolve():  # the folder's name holds but the last part of a path
+        raise Utils.UserError(f"--data {args.data}: {folder} is a run on {data}: begin another with --suffix NAME")
+    return folder, checkpoint
+
+
 def splits_for(args, device):
     """Return the `Data.Splits` of a run's flags, on `device`."""
-    files = {key: getattr(args, key) for key in ("size", "storage", "n_workers", "skip_bad")}
-    splits = Data.get_data_splits(args.data, args.eval, data_dir=Path(args.data_dir), device=str(device), **files)
+    splits = Data.get_data_splits(args.data, args.eval, **_file_options(args, device))
     train = splits.train.to(device)
     return splits._replace(train=train, test=train if splits.eval == "cv" else splits.test.to(device))
+
+
+def train_split_for(args, device):
+    """Return the train split of a run's flags, on `device`: all that a generator may see."""
+    return Data.get_train_split(args.data, **_file_options(args, device)).to(device)
+
+
+def _file_options(args, device):
+    files = {key: getattr(args, key) for key in ("size", "storage", "n_workers", "skip_bad")}
+    return {"data_dir": Path(args.data_dir), "device": str(device), **files}
 
 
 def views_for(args, aug=None):

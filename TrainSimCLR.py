@@ -65,8 +65,7 @@ class Trainer:
         self.steps_per_epoch = len(train_split) // args.bs
         self.steps = args.epochs * self.steps_per_epoch
         self.step = 0
-        self.bf16 = args.precision == "bf16" or (args.precision == "auto" and has_bf16(device))
-        torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+        self.bf16 = Utils.set_precision(args.precision, device)
         if args.compile == "yes" or (args.compile == "auto" and device.type == "cuda" and self.steps >= 2000):
             self.forward = torch.compile(self.forward)
 
@@ -134,13 +133,6 @@ class Trainer:
         self.optimizer.step()
         self.step += 1
         return loss.detach(), z.detach(), x
-
-
-def has_bf16(device):
-    """Return whether the hardware computes in bf16."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def train_epoch(trainer, run, interruption):
@@ -240,21 +232,6 @@ def resolve(args, world):
     return row
 
 
-def find_run(args, row, script):
-    """Return (run folder, checkpoint to go on from or None). Raises UserError if the folder holds another run."""
-    if args.resume not in (None, "auto"):
-        return Path(args.resume).resolve().parent, Path(args.resume)
-    folder = Path(args.models_dir) / Utils.run_name(script, row.name, Flags.hyper_parameters(args), args.suffix)
-    if not args.resume:
-        Utils.check_unused(folder)
-        return folder, None
-    checkpoint = Utils.newest_checkpoint(folder)
-    data = Utils.load_(checkpoint)["args"]["data"] if checkpoint else args.data
-    if Path(data).resolve() != Path(args.data).resolve():  # the folder's name holds but the last part of a path
-        raise Utils.UserError(f"--data {args.data}: {folder} is a run on {data}: begin another with --suffix NAME")
-    return folder, checkpoint
-
-
 def describe(args, row, trainer, folder):
     """Print what is about to happen, in the values that count."""
     net, precision = trainer.net, "bf16" if trainer.bf16 else args.precision.replace("auto", "fp32")
@@ -271,7 +248,7 @@ def main(args, make_positives=None, script=Path(__file__).stem):
     """Train, save, score; return the exit code. make_positives: (args, splits, device) -> a source like `SamePair`."""
     rank, world, device = Distributed.start(Utils.pick_device(args.device))
     row = resolve(args, world)
-    folder, checkpoint = find_run(args, row, script)
+    folder, checkpoint = Flags.find_run(args, row, script)
     splits = Flags.splits_for(args, device)
     if len(splits.train) < args.bs:
         raise Utils.UserError(f"--bs {args.bs}: more than the {len(splits.train)} images of {row.name}: lower it")

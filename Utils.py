@@ -59,6 +59,16 @@ def pick_device(name):
     return device
 
 
+def set_precision(name, device):
+    """Return whether --precision `name` means bf16 on the device, and set whether cuDNN takes tf32."""
+    torch.backends.cudnn.allow_tf32 = name != "fp32"
+    if name != "auto":
+        return name == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
 def quiet():
     """Return whether progress bars are out of place: standard error is no terminal."""
     return not sys.stderr.isatty()
@@ -235,10 +245,10 @@ class Run:
         for name, value in numbers.items():
             self.board.add_scalar(self.TAGS.get(name, f"Train/{name}"), value, step)
 
-    def picture(self, name, image):
+    def picture(self, name, image, step=0):
         """Write NAME.png and the same to TensorBoard. image: float (3, H, W) in [0, 1]."""
         save_image(image, self.folder / f"{name}.png")
-        self.board.add_image(name, image, 0)
+        self.board.add_image(name, image, step)
 
     def close(self):
         """Write out what TensorBoard has not."""
