@@ -39,7 +39,7 @@ class Architecture:
 
 
 NETS = {
-    "tiny": Architecture((32, 24), (16, 12), blocks=1, levels=2, z_dim=64, w_dim=128, map_depth=4),
+    "tiny": Architecture((32, 16), (16, 8), blocks=1, levels=2, z_dim=64, w_dim=128, map_depth=4),
     "small": Architecture((96, 64, 48), (64, 48, 32), blocks=4, levels=3, z_dim=128, w_dim=256, map_depth=4),
     "paper": Architecture(
         *((128, 64, 64, 64), (256, 192, 128, 64)),
