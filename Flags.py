@@ -178,7 +178,8 @@ def _add_run_flags(add, unit):
 
 RUN_FLAGS = {  # they leave what is learnt as it is; the others name the run folder and must agree when it is resumed
     *("device", "n_workers", "data_dir", "storage", "skip_bad", "eval", "models_dir", "suffix", "resume"),
-    *("log_iter", "eval_iter", "save_iter", "sample_iter", "chunk", "precision", "compile", "small_stem"),
+    *("log_iter", "eval_iter", "save_iter", "sample_iter", "precision", "compile", "small_stem"),
+    *("chunk", "lpips_weights"),
 }
 
 
