@@ -12,12 +12,13 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 import Shapes
 from Augmentations import Augmentation
-from ImageFiles import check_same_classes, first_rank_first, load_folder
+from ImageFiles import check_same_classes, first_rank_first, holds_images, load_folder
 from Splits import Split, StreamedSplit
 from Utils import UserError
 
 DATA_DIR = Path(__file__).resolve().parent / "Data"
 SPLITS = ("train", "val", "test")
+INSIDE_OUT = {"train": "train", "val": "validation", "test": "test"}  # as Data/InvertDirStructure.py names them
 TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")  # url, md5
 
 
@@ -67,17 +68,34 @@ def _load_shapes(row, split, options):
     return Split(images, labels, Shapes.CLASSES, f"shapes/{split}")
 
 
+def _has_splits(root):
+    return any((root / each).is_dir() for each in SPLITS)
+
+
+def _is_inside_out(root):
+    """Return whether a folder holds CLASS/SPLIT/IMAGE, what Data/InvertDirStructure.py writes, and no SPLIT/CLASS."""
+    return not _has_splits(root) and any(holds_images(root, f"CLASS/{each}/IMAGE") for each in INSIDE_OUT.values())
+
+
 def _load_tree(row, split, options):
-    """An ImageFolder tree: FOLDER/SPLIT/CLASS/IMAGE, or FOLDER alone, as train, where no split is."""
-    root = row.folder or options.data_dir / row.name
+    """An ImageFolder tree: SPLIT/CLASS/IMAGE in its folder; that of a path may be CLASS/SPLIT/IMAGE, or train alone."""
+    root, inner = row.folder or options.data_dir / row.name, ""
     folder = root / row.splits.get(split, split)
-    if split == "train" and row.folder and not any((root / each).is_dir() for each in SPLITS):
+    if row.folder and _is_inside_out(root):
+        folder, inner = root, INSIDE_OUT[split]
+    elif split == "train" and row.folder and not _has_splits(root):
         folder = root
+        if not holds_images(root, "CLASS/IMAGE") and not holds_images(root, "IMAGE"):
+            raise UserError(
+                f"--data {row.name}: no readable image in {root} as {{train,val,test}}/CLASS/IMAGE, as "
+                "CLASS/{train,validation,test}/IMAGE or as CLASS/IMAGE: put them so; Data/README.md shows the layouts"
+            )
     if not folder.is_dir():
         raise UserError(f"--data {row.name}: no folder {folder}: {row.setup}")
     return load_folder(
         folder,
         options.size or row.size,
+        split=inner,
         storage=options.storage,
         n_workers=options.n_workers,
         skip_bad=options.skip_bad,
@@ -174,7 +192,7 @@ _SHAPES = {  # chosen on the validation split; 30 epochs give more, 20 leave the
 }
 _TINY = {  # for two CPU cores
     **{"net": "tiny", "corrupt": "gray+down2", "distance": "pixels", "m": "16,16"},
-    **{"period": 512, "visits": 16, "periods": 4, "bs": 64, "lr": 2e-3, "ema": 0.995},
+    **{"period": 512, "visits": 16, "periods": 3, "bs": 64, "lr": 2e-3, "ema": 0.995},
 }
 _SMALL = {  # for one GPU
     **{"net": "small", "corrupt": "gray+down2", "distance": "squeeze", "m": "64,32,16"},
@@ -218,10 +236,10 @@ def get_row(data, size=None):
         raise UserError(
             f"--data {data}: neither a data set nor a folder: choose from {names}, or the path of a folder of images"
         )
-    row = DATASETS["folder"]
-    return replace(
-        row, name=path.resolve().name, folder=path.resolve(), has_val=(path / "val").is_dir(), size=size or row.size
-    )
+    row, path = DATASETS["folder"], path.resolve()
+    val = path.glob("[!.]*/validation") if _is_inside_out(path) else [path / "val"]
+    has_val = any(each.is_dir() for each in val)
+    return replace(row, name=path.name, folder=path, has_val=has_val, size=size or row.size)
 
 
 def get_data_splits(data, eval="val", **options):

@@ -46,9 +46,16 @@ def _images_under(folder, above=()):
             yield entry.path
 
 
-def list_folder(folder):
+def holds_images(folder, pattern):
+    """Return whether an image file matches the pattern, "CLASS/IMAGE" for example: CLASS and IMAGE are any names."""
+    pattern = "/".join("[!.]*" if part.isupper() else part for part in pattern.split("/"))
+    return any(path.name.lower().endswith(IMG_EXTENSIONS) and not path.is_dir() for path in Path(folder).glob(pattern))
+
+
+def list_folder(folder, split=""):
     """Return the Listing of a folder of CLASS/**/IMAGE, classes in order of name, or of images only (unlabelled).
 
+    split: the name of a folder in every class folder, whose images alone are listed: CLASS/SPLIT/**/IMAGE.
     UserError: no such folder, no image in it, a class without image, images beside class folders, not readable.
     """
     folder = Path(folder)
@@ -56,11 +63,13 @@ def list_folder(folder):
         raise UserError(f"{shown(folder)}: no such folder: give the folder that holds the class folders")
     try:
         classes = sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
-        paths = list(_images_under(folder))
+        roots = [folder / name / split for name in classes] if split else [folder]
+        paths = [path for root in roots if root.is_dir() for path in _images_under(root)]
     except OSError as error:
         raise UserError(f"{shown(error.filename)}: {error.strerror}: make the folder readable") from error
     if not paths:
-        raise UserError(f"{shown(folder)}: no image in it: fill it with files of {', '.join(IMG_EXTENSIONS)}")
+        place = f"its CLASS/{split}" if split else "it"
+        raise UserError(f"{shown(folder)}: no image in {place}: fill it with files of {', '.join(IMG_EXTENSIONS)}")
     if not classes:
         return Listing(paths, torch.full((len(paths),), -1), classes)
     start = len(str(folder).rstrip(os.sep)) + 1
@@ -70,7 +79,8 @@ def list_folder(folder):
         found = f"images ({some(loose)}) beside folders ({some(classes)})"
         raise UserError(f"{shown(folder)}: {found}: move the images into class folders, or the folders away")
     if empty := sorted({*classes} - {*tops}):
-        raise UserError(f"{shown(folder)}: class folders without an image: {some(empty)}: remove or fill them")
+        found = f"class folders without an image{split and f' in {split}'}: {some(empty)}"
+        raise UserError(f"{shown(folder)}: {found}: remove or fill them")
     return Listing(paths, torch.tensor([numbers[name] for name in tops]), classes)
 
 
@@ -138,17 +148,28 @@ def first_rank_first(work):
 
 
 def load_folder(
-    folder, size, *, classes=None, storage="auto", n_workers=2, skip_bad=False, cache_dir=None, device="cpu", name=""
+    folder,
+    size,
+    *,
+    split="",
+    classes=None,
+    storage="auto",
+    n_workers=2,
+    skip_bad=False,
+    cache_dir=None,
+    device="cpu",
+    name="",
 ):
     """Return the images of a folder (see list_folder) as size x size: a Split on the device, or a StreamedSplit.
 
-    classes: names that the folder must have, for example those of the training images. storage: "memory" (through a
-    cache in cache_dir), "stream", or "auto": memory where they take at most half of what is free. UserError: see
-    list_folder; bad files without skip_bad; other classes; no room for the cache or on the device.
+    split: see list_folder. classes: names that the folder must have, for example those of the training images.
+    storage: "memory" (through a cache in cache_dir), "stream", or "auto": memory where they take at most half of what
+    is free. UserError: see list_folder; bad files without skip_bad; other classes; no room for the cache or on the
+    device.
     """
     if storage not in ("auto", "memory", "stream"):
         raise UserError(f"--storage {storage}: not known: choose auto, memory or stream")
-    listing, name = list_folder(folder), name or shown(folder)
+    listing, name = list_folder(folder, split), name or shown(folder)
     if classes is not None:
         _compare(list(classes), listing.classes, "the training images", name)
     cache = Cache(Path(folder), listing.paths, size, Path(cache_dir or CACHE), n_workers, name)

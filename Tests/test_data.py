@@ -25,6 +25,7 @@ import Flags
 import Shapes
 from Splits import Split, StreamedSplit
 
+ROOT = Path(__file__).resolve().parents[1]
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 DEFAULTS = {"n_workers": 0, "size": 16}
 
@@ -167,6 +168,79 @@ def test_class_folders_alone(tmp_path):
     assert len(found.train) == 20 and found.eval == "cv" and found.train.size == 16
     save_shapes(tmp_path / "other/test", 1)  # no class folders: a tree that lacks its train
     one_line(lambda: splits(tmp_path / "other", "cv", data_dir=tmp_path), "no folder", "train", "put images")
+
+
+def invert(folder, dest):
+    """Turn a tree inside out with Data/InvertDirStructure.py; return the folder that it writes."""
+    command = [sys.executable, ROOT / "Data/InvertDirStructure.py", "--folder", folder, "--dest", dest]
+    subprocess.run(command, check=True, capture_output=True)
+    return dest / folder.name
+
+
+@pytest.fixture
+def both(tmp_path):
+    """The same images of every split as a plain tree and inside out."""
+    for seed, split in enumerate(Data.SPLITS):
+        save_shapes(tmp_path / "images" / split, 2 + seed, seed=seed)
+    return tmp_path / "images", invert(tmp_path / "images", tmp_path / "camnet_data")
+
+
+@pytest.mark.parametrize("storage", ["memory", "stream"])
+def test_a_tree_inside_out(both, tmp_path, storage):
+    assert sorted(path.name for path in (both[1] / "star").iterdir()) == ["test", "train", "validation"]
+    for eval in ("val", "test", "cv", "val"):  # the second time from the cache, in which every split has its own place
+        plain, found = (splits(folder, eval, storage=storage, data_dir=tmp_path) for folder in both)
+        assert found.eval == plain.eval == eval
+        for ours, theirs in ((found.train, plain.train), (found.test, plain.test)):
+            assert torch.equal(ours.labels, theirs.labels) and ours.classes == theirs.classes and len(ours)
+            everything = [torch.arange(len(theirs))]
+            assert torch.equal(*(next(split.batches(everything))[1] for split in (ours, theirs)))
+    assert len([*tmp_path.glob(".cache/*.npy")]) == (6 if storage == "memory" else 0)
+
+
+def test_inside_out_without_val_or_test(tmp_path, capsys):
+    folder = invert(save_shapes(tmp_path / "images/train", 2).parent, tmp_path / "camnet_data")
+    assert len(splits(folder, data_dir=tmp_path).train) == 20 and not Data.get_row(str(folder)).has_val
+    assert "no validation split" in "".join(capsys.readouterr())
+    one_line(lambda: splits(folder, "test", data_dir=tmp_path), str(folder), "no image in its CLASS/test", "fill")
+
+
+def test_classes_that_are_not_in_every_split(both, tmp_path):
+    for path in (both[1] / "star/validation").iterdir():
+        path.unlink()
+    one_line(lambda: splits(both[1], data_dir=tmp_path), "without an image in validation: star", "fill")
+    (both[1] / "star/validation").rmdir()
+    one_line(lambda: splits(both[1], data_dir=tmp_path), "without an image in validation: star", "fill")
+    (both[1] / "star/train").rename(both[1] / "star/trian")
+    one_line(lambda: splits(both[1], "cv", data_dir=tmp_path), "without an image in train: star", "fill")
+
+
+def test_a_train_folder_means_the_plain_layout(both, tmp_path):
+    save_shapes(both[1] / "train", 1)
+    row = Data.get_row(str(both[1]))
+    assert not row.has_val and len(splits(both[1], data_dir=tmp_path).train) == 10
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        *("x/y/z/image.png", "x/y/image.png", "images/train/star/0.png", "training/star/0.png"),
+        *(".x/train/0.png", "x/.train/0.png", "x/train/notes.txt", "x/.0.png", ""),
+    ],
+)
+def test_neither_layout(tmp_path, image):
+    if image:
+        save(tmp_path / "images" / image, np.zeros((8, 8, 3), np.uint8), format="png")
+    (tmp_path / "images/x/validation").mkdir(parents=True, exist_ok=True)
+    for eval in ("val", "cv", "test"):
+        message = one_line(lambda eval=eval: splits(tmp_path / "images", eval, data_dir=tmp_path), str(tmp_path))
+        for layout in ("{train,val,test}/CLASS/IMAGE", "CLASS/{train,validation,test}/IMAGE", "put", "Data/README.md"):
+            assert layout in message
+
+
+def test_unlabelled_images_alone(tmp_path):
+    save(tmp_path / "images/0.PNG", np.zeros((8, 8, 3), np.uint8))
+    assert splits(tmp_path / "images", "cv", data_dir=tmp_path).train.labels.tolist() == [-1]
 
 
 def test_other_classes_in_the_scored_split(tmp_path):

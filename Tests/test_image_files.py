@@ -21,7 +21,7 @@ import Decode
 import ImageCache
 import ImageFiles
 from Decode import decode
-from ImageFiles import check_same_classes, list_folder, load_folder
+from ImageFiles import check_same_classes, holds_images, list_folder, load_folder
 from Splits import Split, StreamedSplit
 from Utils import UserError
 
@@ -284,6 +284,27 @@ def test_unlabelled_and_one_class(folder, tmp_path):
     assert one.labels.tolist() == [0] and one.classes == ["er"]
     split = load_folder(folder / "a b/deep/er", 8, n_workers=0, cache_dir=tmp_path / "cache")
     assert split.labels.tolist() == [-1] and split.classes == []
+
+
+def test_a_folder_of_every_class(folder, tmp_path):
+    listing = list_folder(folder / "..", "é")
+    assert listing.paths == [str(folder / "../images/é" / name) for name in ("0.png", "x y ü.png", "z/9.png")]
+    assert listing.labels.tolist() == [0, 0, 0] and listing.classes == ["images"]
+    one_line(lambda: list_folder(folder, "deep"), "class folders without an image in deep: é", "remove or fill")
+    one_line(lambda: list_folder(folder, "none"), str(folder), "no image in its CLASS/none", "fill")
+    cache = {"size": 8, "storage": "memory", "n_workers": 0, "cache_dir": tmp_path / ".cache"}  # hidden: no class
+    for split, n in (("a b", 3), ("é", 3), ("a b", 3)):
+        images = torch.stack([decode(path, 8) for path in list_folder(tmp_path, split).paths])
+        assert len(images) == n and torch.equal(load_folder(tmp_path, split=split, **cache).images, images)
+    assert len([*(tmp_path / ".cache").glob("*.npy")]) == 2
+
+
+def test_where_images_lie(folder):
+    found = ("CLASS/IMAGE", "CLASS/z/IMAGE", "CLASS/deep/er/IMAGE", "CLASS/FOLDER/FOLDER/IMAGE")
+    assert all(holds_images(folder, pattern) for pattern in found)
+    (folder / "é/folder.png").mkdir()
+    others = ("IMAGE", "CLASS/deep/IMAGE", "CLASS/folder.png/IMAGE", "CLASS/none/IMAGE")
+    assert not any(holds_images(folder, pattern) for pattern in others)
 
 
 def test_folder_errors(folder, tmp_path):
