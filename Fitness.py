@@ -72,7 +72,7 @@ def measure(trainer, single):
         numbers = held.quality(held.samples(single, KS[-1]), KS)
         result["single_code"] = numbers.pop("best_of_1")
         result |= {f"single_code_{name}": value for name, value in numbers.items()}
-    steps = {"search": trainer.period * trainer.visited, "train": trainer.step * args.bs}
+    steps = {"search": trainer.period * trainer.visited, "train": trainer.step * min(args.bs, trainer.visited)}
     result |= {f"seconds_{name}_per_1000": 1000 * trainer.seconds[name] / steps[name] for name in steps}
     result |= {"peak_memory_bytes": peak_memory(trainer.device), "n_images": len(held.images)}
     return result | {"distance": args.distance, "corrupt": trainer.net.corruption.spec, "fit": not unfit(result)}
@@ -88,10 +88,12 @@ def peak_memory(device):
 def unfit(result):
     """Return why the samples of this generator are no good as positives, or None."""
     best, bicubic, diversity = (result[name] for name in ("best_of_16", "bicubic", "diversity_pixels"))
-    if best >= bicubic:
+    if not best < bicubic:  # written so that nan fails, here and below
         return f"the best of 16 samples ({best:.4f}) is no nearer to the image than bicubic upsampling ({bicubic:.4f})"
+    if not diversity > 0:
+        return "its samples do not differ from code to code"
     single = result.get("single_code_diversity_pixels", 0.0)
-    if diversity <= single:
+    if not diversity > single:
         return f"its samples differ by {diversity:.4f}, no more than after training on one code ({single:.4f})"
     return None
 

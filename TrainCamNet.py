@@ -12,7 +12,9 @@ best codes of some images, then train on them.
 import contextlib
 import copy
 import json
+import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ from CamNet.Distances import build_distance, check_side
 from Optimizers import learning_rate
 
 FEW = 32  # held-out images that are looked at after every period
+SINGLE = "single_code"  # the folder, in a run's, of the net that learns from one code
 FLIP, CODE = range(2)  # what random numbers are for: a part of their keys
 
 
@@ -89,7 +92,17 @@ class Trainer:
     def load(self, file):
         """Go on from what `save` wrote."""
         state = Utils.load_(file, generator=self.ema, net=self.net, optimizer=self.optimizer)
+        before, now = len(state["chosen"]), len(self.chosen)
+        if before != now:  # other images would be held out than were
+            raise Utils.UserError(
+                f"{file}: --data {self.args.data} had {before} images and has {now}: make it what it was, or begin "
+                "another run with --suffix NAME"
+            )
         self.step, self.chosen, self.seconds = state["step"], state["chosen"], state["seconds"]
+
+    def is_finite(self):
+        """Return whether all weights are finite, and with them their averages; waits for the device."""
+        return bool(torch.stack([weights.isfinite().all() for weights in self.ema.parameters()]).all())
 
     def rows_of(self, period):
         """Return the images of a period, int64 (n,): the rows one after the other, in a new order each time round."""
@@ -105,6 +118,8 @@ class Trainer:
     def images(self, rows):
         """Return (rows, their images uint8 (n, 3, S, S) on the device); --skip_bad can leave some out."""
         found = list(self.split.batches(rows.split(512), self.device))
+        if not found:
+            raise Utils.UserError(f"--data {self.args.data}: too many bad images to train on: repair or remove them")
         return torch.cat([rows for rows, _ in found]), torch.cat([images for _, images in found])
 
     def prepare(self, interruption, title, quiet):
@@ -190,7 +205,7 @@ def train(trainer, run, interruption, title):
             return True
         if period.distances:
             log = {f"search_level{level + 1}": value for level, value in enumerate(period.distances)}
-            run.log(trainer.step, number, **log)
+            run.log(trainer.step + 1, number, **log)  # the step that it is for: a resumed run makes and logs both anew
         searched, first = time.perf_counter(), trainer.step
         parts = list(trainer.parts(len(period.condition)))
         for part in tqdm(parts, f"{bar}: train", leave=False, disable=run.quiet):
@@ -201,7 +216,8 @@ def train(trainer, run, interruption, title):
                 run.log(trainer.step, number, loss=check_loss(trainer, run, loss), lr=lr)
             if interruption.signal is not None:
                 break
-        mean = check_loss(trainer, run, total / (trainer.step - first))
+        mean = total / (trainer.step - first) if trainer.is_finite() else float("nan")
+        mean = check_loss(trainer, run, mean)  # before anything is saved
         trainer.seconds["train"] += time.perf_counter() - searched
         if interruption.signal is not None and trainer.step % trainer.steps_per_period:
             return True
@@ -214,8 +230,8 @@ def check_loss(trainer, run, loss):
     loss, args = float(loss), trainer.args
     if not abs(loss) < float("inf"):
         raise Utils.UserError(
-            f"the loss is not finite in period {-(-trainer.step // trainer.steps_per_period)}: likely causes: --lr "
-            f"{args.lr:g} too high, --n_ramp {args.n_ramp} too short; last good checkpoint: "
+            f"loss or weights are not finite in period {-(-trainer.step // trainer.steps_per_period)}: likely causes: "
+            f"--lr {args.lr:g} too high, --n_ramp {args.n_ramp} too short; last good checkpoint: "
             f"{Utils.newest_checkpoint(run.folder) or 'none'}"
         )
     return loss
@@ -252,18 +268,44 @@ def resolve(args, device):
 
 
 def finish_run(trainer, single, folder):
-    """Measure, write generator.json, print it, and warn of a generator that is not fit for positives."""
-    file = folder / "generator.json"
-    if file.exists():
-        print(f"this run is complete: measures from {file}")
-        result = json.loads(file.read_text())
-    else:
-        result = Fitness.measure(trainer, single)
-        text = json.dumps(result, indent=1) + "\n"
-        Utils.write_atomically(file, lambda scratch: scratch.write_text(text))
+    """Measure and write generator.json."""
+    text = json.dumps(Fitness.measure(trainer, single), indent=1) + "\n"
+    Utils.write_atomically(folder / "generator.json", lambda scratch: scratch.write_text(text))
+
+
+def is_complete(args, folder, checkpoint):
+    """Return whether nothing is left to do for a run. Raises UserError if its checkpoint is not one to go on from."""
+    if folder.name == SINGLE:
+        raise Utils.UserError(
+            f"--resume {args.resume}: the net that learns from one code goes on with its run: give a checkpoint of "
+            f"{folder.parent}"
+        )
+    return checkpoint is not None and checkpoint.stem == str(args.periods) and (folder / "generator.json").exists()
+
+
+def show_result(folder):
+    """Print generator.json and where all is, and warn of a generator that is not fit for positives."""
+    result = json.loads((folder / "generator.json").read_text())
     print(Fitness.table(result))
     if reason := Fitness.unfit(result):
         print(f"warning: this generator is not fit for positives: {reason}")
+    print(f"checkpoints, pictures, logs: {folder}\nTensorBoard: tensorboard --logdir {folder.parent}")
+
+
+@contextlib.contextmanager
+def warnings_in_one_line():
+    """Print what this file is warned of, as of memory that runs out in the search, without file, line and source."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message, category, filename, *rest):
+            if Path(filename) == Path(__file__):
+                tqdm.write(f"warning: {message}", file=sys.stderr)
+            else:
+                usual(message, category, filename, *rest)
+
+        warnings.showwarning = show
+        yield
 
 
 def describe(args, trainer, folder):
@@ -289,15 +331,19 @@ def main(args):
     """Train, train again on one code, measure; return the exit code."""
     device = Utils.pick_device(args.device)
     folder, checkpoint = Flags.find_run(args, Data.get_row(args.data, args.size), Path(__file__).stem)
+    if is_complete(args, folder, checkpoint):
+        print(f"this run is complete: measures from {folder / 'generator.json'}")
+        show_result(folder)
+        return 0
     split, generator, distance = resolve(args, device)
     counts = [int(count) for count in args.m.split(",")]
     single = Trainer(args, split, copy.deepcopy(generator), distance, [1], device) if args.single_code else None
     trainer = Trainer(args, split, generator, distance, counts, device)
     stages = [(trainer, folder, checkpoint, "period")]
     if single:
-        second = folder / "single_code"
+        second = folder / SINGLE
         stages.append((single, second, Utils.newest_checkpoint(second) if args.resume else None, "one code, period"))
-    with Utils.Interruption() as interruption:
+    with Utils.Interruption() as interruption, warnings_in_one_line():
         for each, place, file, title in stages:
             if file:
                 each.load(file)
@@ -307,9 +353,12 @@ def main(args):
             with contextlib.closing(run):
                 if run_stage(each, run, interruption, title):
                     return interruption.exit_code
+        if interruption.signal is not None:
+            print("interrupted: all is saved but the measures; --resume auto makes them", flush=True)
+            return interruption.exit_code
         finish_run(trainer, single, folder)
-    print(f"checkpoints, pictures, logs: {folder}\nTensorBoard: tensorboard --logdir {folder.parent}")
-    return 0
+    show_result(folder)
+    return interruption.exit_code
 
 
 if __name__ == "__main__":
