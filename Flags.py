@@ -42,10 +42,14 @@ def parser_for(doc):
     return parser
 
 
-def contrastive_parser(doc, data="shapes"):
-    """Return the parser of the contrastive scripts; the defaults are the recipe of the row of `data`."""
+def contrastive_parser(doc, data="shapes", method=None):
+    """Return the parser of the contrastive scripts; the defaults are the recipe of the row of `data`.
+
+    method: adds the flags that are a script's own, before the recipe is set; None: those of SimCLR.
+    """
     parser = parser_for(doc)
     _add_data_flags(parser.add_argument_group("data and views").add_argument)
+    (method or _add_simclr_flags)(parser)
     _add_model_flags(parser.add_argument_group("model and loss").add_argument)
     _add_optimisation_flags(parser.add_argument_group("optimisation").add_argument)
     _add_run_flags(parser.run.add_argument, "epochs")
@@ -83,13 +87,46 @@ def _add_data_flags(add):
     _add_data_place(add)
     scored = "what is scored: a validation split (cv where there is none), 3-fold on train, or test, for reports only"
     add("--eval", choices=["val", "cv", "test"], default="val", help=scored)
-    add("--num_views", type=number(int, 2), default=2, metavar="M", help="views of each image in a step")
     views = "full: crop, flip, colour; crop: crop and flip; none: the images as they are"
     add("--aug", choices=["full", "crop", "none"], default="full", help=views)
     add("--color_s", type=number(float, 0, 2), metavar="S", help="strength of the colour jitter, 0 to about 1")
     add("--crop_min", type=number(float, 0.001, 1), metavar="A", help="smallest share of the area that a crop keeps")
     add("--gray_p", type=number(float, 0, 1), metavar="P", help="probability of a grey view")
     add("--blur_p", type=number(float, 0, 1), metavar="P", help="probability of a blurred view")
+
+
+def _add_simclr_flags(parser):
+    add = parser.add_argument_group("positives").add_argument
+    add("--num_views", type=number(int, 2), default=2, metavar="M", help="views of each image in a step")
+    loss = "with more than 2 views: mean over positives outside the logarithm (SupCon), or sum inside it"
+    add("--loss", choices=["lout", "lin"], default="lout", help=loss)
+
+
+def add_isicle_flags(parser):
+    """Add the flags of TrainISICLE.py: where the positives come from."""
+    add = parser.add_argument_group("positives").add_argument
+    pair = "views of a step: two restorations; the image and one; the image twice and one; --num_pos restorations"
+    add("--pair", choices=["gen_gen", "real_gen", "real_real_gen", "multi"], default="gen_gen", help=pair)
+    p_gen = "share of synthetic images where the pair has a restoration; the others are the image itself"
+    add("--p_gen", type=number(float, 0, 1), default=1.0, metavar="P", help=p_gen)
+    add("--gen_warmup", type=number(float, 0), default=0.0, metavar="E", help="epochs in which --p_gen rises from 0")
+    add("--num_codes", type=number(int, 1), default=8, metavar="K", help="restorations of each image in the bank")
+    add("--num_pos", type=number(int, 2), default=3, metavar="M", help="views of --pair multi")
+    pick = "restorations of a step: random ones of the K, or the two that the encoder tells apart best"
+    add("--pick", choices=["random", "farthest"], default="random", help=pick)
+    loss = "lout, lin: all views, mean over positives outside the logarithm or sum inside; ntxent, align: NT-Xent of "
+    loss += "the first two views, plus NT-Xent or 2 - 2 cos of the first and every further one"
+    add("--loss", choices=["ntxent", "lout", "lin", "align"], default="lout", help=loss)
+    weight = "of what --loss ntxent and align add"
+    add("--gen_weight", type=number(float, 0), default=1.0, metavar="W", help=weight)
+    refresh = "epochs between two banks, each of new codes; 0: one bank"
+    add("--refresh", type=number(int, 0), default=0, metavar="E", help=refresh)
+    add("--corrupt", metavar="SPEC", help="corruption of the generator, see TrainCamNet.py; None: the data's own")
+    add("--generator", metavar="FILE|DIR", help="a run of TrainCamNet.py; None: the newest for the data, or a new one")
+    bank = "positives of your own, .npy, uint8 (N, K, 3, H, W) in the order of the train split; no generator then"
+    add("--bank", metavar="FILE", help=bank)
+    where = "auto: on the device if the bank takes at most half of what is free, else mapped from the disk"
+    parser.run.add_argument("--bank_storage", choices=["auto", "memory", "map"], default="auto", help=where)
 
 
 def _add_model_flags(add):
@@ -100,8 +137,6 @@ def _add_model_flags(add):
     add("--proj_hidden", type=number(int, 1), metavar="H", help="width of the projection head")
     add("--proj_norm", action=argparse.BooleanOptionalAction, help="batch normalisation in the projection head")
     add("--temp", type=number(float, 1e-3), metavar="T", help="temperature; lower weighs similar negatives more")
-    loss = "with more than 2 views: mean over positives outside the logarithm (SupCon), or sum inside it"
-    add("--loss", choices=["lout", "lin"], default="lout", help=loss)
 
 
 def _add_optimisation_flags(add):
@@ -139,7 +174,7 @@ def counts(text):
 def _add_imle_flags(add):
     add("--m", type=counts, metavar="M,..", help="codes searched on each level, coarse to fine; the last is repeated")
     add("--period", type=number(int, 1), metavar="N", help="images whose codes are searched at a time, then kept")
-    add("--keep_previous", action="store_true", help="an image's last code is one more candidate")
+    add("--keep_previous", action="store_true", help="keep an image's last codes where no nearer ones are found")
     reject = "pass over candidates nearer than D to the target (RS-IMLE), since later codes are not searched"
     chunk = "candidates in one forward of the search: bounds the memory, changes nothing else"
     add("--chunk", type=number(int, 1), default=1024, metavar="N", help=chunk)
@@ -179,7 +214,7 @@ def _add_run_flags(add, unit):
 RUN_FLAGS = {  # they leave what is learnt as it is; the others name the run folder and must agree when it is resumed
     *("device", "n_workers", "data_dir", "storage", "skip_bad", "eval", "models_dir", "suffix", "resume"),
     *("log_iter", "eval_iter", "save_iter", "sample_iter", "precision", "compile", "small_stem"),
-    *("chunk", "lpips_weights"),
+    *("chunk", "lpips_weights", "bank_storage"),
 }
 
 

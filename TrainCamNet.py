@@ -68,7 +68,7 @@ class Trainer:
         self.steps_per_period = max(1, args.visits * self.visited // args.bs)
         self.steps, self.step = args.periods * self.steps_per_period, 0
         self.bf16 = Utils.set_precision(args.precision, device)
-        self.chosen = torch.full((len(split), len(self.net.sides)), -1)  # the last keys of every image, -1: none yet
+        self.chosen = torch.full((len(split), len(self.net.sides)), IMLE.NONE)  # the last keys of every image
         self.seconds = {"search": 0.0, "train": 0.0}
 
     @property

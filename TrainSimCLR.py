@@ -43,9 +43,16 @@ class SamePair:
     def __len__(self):
         return self.num_views
 
-    def __call__(self, indices, images):
-        """Return M batches uint8 (b, 3, H, W) that share their meaning row by row; indices (b,) in the train split."""
+    def __call__(self, indices, images, trainer):
+        """Return M batches uint8 (b, 3, H, W) that share their meaning row by row; indices (b,) in the train split.
+
+        trainer: the `Trainer` that asks, for its step and its net.
+        """
         return [images] * self.num_views
+
+    def loss(self, z, args):
+        """Return the loss of projections z (M, N, D)."""
+        return multi_positive(z, args.temp, form=args.loss.removeprefix("l"))
 
 
 class Trainer:
@@ -120,12 +127,12 @@ class Trainer:
 
     def update(self, indices, images):
         """Take one step; return (loss, projections (M, N, D), views (M b, 3, H, W)) without waiting for the device."""
-        positives = self.positives(indices, images)
+        positives = self.positives(indices, images, self)
         x = self.augment(positives)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             z = self.forward(x)
         z = Distributed.gather(z.float().view(len(positives), -1, z.shape[1]))
-        loss = multi_positive(z, self.args.temp, form=self.args.loss.removeprefix("l"))
+        loss = self.positives.loss(z, self.args)
         self.optimizer.zero_grad()
         loss.backward()
         ramp = round(self.args.n_ramp * self.steps_per_epoch)

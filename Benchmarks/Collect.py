@@ -1,6 +1,6 @@
 """Gather finished runs into Results/NAME.json, and write the tables of the README from there.
 
-    python -m Benchmarks.Collect Models/RUN [Models/RUN ...] --out Results/simclr-shapes.json
+    python -m Benchmarks.Collect Models/RUN [Models/RUN ...] --out Results/simclr-shapes.json     # or of TrainCamNet.py
     python -m Benchmarks.Collect                # only the README's tables, from what Results/ holds
 
 Every figure of the README comes through here, so that none is typed in by hand.
@@ -15,26 +15,31 @@ import textwrap
 from pathlib import Path
 
 import Evaluate
+import Fitness
 
 ROOT = Path(__file__).resolve().parent.parent
 SCORES = ("knn", "linear", "linear_aug", "pixels_knn", "untrained_knn", "untrained_linear")
 
 
+FLAGS = ("data", "backbone", "aug", "num_views", "bs", "epochs", "seed")
+GENERATOR_FLAGS = ("data", "net", "m", "period", "visits", "periods", "bs", "seed")
+
+
 def collect(folder):
     """Return the record of a finished run: its scores, and what a number must come with."""
     folder = Path(folder)
+    file = next(file for name in ("evaluation", "generator") if (file := folder / f"{name}.json").exists())
     args = json.loads((folder / "args.json").read_text())
-    evaluation = json.loads((folder / "evaluation.json").read_text())
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    logs = [folder / "metrics.jsonl", folder / "single_code" / "metrics.jsonl"]
+    last = [json.loads(log.read_text().splitlines()[-1]) for log in logs if log.exists()]
     start = args["starts"][0]
-    flags = {key: args["args"][key] for key in ("data", "backbone", "aug", "num_views", "bs", "epochs", "seed")}
     return {
-        **flags,
-        "steps": last["step"],
-        "minutes": round(last["seconds"] / 60, 1),  # of training and scoring, up to the last epoch's scores
+        **{key: args["args"][key] for key in (FLAGS if file.stem == "evaluation" else GENERATOR_FLAGS)},
+        "steps": last[0]["step"],
+        "minutes": round(sum(line["seconds"] for line in last) / 60, 1),  # up to the last epoch's scores
         "starts": len(args["starts"]),
         **{key: start[key] for key in ("command", "revision", "device", "torch", "torchvision", "python")},
-        "evaluation": evaluation,
+        file.stem: json.loads(file.read_text()),
     }
 
 
@@ -95,7 +100,30 @@ def shown(records):
     return textwrap.indent(Evaluate.table(records[0]["evaluation"]), "    ")
 
 
-MAKERS = {"table": table, "speed": speed_table, "output": shown}
+def generator_table(records):
+    """Return what a run of TrainCamNet.py printed at its end, as a block of code, with its command and time."""
+    record = records[0]
+    table = textwrap.indent(Fitness.table(record["generator"]), "    ")
+    return f"{table}\n\n`{record['command']}`, {record['minutes']} minutes, {record['device']}"
+
+
+def search_table(content):
+    """Return the Markdown table of a file of Benchmarks/Search.py."""
+    lines = ["| what | variant | images/s | ours / it | same codes |", "|---|---|---|---|---|"]
+    for row in content["rows"]:
+        same = f"{100 * row['same']:.1f} %" if "same" in row else ""
+        speed = f"{row['images_per_second']:,.1f} | {row['ratio']:.2f}"
+        lines.append(f"| {row['part']} | {row['variant']} | {speed} | {same} |")
+    return "\n".join([*lines, "", f"`{content['command']}`, {content['device']}"])
+
+
+MAKERS = {
+    "table": table,
+    "speed": speed_table,
+    "output": shown,
+    "generator": generator_table,
+    "search": search_table,
+}
 
 
 def fill(text, results):

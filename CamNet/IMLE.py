@@ -14,6 +14,8 @@ import torch
 from CamNet.Codes import make_keys
 from CamNet.Generator import State
 
+NONE = -1  # in the place of a key: no code has been chosen yet
+
 
 class Found(NamedTuple):
     """keys: int64 (B, L), the chosen code of every level, for `Generator.draw`. distances: float32 (B, L)."""
@@ -47,21 +49,30 @@ class Search:
         """Return the `Found` of B images.
 
         condition: c(x) (B, C, r, r); wanted: for every level the `distance.features` of its targets; keys: int64 (B,),
-        of which alone the candidates are made; previous: keys (B, L), one more candidate of each level, or None.
-        Precision is the caller's, by autocast.
+        of which alone the candidates are made; previous: keys (B, L) that are kept where all levels' distances together
+        are no more than those of the codes found now (-1: an image has none), or None. Precision is the caller's, by
+        autocast.
         """
-        seen, state, chosen, distances = generator.conditions(condition), State(), [], []
-        for level, features in enumerate(wanted):
+
+        def candidates(level):
             count = self.counts[min(level, len(self.counts) - 1)]
-            candidates = make_keys(keys[:, None], level, torch.arange(count, device=keys.device))  # (B, m)
-            if previous is not None:
-                candidates = torch.cat([previous[:, level, None], candidates], dim=1)
-            _, key, d, state = self._level(
-                generator, distance, level, condition, seen[level], state, candidates, features
-            )
-            chosen.append(key)
-            distances.append(d)
-        return Found(torch.stack(chosen, dim=1), torch.stack(distances, dim=1))
+            return make_keys(keys[:, None], level, torch.arange(count, device=keys.device))  # (B, m)
+
+        ranks, *found = self._chain(generator, distance, condition, wanted, candidates)
+        if previous is not None:
+            before, *old = self._chain(generator, distance, condition, wanted, lambda level: previous[:, level, None])
+            kept = (before.sum(dim=1) <= ranks.sum(dim=1)) & (previous[:, 0] != NONE)
+            found = [torch.where(kept[:, None], *each) for each in zip(old, found)]
+        return Found(*found)
+
+    def _chain(self, generator, distance, condition, wanted, candidates):
+        """Return (ranks, keys, distances), each (B, L), of the best of candidates(level) (B, m), level after level."""
+        seen, state, results = generator.conditions(condition), State(), []
+        for level, features in enumerate(wanted):
+            place = (generator, distance, level, condition, seen[level], state)
+            *best, state = self._level(*place, candidates(level), features)
+            results.append(best)
+        return [torch.stack(each, dim=1) for each in zip(*results)]
 
     def _level(self, generator, distance, level, condition, seen, state, candidates, features):
         """Return (rank, key, distance, state after this level) of the best candidate of each image, by chunks."""
@@ -78,7 +89,7 @@ class Search:
                 if self.chunk == 1 or not _out_of_memory(error):
                     raise
                 self.chunk = max(1, min(self.chunk, candidates.numel()) // 2)
-                warnings.warn(f"out of memory in the search: going on with --chunk {self.chunk}", stacklevel=4)
+                warnings.warn(f"out of memory in the search: going on with --chunk {self.chunk}", stacklevel=5)
                 continue
             results.append(best)
             done = rows.stop

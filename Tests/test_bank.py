@@ -1,0 +1,162 @@
+"""CamNet/Bank.py: what is filled, what is found again, what is refused; and that a kill loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import Shapes
+from CamNet import Bank, Generator
+from CamNet.Codes import make_keys
+from Splits import Split
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def generator():
+    torch.manual_seed(0)
+    return Generator("tiny", 16, "gray+down2")
+
+
+@pytest.fixture(scope="module")
+def split():
+    labels = torch.arange(10).repeat(3)
+    return Split(Shapes.draw(labels, 16, torch.Generator().manual_seed(0)), labels, Shapes.CLASSES)
+
+
+def fill(file, generator, split, k=3, seed=0, **more):
+    return Bank.fill(file, generator, split, k, seed, torch.device("cpu"), bs=8, **more)
+
+
+def test_bank_holds_samples_of_every_image(tmp_path, generator, split):
+    assert fill(tmp_path / "b.npy", generator, split)
+    images = np.load(tmp_path / "b.npy")
+    assert images.dtype == np.uint8 and images.shape == (30, 3, 3, 16, 16)
+    for row, number in ((0, 0), (17, 2), (29, 1)):  # one by one, as the sampling itself makes them
+        key = make_keys(0, Bank.PURPOSE, torch.tensor([row]))
+        condition = generator.corruption(split.images[row : row + 1], key)
+        sample = generator.sample(condition, make_keys(key, number))[0]
+        assert np.abs(images[row, number] / 255 - sample.numpy()).max() <= 0.5 / 255 + 1e-5
+    differ = np.abs(images[:, 0].astype(int) - images[:, 1]).mean(axis=(1, 2, 3))
+    assert differ.min() > 0.1  # in steps of 1 / 255, of a net that has learnt nothing
+    corrupted = generator.corruption(torch.from_numpy(images[:, 1]))
+    assert (corrupted - generator.corruption(split.images)).abs().max() < 0.6 / 255  # but for the rounding to uint8
+
+
+def test_second_call_finds_it_and_codes_follow_from_the_seed(tmp_path, generator, split):
+    assert fill(tmp_path / "a.npy", generator, split) and not fill(tmp_path / "a.npy", generator, split)
+    fill(tmp_path / "b.npy", generator, split)
+    fill(tmp_path / "c.npy", generator, split, seed=1)
+    a, b, c = (np.load(tmp_path / f"{name}.npy") for name in "abc")
+    assert (a == b).all() and (a != c).any()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] == "a") == ["a.npy", "a.npy.json"]
+
+
+@pytest.mark.parametrize("what", ["generator", "corrupt", "k", "seed", "data"])
+def test_bank_of_something_else_is_refused(tmp_path, generator, split, what):
+    file = tmp_path / "b.npy"
+    fill(file, generator, split)
+    before = file.read_bytes()
+    arguments = {"k": 3, "seed": 0}
+    if what == "generator":
+        torch.manual_seed(1)
+        generator = Generator("tiny", 16, "gray+down2")
+    elif what == "corrupt":
+        generator = Generator("tiny", 16, "gray")
+    elif what == "data":
+        split = Split(split.images.flip(0), split.labels, split.classes)
+    else:
+        arguments[what] += 1
+    with pytest.raises(ValueError, match=rf"^\S+ was made from another .*{what}.*: delete it") as caught:
+        fill(file, generator, split, **arguments)
+    assert "\n" not in str(caught.value) and file.read_bytes() == before
+
+
+FILL = """
+import sys, time, torch, Shapes
+from CamNet import Bank, Generator
+from Splits import Split
+torch.manual_seed(0)
+generator, labels = Generator("tiny", 16, "gray+down2"), torch.arange(10).repeat(3)
+split = Split(Shapes.draw(labels, 16, torch.Generator().manual_seed(0)), labels, Shapes.CLASSES)
+Bank.SAVED_EVERY, restore = 0, Bank.restore
+def slow(*arguments):
+    time.sleep(0.3)
+    return restore(*arguments)
+Bank.restore = slow
+Bank.fill(sys.argv[1], generator, split, 3, 0, torch.device("cpu"), bs=2)
+"""
+
+
+def test_killed_filling_goes_on_where_it_was(tmp_path, generator, split, monkeypatch):
+    file, note = tmp_path / "b.npy", tmp_path / "b.npy.part.json"
+    process = subprocess.Popen([sys.executable, "-c", FILL, str(file)], cwd=ROOT, env={**os.environ, "PYTHONPATH": "."})
+    deadline = time.monotonic() + 60
+    while not (note.exists() and json.loads(note.read_text())["done"] >= 6):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = json.loads(note.read_text())["done"]
+    assert not file.exists() and 6 <= done < 30
+    seen, restore = [], Bank.restore
+    monkeypatch.setattr(
+        Bank, "restore", lambda g, x, rows, *more: seen.extend(rows.tolist()) or restore(g, x, rows, *more)
+    )
+    assert fill(file, generator, split)
+    assert seen == list(range(done, 30))
+    fill(tmp_path / "whole.npy", generator, split)
+    assert np.abs(np.load(file).astype(int) - np.load(tmp_path / "whole.npy")).max() <= 1  # batches round differently
+
+
+def test_full_disk_is_told_before_anything_is_made(tmp_path, generator, split, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ValueError, match=r"cannot write the bank .*No space left on device.*: free space"):
+        fill(tmp_path / "b.npy", generator, split)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_read_refuses_what_does_not_fit(tmp_path):
+    good = tmp_path / "good.npy"
+    np.save(good, np.zeros((5, 2, 3, 8, 8), np.uint8))
+    assert Bank.read(good, 5, 8).shape == (5, 2, 3, 8, 8)
+    bad = {"float": np.zeros((5, 2, 3, 8, 8), np.float32), "flat": np.zeros((5, 3, 8, 8), np.uint8)}
+    for name, array in bad.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    (tmp_path / "text.npy").write_text("no array")
+    cases = [("good", 6, 8), ("good", 5, 16), ("float", 5, 8), ("flat", 5, 8), ("text", 5, 8), ("absent", 5, 8)]
+    for name, n, size in cases:
+        with pytest.raises(ValueError, match=rf"^--bank \S+{name}.npy: ") as caught:
+            Bank.read(tmp_path / f"{name}.npy", n, size)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("storage", ["memory", "map"])
+def test_take_picks_rows_and_columns(tmp_path, storage):
+    images = np.random.default_rng(0).integers(0, 256, (7, 4, 3, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "b.npy", images)
+    bank = Bank.Bank(Bank.read(tmp_path / "b.npy", 7, 8), "cpu", storage)
+    assert (bank.k, len(bank)) == (4, 7) and isinstance(bank.images, torch.Tensor) == (storage == "memory")
+    rows, columns = torch.tensor([6, 0, 6]), torch.tensor([[0, 3], [1, 2], [2, 0]])
+    taken = bank.take(rows, columns)
+    for i in range(3):
+        for j in range(2):
+            assert (taken[i, j].numpy() == images[rows[i], columns[i, j]]).all()
+
+
+def test_auto_storage_looks_at_what_is_free(monkeypatch):
+    images = np.zeros((2, 2, 3, 8, 8), np.uint8)
+    for free, kind in ((2 * images.nbytes, torch.Tensor), (2 * images.nbytes - 1, np.ndarray)):
+        monkeypatch.setattr(Bank, "free_memory", lambda device, free=free: free)
+        assert isinstance(Bank.Bank(images, "cpu").images, kind)

@@ -1,0 +1,235 @@
+"""TrainISICLE.py, by running it: the pair, the bank, the generator that it finds or trains, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import one_line
+
+import TrainCamNet
+import TrainISICLE
+import Utils
+from Losses import nt_xent
+
+ROOT = Path(__file__).parents[1]
+GENERATOR = (
+    "--net tiny --distance pixels --m 4,2 --period 16 --visits 2 --periods 1 --bs 8 --no-single_code"
+)
+
+
+def run(script, argv, folder=ROOT):
+    command = [sys.executable, str(ROOT / script), *argv]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def models(flags, tree, tmp_path_factory):
+    """A folder with a generator of the tiny tree."""
+    folder = tmp_path_factory.mktemp("isicle")
+    place = ["--data", str(tree), "--size", "32", "--models_dir", str(folder), "--data_dir", str(tree.parent / "cache")]
+    done = run("TrainCamNet.py", [*GENERATOR.split(), *place])
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(flags, models):
+    """A finished run, made by its own process."""
+    argv = flags(models, "--num_codes", "3")
+    done = run("TrainISICLE.py", argv)
+    return SimpleNamespace(argv=argv, folder=next(models.glob("TrainISICLE-*"), None), done=done)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_whole_run(first, models):
+    assert first.done.returncode == 0, first.done.stderr
+    assert "generator: " in first.done.stdout and "made in" in first.done.stdout and "kNN" in first.done.stdout
+    assert (first.folder / "evaluation.json").exists() and (first.folder / "3.pt").exists()
+    (bank,) = models.glob("TrainCamNet-*/bank-*.npy")
+    assert np.load(bank).shape == (240, 3, 3, 32, 32)
+
+
+def test_second_run_reuses_generator_and_bank(first):
+    done = run("TrainISICLE.py", [*first.argv, "--suffix", "again"])
+    assert done.returncode == 0 and ", found" in done.stdout and "made in" not in done.stdout
+    (again,) = first.folder.parent.glob("TrainISICLE-*-again")
+    assert [line.get("loss") for line in metrics(again)] == [line.get("loss") for line in metrics(first.folder)]
+
+
+def test_no_share_of_synthetic_images_is_simclr_bit_for_bit(whole, flags, tmp_path):
+    done = run("TrainISICLE.py", flags(tmp_path, "--p_gen", "0"))
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.iterdir()  # and no generator was trained
+    lines = [line["loss"] for line in metrics(folder) if "loss" in line]
+    assert lines == [line["loss"] for line in metrics(whole.folder) if "loss" in line] and len(lines) == 90
+    ours, theirs = Utils.load_(folder / "3.pt"), Utils.load_(whole.folder / "3.pt")
+    assert all(torch.equal(ours["encoder"][name], value) for name, value in theirs["encoder"].items())
+
+
+def source(pair="gen_gen", k=5, n=6, **more):
+    """A `Restored` over a bank in which restoration j of image i is full of the value 10 i + j + 1."""
+    values = {"p_gen": 1.0, "gen_warmup": 0, "num_pos": 3, "pick": "random", "loss": "lout", "gen_weight": 1.0}
+    args = SimpleNamespace(pair=pair, seed=0, temp=0.5, **{**values, **more})
+    content = (10 * torch.arange(n)[:, None] + torch.arange(k) + 1).byte()[:, :, None, None, None].expand(n, k, 3, 8, 8)
+    bank = TrainISICLE.Bank(content.contiguous().numpy(), "cpu")
+    return TrainISICLE.Restored(args, lambda epoch: bank)
+
+
+def ask(positives, step=0, n=6, steps_per_epoch=10):
+    trainer = SimpleNamespace(step=step, epoch=0, steps_per_epoch=steps_per_epoch)
+    views = positives(torch.arange(n), torch.zeros(n, 3, 8, 8, dtype=torch.uint8), trainer)
+    return torch.stack([view[:, 0, 0, 0] for view in views]).int()  # (M, n): 0 where a view is the image
+
+
+@pytest.mark.parametrize(
+    "pair, real", [("gen_gen", [0, 0]), ("real_gen", [1, 0]), ("real_real_gen", [1, 1, 0]), ("multi", [0] * 3)]
+)
+def test_pairs(pair, real):
+    positives = source(pair)
+    views = ask(positives)
+    assert len(views) == len(positives) == len(real)
+    for view, is_real in zip(views, real):
+        if is_real:
+            assert (view == 0).all()
+        else:
+            assert ((view - 1) // 10 == torch.arange(6)).all()  # a restoration of its own image
+
+
+def test_two_different_codes_drawn_anew_in_every_step():
+    positives = source()
+    draws = torch.stack([ask(positives, step) for step in range(200)])  # (steps, 2, n)
+    assert (draws[:, 0] != draws[:, 1]).all()
+    for image in range(6):  # all 20 ordered pairs of 5 codes come, about equally often
+        pairs = {tuple(pair) for pair in draws[:, :, image].tolist()}
+        assert len(pairs) == 20
+    assert torch.equal(ask(positives, 7), ask(positives, 7))  # step and image decide
+    alone = positives(
+        torch.tensor([3]), torch.zeros(1, 3, 8, 8).byte(), SimpleNamespace(step=7, epoch=0, steps_per_epoch=10)
+    )
+    assert [view[0, 0, 0, 0].item() for view in alone] == ask(positives, 7)[:, 3].tolist()  # not the batch
+
+
+def test_share_and_warm_up():
+    positives = source(p_gen=0.25)
+    share = torch.cat([(ask(positives, step) > 0).flatten() for step in range(500)]).float().mean()
+    assert share == pytest.approx(0.25, abs=0.02)
+    rising = source(gen_warmup=2)
+    trainer = SimpleNamespace(steps_per_epoch=10)
+    shares = [rising.share(SimpleNamespace(step=step, **vars(trainer))) for step in (0, 9, 19, 50)]
+    assert shares == pytest.approx([0.05, 0.5, 1.0, 1.0])
+
+
+def test_losses():
+    z = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(0))
+    two = z[:2]
+    for loss in ("lout", "lin", "ntxent"):
+        positives = source(loss=loss)
+        assert positives.loss(two, positives.args).item() == pytest.approx(nt_xent(*two, 0.5).item(), rel=1e-6)
+    cosines = torch.nn.functional.cosine_similarity(z[0], z[2])
+    align = source("real_real_gen", loss="align", gen_weight=0.5)
+    assert align.loss(z, align.args).item() == pytest.approx(
+        (nt_xent(*two, 0.5) + 0.5 * (2 - 2 * cosines).mean()).item()
+    )
+    third = source("real_real_gen", loss="ntxent", gen_weight=0.5)
+    assert third.loss(z, third.args).item() == pytest.approx(
+        (nt_xent(*two, 0.5) + 0.5 * nt_xent(z[0], z[2], 0.5)).item()
+    )
+
+
+def test_farthest_takes_the_least_alike():
+    class Angle(torch.nn.Module):  # a feature whose direction follows from the brightness
+        def forward(self, x):
+            angle = 3 * x.mean((1, 2, 3))
+            return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+    values = torch.tensor([[10, 20, 30, 250], [200, 5, 190, 195]])
+    bank = TrainISICLE.Bank(values.byte()[:, :, None, None, None].expand(2, 4, 3, 8, 8).contiguous().numpy(), "cpu")
+    net = SimpleNamespace(encoder=Angle(), training=True)
+    columns = TrainISICLE.farthest(bank, torch.arange(2), 2, None, SimpleNamespace(net=net))
+    assert [sorted(pair) for pair in columns.tolist()] == [[0, 3], [0, 1]]
+    image = torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)
+    columns = TrainISICLE.farthest(bank, torch.arange(2), 1, image, SimpleNamespace(net=net))
+    assert columns.tolist() == [[0], [1]]
+
+
+def test_own_bank(flags, tmp_path):
+    np.save(tmp_path / "mine.npy", np.random.default_rng(0).integers(0, 256, (240, 2, 3, 32, 32), dtype=np.uint8))
+    done = run("TrainISICLE.py", flags(tmp_path / "m", "--bank", str(tmp_path / "mine.npy"), "--epochs", "2"))
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "m").iterdir())) == 1  # no generator
+
+
+def test_new_banks_every_e_epochs(flags, models):
+    done = run("TrainISICLE.py", flags(models, "--num_codes", "2", "--refresh", "2", "--suffix", "fresh"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("made in") == 2  # for epochs 0, 1 and for epoch 2
+    assert [path.stem[-1] for path in models.glob("TrainCamNet-*/bank-*-k2-*.npy")] == ["1"]  # the old one is gone
+
+
+@pytest.mark.parametrize(
+    "more, parts",
+    [
+        ("--num_codes 1", ["--num_codes: 1", "real_gen"]),
+        ("--num_codes 2 --pair multi", ["--num_codes: 2", "takes 3"]),
+        ("--loss align", ["--loss align", "real_real_gen"]),
+        ("--bank nowhere.npy", ["--bank nowhere.npy", "numpy.save"]),
+        ("--generator nowhere.pt", ["nowhere.pt"]),
+        ("--corrupt gray --generator RUN", ["--corrupt gray+down2 (here gray)"]),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(flags, models, tmp_path, more, parts):
+    generator = str(next(models.glob("TrainCamNet-*")))
+    done = run(
+        "TrainISICLE.py", flags(tmp_path / "m", *(generator if word == "RUN" else word for word in more.split()))
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+    assert all(part in done.stderr for part in parts) and not (tmp_path / "m").exists()
+
+
+def test_generator_of_other_data_is_refused(models):
+    file = Utils.newest_checkpoint(next(models.glob("TrainCamNet-*")))
+    state = Utils.load_(file)
+    args = SimpleNamespace(data="cifar10", corrupt=None)
+    one_line(
+        lambda: TrainISICLE.check_generator(file, state, args, SimpleNamespace(size=16)),
+        "--data",
+        "--size 32 (here 16)",
+    )
+
+
+def test_unfit_generator_is_warned_of_once(models, capsys):
+    file = Utils.newest_checkpoint(next(models.glob("TrainCamNet-*")))
+    state, measures = Utils.load_(file), file.parent / "generator.json"
+    before = measures.read_text()
+    measures.write_text(json.dumps({**json.loads(before), "best_of_16": 9.0}))
+    args = SimpleNamespace(data=state["args"]["data"], corrupt=None)
+    TrainISICLE.check_generator(file, state, args, SimpleNamespace(size=32))
+    measures.write_text(before)
+    assert capsys.readouterr().out.count("warning: this generator is not fit") == 1
+
+
+def test_trains_a_generator_where_there_is_none(monkeypatch, tmp_path, models):
+    asked = []
+
+    def train(args):
+        asked.append(args)
+        next(models.glob("TrainCamNet-*"))
+        folder = tmp_path / "TrainCamNet-x"
+        folder.mkdir()
+        (folder / "args.json").write_text(json.dumps({"args": {"data": "shapes", "size": None, "corrupt": "gray"}}))
+        (folder / "generator.json").write_text("{}")
+        Utils.save_(folder / "1.pt", step=1)
+
+    monkeypatch.setattr(TrainCamNet, "main", train)
+    args = TrainISICLE.get_args(["--models_dir", str(tmp_path), "--corrupt", "gray"])
+    assert TrainISICLE.find_generator(args) == tmp_path / "TrainCamNet-x" / "1.pt"
+    assert asked[0].corrupt == "gray" and asked[0].models_dir == str(tmp_path) and asked[0].resume == "auto"
+    assert TrainISICLE.find_generator(args) and len(asked) == 1  # the second time it is found
