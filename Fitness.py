@@ -37,10 +37,15 @@ class Held:
     @torch.inference_mode()
     def quality(self, samples, ks):
         """Return {best_of_k, diversity_*, consistency} of samples; the diversities are over the first DIVERSE."""
-        best = Measures.best_of(self.distance, samples, self.images, ks)
-        some, numbers = samples[:, :DIVERSE], {f"best_of_{k}": value for k, value in best.items()}
-        numbers |= Measures.diversity(some, self.distance)
-        return numbers | {"consistency": Measures.consistency(self.corruption, some, self.condition, self.keys)}
+        total, parts = {}, (samples, self.images, self.condition, self.keys)
+        for some, x, condition, keys in zip(*(each.split(AT_ONCE) for each in parts)):
+            numbers = {f"best_of_{k}": value for k, value in Measures.best_of(self.distance, some, x, ks).items()}
+            some = some[:, :DIVERSE]
+            numbers |= Measures.diversity(some, self.distance) if some.shape[1] > 1 else {}
+            numbers["consistency"] = Measures.consistency(self.corruption, some, condition, keys)
+            for name, value in numbers.items():
+                total[name] = total.get(name, 0.0) + value * len(x) / len(samples)
+        return total
 
     def jittered(self, args):
         """Return two colour-jitter draws of each image, as SimCLR's recipe for the data draws them."""
@@ -63,11 +68,10 @@ def measure(trainer, single):
     result = held.quality(held.samples(trainer, KS[-1]), KS)
     for vary in ("style", "noise"):  # the other one held fixed
         result[f"diversity_{vary}"] = Measures.pixel_diversity(held.samples(trainer, DIVERSE, vary))
-    bicubic = held.corruption.upsample(held.condition)[:, None]
-    result["bicubic"] = Measures.best_of(held.distance, bicubic, held.images, (1,))[1]
-    result["bicubic_consistency"] = Measures.consistency(held.corruption, bicubic, held.condition, held.keys)
-    jittered = Measures.diversity(held.jittered(args), held.distance)
-    result |= {f"jitter_{name}": value for name, value in jittered.items()}
+    bicubic = held.quality(held.corruption.upsample(held.condition)[:, None], (1,))
+    result |= {"bicubic": bicubic["best_of_1"], "bicubic_consistency": bicubic["consistency"]}
+    jittered = held.quality(held.jittered(args), (1,))
+    result |= {f"jitter_{name}": value for name, value in jittered.items() if name.startswith("diversity_")}
     if single:
         numbers = held.quality(held.samples(single, KS[-1]), KS)
         result["single_code"] = numbers.pop("best_of_1")

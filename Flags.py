@@ -10,6 +10,8 @@ import Utils
 from Backbones import BACKBONES, build_encoder
 from CamNet.Generator import NETS
 
+SEEDS = 2**32 - 1  # the largest one: other seeds are made from it by multiplication
+
 
 def number(kind, low=None, high=None):
     """Return an argparse type: an int or float within [low, high]."""
@@ -149,7 +151,7 @@ def _add_optimisation_flags(add):
     add("--n_ramp", type=number(float, 0), metavar="E", help="epochs of linear warm-up before the cosine to 0")
     add("--lars", action="store_true", help="adapt the rate of every layer; over Adam as LAMB does")
     add("--trust", type=number(float, 0), default=0.001, metavar="C", help="trust coefficient of --lars")
-    add("--seed", type=number(int, 0), default=0, help="of initial weights, order and views")
+    add("--seed", type=number(int, 0, SEEDS), default=0, help="of initial weights, order and views")
 
 
 def _add_generator_flags(add):
@@ -158,9 +160,11 @@ def _add_generator_flags(add):
     add("--corrupt", metavar="SPEC", help=corrupt)
     project = "make the corruption of every sample exactly c(x)"
     add("--project", action=argparse.BooleanOptionalAction, default=True, help=project)
-    mapping = "styles see those of coarser levels (cumulative, CHIMLE) or not; None: the net's"
+    mapping = "cumulative: styles see those of coarser levels, so that the levels agree (CHIMLE); None: the net's"
     add("--mapping", choices=["cumulative", "per_level"], help=mapping)
-    level_input = "finer levels see c(x) and the output before, or, as published, that output alone; None: the net's"
+    level_input = (
+        "finer levels see c(x) too, or the output before alone (super-resolution as published); None: the net's"
+    )
     add("--level_input", choices=["both", "output"], help=level_input)
     init = "first weights of the style path: alive (he), or as published (ref), where styles change nothing at first"
     add("--init", choices=["he", "ref"], default="he", help=init)
@@ -176,11 +180,16 @@ def _add_imle_flags(add):
     add("--period", type=number(int, 1), metavar="N", help="images whose codes are searched at a time, then kept")
     add("--keep_previous", action="store_true", help="keep an image's last codes where no nearer ones are found")
     reject = "pass over candidates nearer than D to the target (RS-IMLE), since later codes are not searched"
-    chunk = "candidates in one forward of the search: bounds the memory, changes nothing else"
+    chunk = "candidates in one forward of the search: bounds the memory, changes nothing but rounding"
     add("--chunk", type=number(int, 1), default=1024, metavar="N", help=chunk)
     add("--reject", type=number(float, 0), default=0.0, metavar="D", help=reject)
     add("--distance", choices=["pixels", "squeeze", "alex", "vgg"], help="pixels, or LPIPS with this backbone")
-    add("--alpha", type=number(float, 0), default=0.1, help="weight of the pixels' squared error beside LPIPS")
+    add(
+        "--alpha",
+        type=number(float, 0),
+        default=0.1,
+        help="weight of the pixels' squared error, which LPIPS hardly sees, beside it (published: 0)",
+    )
     side = "LPIPS looks at images enlarged to this side; 0: as they are"
     add("--lpips_side", type=number(int, 0), default=64, metavar="PX", help=side)
     add("--lpips_weights", metavar="FILE", help="weights of the LPIPS backbone; None: torchvision's, downloaded once")
@@ -188,13 +197,19 @@ def _add_imle_flags(add):
 
 def _add_generator_optimisation(add):
     add("--periods", type=number(int, 1), metavar="P", help="times that codes are searched")
-    add("--visits", type=number(int, 1), metavar="V", help="steps that each image of a period takes part in")
+    add("--visits", type=number(int, 1), metavar="V", help="times that each image of a period is trained on")
     add("--bs", type=number(int, 1), metavar="N", help="images in a step")
     add("--lr", type=number(float, 0), help="peak learning rate of Adam; a cosine to 0")
-    add("--map_lr", type=number(float, 0), default=0.1, metavar="C", help="the mapping network learns at C times --lr")
+    add(
+        "--map_lr",
+        type=number(float, 0),
+        default=0.1,
+        metavar="C",
+        help="the mapping network, through which all styles go, learns at C times --lr (published: .01)",
+    )
     add("--n_ramp", type=number(int, 0), default=100, metavar="N", help="steps of linear warm-up")
     add("--ema", type=number(float, 0, 0.99999), metavar="D", help="decay of the averaged weights, which are sampled")
-    add("--seed", type=number(int, 0), default=0, help="of initial weights, order and codes")
+    add("--seed", type=number(int, 0, SEEDS), default=0, help="of initial weights, order and codes")
     single = "also train the net on one code (m = 1), to compare with: it takes as long as the training itself"
     add("--single_code", action=argparse.BooleanOptionalAction, default=True, help=single)
 
@@ -211,7 +226,8 @@ def _add_run_flags(add, unit):
     add("--precision", choices=["auto", "bf16", "tf32", "fp32"], default="auto", help=precision)
 
 
-RUN_FLAGS = {  # they leave what is learnt as it is; the others name the run folder and must agree when it is resumed
+# they leave what is learnt as it is, up to rounding; the others name the run folder and must agree when it is resumed
+RUN_FLAGS = {
     *("device", "n_workers", "data_dir", "storage", "skip_bad", "eval", "models_dir", "suffix", "resume"),
     *("log_iter", "eval_iter", "save_iter", "sample_iter", "precision", "compile", "small_stem"),
     *("chunk", "lpips_weights", "bank_storage"),

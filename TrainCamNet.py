@@ -5,13 +5,14 @@
     python TrainCamNet.py --data Data/camnet_data/miniImagenet   # what Data/InvertDirStructure.py wrote
 
 Writes Models/RUN/: args.json, metrics.jsonl, TensorBoard events, PERIOD.pt, samples.png (rows: images; columns: x,
-c(x), samples), generator.json; and single_code/, the same of the net that learns from one code. A period is: search the
-best codes of some images, then train on them.
+c(x), samples), generator.json; and single_code/, the training of the net that learns from one code. A period is: search
+the best codes of some images, then train on them.
 """
 
 import contextlib
 import copy
 import json
+import os
 import sys
 import time
 import warnings
@@ -65,10 +66,11 @@ class Trainer:
         held_out = min(Fitness.HELD_OUT, len(split) // 10)
         self.held_out, self.rows = shuffled[:held_out], shuffled[held_out:]
         self.visited = min(args.period, len(self.rows))  # images in a period
-        self.steps_per_period = max(1, args.visits * self.visited // args.bs)
+        self.steps_per_period = args.visits * -(-self.visited // args.bs)
         self.steps, self.step = args.periods * self.steps_per_period, 0
         self.bf16 = Utils.set_precision(args.precision, device)
         self.chosen = torch.full((len(split), len(self.net.sides)), IMLE.NONE)  # the last keys of every image
+        self.total = torch.zeros((), device=device)  # of the losses of the period at hand
         self.seconds = {"search": 0.0, "train": 0.0}
 
     @property
@@ -85,6 +87,7 @@ class Trainer:
         inside = self.step % self.steps_per_period
         file = Path(folder) / (f"{self.period}+{inside}.pt" if inside else f"{self.period}.pt")
         state = {"step": self.step, "chosen": self.chosen, "seconds": self.seconds, "config": self.net.config}
+        state["total"] = self.total
         parts = {"generator": self.ema, "net": self.net, "optimizer": self.optimizer}
         Utils.save_(file, args=Utils.plain(self.args), **state, **parts)
         return file
@@ -99,6 +102,7 @@ class Trainer:
                 "another run with --suffix NAME"
             )
         self.step, self.chosen, self.seconds = state["step"], state["chosen"], state["seconds"]
+        self.total = state["total"].to(self.device)
 
     def is_finite(self):
         """Return whether all weights are finite, and with them their averages; waits for the device."""
@@ -130,18 +134,19 @@ class Trainer:
             flipped = uniforms(make_keys(args.seed, FLIP, number, rows), 1)[:, 0] < 0.5
             images = torch.where(flipped.to(images.device)[:, None, None, None], images.flip(3), images)
         keys = make_keys(args.seed, CODE, number, rows).to(self.device)
+        started = time.perf_counter()
         period = Period(self, rows, images, keys)
         if self.step % self.steps_per_period:  # resumed inside: the codes were chosen by the weights of its start
             period.keys = self.chosen[rows].to(self.device)
             return period
-        started, parts = time.perf_counter(), torch.arange(len(rows), device=self.device).split(Fitness.AT_ONCE)
-        found = []
+        parts, found = torch.arange(len(rows), device=self.device).split(Fitness.AT_ONCE), []
         for part in tqdm(parts, f"{title}: search", leave=False, disable=quiet):
             found.append(period.search(self, part, keys))
             if interruption.signal is not None:
                 return None
         period.keys, distances = (torch.cat(each) for each in zip(*found))
         self.chosen[rows] = period.keys.cpu()
+        self.total = torch.zeros_like(self.total)
         period.distances = distances.mean(dim=0).tolist()
         self.seconds["search"] += time.perf_counter() - started
         return period
@@ -158,6 +163,7 @@ class Trainer:
             group["lr"] = lr * group["scale"]
         self.optimizer.step()
         self.step += 1
+        self.total += loss.detach()
         decay = min(self.args.ema, self.step / (self.step + 10))  # an average of few weights is mostly the first ones
         new = [parameter.detach() for parameter in self.net.parameters()]
         torch._foreach_lerp_(list(self.ema.parameters()), new, 1 - decay)
@@ -198,25 +204,28 @@ def train(trainer, run, interruption, title):
     """Train to the last period or to an interruption; return whether it was interrupted."""
     args = trainer.args
     while trainer.step < trainer.steps:
-        number, started, total = trainer.period, time.perf_counter(), 0.0
-        bar = f"{title} {number + 1}/{args.periods}"
+        started, bar = time.perf_counter(), f"{title} {trainer.period + 1}/{args.periods}"
         period = trainer.prepare(interruption, bar, run.quiet)
         if period is None:
             return True
         if period.distances:
             log = {f"search_level{level + 1}": value for level, value in enumerate(period.distances)}
-            run.log(trainer.step + 1, number, **log)  # the step that it is for: a resumed run makes and logs both anew
-        searched, first = time.perf_counter(), trainer.step
+            run.log(
+                trainer.step + 1, trainer.period, **log
+            )  # the step that it is for: a resumed run makes and logs both anew
+        searched = logged = time.perf_counter()
+        shown = trainer.step
         parts = list(trainer.parts(len(period.condition)))
         for part in tqdm(parts, f"{bar}: train", leave=False, disable=run.quiet):
             loss = trainer.update(period, part)
-            total = total + loss
             if trainer.step % args.log_iter == 0:
-                lr = trainer.optimizer.param_groups[0]["lr"]
-                run.log(trainer.step, number, loss=check_loss(trainer, run, loss), lr=lr)
+                lr, value = trainer.optimizer.param_groups[0]["lr"], check_loss(trainer, run, loss)
+                speed = (trainer.step - shown) * len(part) / (time.perf_counter() - logged)
+                run.log(trainer.step, trainer.period, loss=value, lr=lr, views_per_second=round(speed, 1))
+                logged, shown = time.perf_counter(), trainer.step
             if interruption.signal is not None:
                 break
-        mean = total / (trainer.step - first) if trainer.is_finite() else float("nan")
+        mean = trainer.total / trainer.steps_per_period if trainer.is_finite() else float("nan")
         mean = check_loss(trainer, run, mean)  # before anything is saved
         trainer.seconds["train"] += time.perf_counter() - searched
         if interruption.signal is not None and trainer.step % trainer.steps_per_period:
@@ -241,14 +250,14 @@ def finish_period(trainer, run, title, loss, seconds):
     """Measure on a few images, save and show where it is due, and print the period's line."""
     args, period, last = trainer.args, trainer.period, trainer.step == trainer.steps
     few = Fitness.Held(trainer, FEW)
-    numbers = few.quality(few.samples(trainer, 4), (1, 4))
+    numbers = {"period_loss": loss, **few.quality(few.samples(trainer, 4), (1, 4))}
     run.log(trainer.step, period, **numbers)
     if last or (args.save_iter and period % args.save_iter == 0):
         trainer.save(run.folder)
     if last or (args.sample_iter and period % args.sample_iter == 0):
         run.picture("samples", few.picture(trainer), period)
-    numbers = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
-    tqdm.write(f"{title} {period}/{args.periods}  {seconds:.0f} s  loss {loss:.4f}  {numbers}")
+    numbers = "  ".join(f"{name.removeprefix('period_')} {value:.4f}" for name, value in numbers.items())
+    tqdm.write(f"{title} {period}/{args.periods}  {seconds:.0f} s  {numbers}")
 
 
 def resolve(args, device):
@@ -314,7 +323,10 @@ def describe(args, trainer, folder):
     print(f"{args.data}: {len(trainer.rows)} images of {trainer.split.size} px, on {trainer.device} in {precision}")
     sides = " -> ".join(str(side) for side in (net.sides[0] // 2, *net.sides))
     print(f"{args.net} generator: {count_parameters(net):,} weights, {sides} px, undoes {net.corruption.spec}")
-    images = f"codes of {trainer.visited} images searched, of {args.m} on each level"
+    searched = ",".join(
+        str(count) for count in [*trainer.search.counts, *trainer.search.counts[-1:] * 9][: len(net.sides)]
+    )
+    images = f"codes of {trainer.visited} images searched, {searched} on each level"
     print(f"{args.periods} periods: {images}, then {trainer.steps_per_period} steps of {args.bs} images")
     print(f"{f'going on at step {trainer.step}' if trainer.step else 'starting'}: {folder}", flush=True)
 
@@ -361,5 +373,12 @@ def main(args):
     return interruption.exit_code
 
 
+def get_args_alone():
+    """Parse the flags of the one process that there may be. Raises UserError under torchrun."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise Utils.UserError("torchrun: the generator is trained by one process: start it by python TrainCamNet.py")
+    return get_args()
+
+
 if __name__ == "__main__":
-    Utils.run_script(main, get_args)
+    Utils.run_script(main, get_args_alone)

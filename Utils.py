@@ -40,6 +40,10 @@ def run_script(main, get_args):
             time.sleep(5)  # what all processes see is reported by the first: torchrun ends the others meanwhile
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         code = 2
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        print(f"{Path(sys.argv[0]).name}: error: {reason}: lower --bs, or what else is held at a time", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

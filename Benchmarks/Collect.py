@@ -104,7 +104,9 @@ def generator_table(records):
     """Return what a run of TrainCamNet.py printed at its end, as a block of code, with its command and time."""
     record = records[0]
     table = textwrap.indent(Fitness.table(record["generator"]), "    ")
-    return f"{table}\n\n`{record['command']}`, {record['minutes']} minutes, {record['device']}"
+    return (
+        f"{table}\n\n`{record['command']}`, {record['minutes']} minutes without the last measures, {record['device']}"
+    )
 
 
 def search_table(content):

@@ -10,6 +10,7 @@ search the same codes by the same weights, and take turns; `same` is the share o
 """
 
 import argparse
+import contextlib
 import json
 import shlex
 import statistics
@@ -81,7 +82,11 @@ class Bench:
         file = Utils.newest_checkpoint(file) if file.is_dir() else file
         if file is None:
             raise Utils.UserError(f"{args.run} holds no checkpoint: give the folder of a run of TrainCamNet.py")
-        self.flags = argparse.Namespace(**{**Utils.load_(file)["args"], "device": str(device)})
+        stored = Utils.load_(file)["args"]
+        if "net" not in stored:
+            raise Utils.UserError(f"{file} holds no generator: give a run of TrainCamNet.py")
+        same = {"device": str(device), "reject": 0.0, "keep_previous": False}  # the plain searches know neither
+        self.flags = argparse.Namespace(**{**stored, **same})
         split, generator, distance = TrainCamNet.resolve(self.flags, device)
         self.counts = [int(count) for count in self.flags.m.split(",")]
         self.trainer = TrainCamNet.Trainer(self.flags, split, generator, distance, self.counts, device)
@@ -92,32 +97,37 @@ class Bench:
         self.period.keys = self.ours(bf16=False)  # what the training steps learn from
         self.targets = pyramid(self.images, self.trainer.net.sides)
 
+    @contextlib.contextmanager
+    def precision(self, bf16):
+        """Let the trainer compute in bf16, or in fp32 without tf32."""
+        before = self.trainer.bf16, torch.backends.cudnn.allow_tf32
+        self.trainer.bf16, torch.backends.cudnn.allow_tf32 = bf16, bf16
+        yield self.trainer
+        self.trainer.bf16, torch.backends.cudnn.allow_tf32 = before
+
     def ours(self, bf16):
         """Search as training does, in bf16 or fp32."""
-        before, self.trainer.bf16 = self.trainer.bf16, bf16
-        found = self.period.search(self.trainer, torch.arange(len(self.keys), device=self.keys.device), self.keys)
-        self.trainer.bf16 = before
-        return found.keys
+        everything = torch.arange(len(self.keys), device=self.keys.device)
+        with self.precision(bf16) as trainer:
+            return self.period.search(trainer, everything, self.keys).keys
 
     def plain(self, images, codes, cached, bf16):
         """Search without a shared prefix."""
-        trainer = self.trainer
-        with torch.autocast(self.keys.device.type, torch.bfloat16, enabled=bf16):
+        with self.precision(bf16) as trainer, trainer.autocast():
             arguments = (trainer.net, trainer.distance, self.period.condition, self.targets, self.keys, self.counts)
             return plain_search(*arguments, images, codes, cached)
 
     def train(self, bs, bf16):
         """Take one step on each image, bs at a time."""
-        before, self.trainer.bf16 = self.trainer.bf16, bf16
-        for part in torch.arange(len(self.keys), device=self.keys.device).split(bs):
-            self.trainer.update(self.period, part)
-        self.trainer.bf16 = before
+        with self.precision(bf16) as trainer:
+            for part in torch.arange(len(self.keys), device=self.keys.device).split(bs):
+                trainer.update(self.period, part)
 
     def sample(self, bs, bf16):
         """Make one sample of each image, bs at a time."""
-        with torch.autocast(self.keys.device.type, torch.bfloat16, enabled=bf16):
+        with self.precision(bf16) as trainer, trainer.autocast():
             for rows in torch.arange(len(self.keys), device=self.keys.device).split(bs):
-                self.trainer.ema.sample(self.period.condition[rows], self.keys[rows])
+                trainer.ema.sample(self.period.condition[rows], self.keys[rows])
 
     def variants(self):
         """Return {(part, variant): function}; the first of each part is ours."""

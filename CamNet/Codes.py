@@ -1,4 +1,5 @@
-"""Random numbers that depend on their keys alone: not on the batch, not on the device, not on what was drawn before.
+"""Random numbers that depend on their keys alone: not on the batch, on what was drawn before, or on the device (but for
+the rounding of logarithm, sine and cosine).
 
 A counter-based generator: each number is a hash of its key and its position, SplitMix64 (Steele, Lea, Flood 2014,
 doi:10.1145/2660193.2660195). The sum in front of the hash and the hash itself are int64 operations, which wrap around

@@ -30,7 +30,9 @@ class Architecture:
     noise: int = 5  # channels
     feature_scale: float = 0.1  # of the features that a level hands to the next
     mapping: str = "cumulative"  # w sees the styles of the coarser levels too (CHIMLE); or "per_level"
-    level_input: str = "both"  # finer levels see c(x) and the output before, or, as published, "output" alone
+    level_input: str = (
+        "both"  # finer levels see c(x) and the output before, or that "output" alone, as published for super-resolution
+    )
     init: str = "he"  # of the style path; "ref": the published one, dead at step 0
 
     def of_level(self, values, level):

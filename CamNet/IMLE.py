@@ -36,9 +36,9 @@ def codes_of(generator, keys):
 class Search:
     """Finds the codes of images. counts: candidates of each level, coarse to fine; the last is repeated.
 
-    chunk: candidates in one forward, which bounds the memory and changes nothing else; it halves itself, for good, when
-    memory runs out. reject: candidates nearer to the target than this are passed over (RS-IMLE, Vashist et al. 2024,
-    arXiv:2409.17439): the codes that training sees then resemble those that are drawn later, without any search.
+    chunk: candidates in one forward, which bounds the memory and changes nothing else but rounding; it halves itself,
+    for good, when memory runs out. reject: candidates nearer to the target than this are passed over (RS-IMLE, Vashist
+    et al. 2024, arXiv:2409.17439): the codes that training sees then resemble those drawn later, without any search.
     """
 
     def __init__(self, counts, chunk=1024, reject=0.0):
@@ -61,7 +61,8 @@ class Search:
         ranks, *found = self._chain(generator, distance, condition, wanted, candidates)
         if previous is not None:
             before, *old = self._chain(generator, distance, condition, wanted, lambda level: previous[:, level, None])
-            kept = (before.sum(dim=1) <= ranks.sum(dim=1)) & (previous[:, 0] != NONE)
+            levels = ranks.shape[1]  # the ranks of the rejected are so large that the sum of several is infinite
+            kept = ((before / levels).sum(dim=1) <= (ranks / levels).sum(dim=1)) & (previous[:, 0] != NONE)
             found = [torch.where(kept[:, None], *each) for each in zip(old, found)]
         return Found(*found)
 

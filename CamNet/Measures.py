@@ -48,7 +48,9 @@ def pixel_diversity(samples):
 
 def perceptual_diversity(samples, distance):
     """Return the mean `distance` over all pairs of the samples (B, K, 3, S, S)."""
-    return _pairwise(samples, distance)
+    features = [distance.features(each) for each in samples.unbind(dim=1)]
+    pairs = [(a, b) for i, a in enumerate(features) for b in features[:i]]
+    return torch.stack([distance.between(a, b) for a, b in pairs]).mean().item()
 
 
 def histogram_diversity(samples):

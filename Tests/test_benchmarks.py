@@ -70,3 +70,33 @@ def test_started_by_its_path_it_says_how_to():
     done = speed("Benchmarks/Speed.py")
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and "python -m Benchmarks.Speed" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """What Benchmarks.Search prints and writes, for a generator that was hardly trained."""
+    folder = tmp_path_factory.mktemp("search")
+    tiny = "--size 16 --m 12,6 --period 16 --visits 2 --periods 1 --bs 8 --no-single_code --device cpu"
+    done = speed("TrainCamNet.py", *tiny.split(), "--models_dir", str(folder))
+    assert done.returncode == 0, done.stderr
+    run, out = next(folder.iterdir()), folder / "search.json"
+    done = speed(
+        *("-m", "Benchmarks.Search", str(run), "--images", "6", "--rounds", "2", "--device", "cpu", "--out", str(out))
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(out.read_text())
+
+
+def test_search_is_measured_beside_the_plain_ways(searched):
+    rows = {(row["part"], row["variant"]): row for row in searched[1]["rows"]}
+    assert {part for part, _ in rows} == {"search", "sampling", "training"}
+    assert all(row["images_per_second"] > 0 and row["ratio"] > 0 for row in rows.values())
+    assert rows["search", "ours, fp32"]["same"] == 1
+    assert rows["search", "as published"]["same"] >= 0.9  # rounding alone may decide between equally near codes
+    assert all(str(row["variant"]) in searched[0] for row in rows.values())
+
+
+def test_search_says_how_it_was_made(searched):
+    content = searched[1]
+    assert content["command"].startswith("python -m Benchmarks.Search ") and content["revision"]
+    assert content["images"] == 6 and content["generator"]["m"] == "12,6"

@@ -129,8 +129,8 @@ def test_property_5_search_equals_a_plain_one(corrupt, changes, counts):
 
 
 def test_property_5_search_equals_a_plain_one_with_previous_codes():
-    at = task(6)
-    previous = search((12, 12), at, at.keys + 1).keys  # good ones, so that some are kept
+    at = task(8)
+    previous = search((4, 3), at, at.keys + 1).keys  # good ones, so that some are kept
     found = search((3, 2), at, previous=previous)
     check(found, slow_search((3, 2), at, previous))
     kept = (found.keys == previous).all(dim=1)

@@ -27,7 +27,7 @@ def commands():
 
 def stand_in(flags, folder):
     """Replace what stands for a user's own files by a folder that exists."""
-    return [str(folder) if flag.startswith("PATH") else flag for flag in flags]
+    return [str(folder) if flag.startswith(("PATH", "Data/")) else flag for flag in flags]
 
 
 @pytest.mark.parametrize("script, flags", list(commands()))
@@ -58,8 +58,9 @@ def test_every_module_is_listed():
 
 
 def test_figures_come_from_results():
-    assert README.count("<!-- end -->") == len(re.findall(r"<!-- (?:table|speed|output) ", README)) >= 4
-    for name in re.findall(r"<!-- (?:table|speed|output) ([\w-]+)", README):
+    blocks = re.findall(rf"<!-- (?:{'|'.join(Collect.MAKERS)}) ([\w-]+)", README)
+    assert README.count("<!-- end -->") == len(blocks) >= 7
+    for name in blocks:
         assert (ROOT / "Results" / f"{name}.json").exists()
     assert Collect.fill(README, ROOT / "Results") == README, "run `python -m Benchmarks.Collect`"
 
@@ -70,6 +71,15 @@ def test_results_say_how_they_were_made(file):
         assert record["command"].startswith("python ") and record["revision"] and record["device"]
         assert record["evaluation"]["split"] == "test" and record["evaluation"]["epoch"] == record["epochs"]
         assert 0 < record["evaluation"]["linear"] <= 1 and record["minutes"] > 0
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "Results").glob("camnet-*.json")), ids=lambda file: file.name)
+def test_generators_say_how_they_were_made(file):
+    for record in json.loads(file.read_text()):
+        assert record["command"].startswith("python ") and record["revision"] and record["device"]
+        assert record["steps"] > 0 and record["minutes"] > 0 and (ROOT / "Results" / f"{file.stem}.png").exists()
+        measures = record["generator"]
+        assert measures["best_of_16"] < 0.85 * measures["best_of_1"] and measures["fit"]
 
 
 def test_data_is_no_package():

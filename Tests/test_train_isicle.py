@@ -17,9 +17,7 @@ import Utils
 from Losses import nt_xent
 
 ROOT = Path(__file__).parents[1]
-GENERATOR = (
-    "--net tiny --distance pixels --m 4,2 --period 16 --visits 2 --periods 1 --bs 8 --no-single_code"
-)
+GENERATOR = "--net tiny --distance pixels --m 4,2 --period 16 --visits 2 --periods 1 --bs 8 --no-single_code"
 
 
 def run(script, argv, folder=ROOT):
