@@ -23,10 +23,6 @@ class Found(NamedTuple):
     keys: torch.Tensor
     distances: torch.Tensor
 
-    def codes(self, generator):
-        """Return the codes themselves: [(z, noise)] of every level."""
-        return codes_of(generator, self.keys)
-
 
 def codes_of(generator, keys):
     """Return the codes [(z, noise)] of keys (B, L), coarse to fine."""

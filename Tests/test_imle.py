@@ -159,7 +159,7 @@ def test_property_6_chunk_and_other_images_play_no_part(corrupt):
 def test_property_7_training_sees_the_distances_that_the_search_found(corrupt):
     at = task(5, corrupt)
     found = search((6, 4), at)
-    images = at.generator(at.condition, found.codes(at.generator))
+    images = at.generator(at.condition, codes_of(at.generator, found.keys))
     distances = torch.stack([at.distance(x, y) for x, y in zip(images, at.targets, strict=True)], dim=1)
     torch.testing.assert_close(distances.detach(), found.distances, rtol=0, atol=1e-5)
     value = loss(at.generator, at.distance, at.condition, at.wanted, found.keys)
