@@ -210,9 +210,8 @@ def train(trainer, run, interruption, title):
             return True
         if period.distances:
             log = {f"search_level{level + 1}": value for level, value in enumerate(period.distances)}
-            run.log(
-                trainer.step + 1, trainer.period, **log
-            )  # the step that it is for: a resumed run makes and logs both anew
+            # under the step that it is for: a resumed run makes and logs both anew
+            run.log(trainer.step + 1, trainer.period, **log)
         searched = logged = time.perf_counter()
         shown = trainer.step
         parts = list(trainer.parts(len(period.condition)))
@@ -323,9 +322,7 @@ def describe(args, trainer, folder):
     print(f"{args.data}: {len(trainer.rows)} images of {trainer.split.size} px, on {trainer.device} in {precision}")
     sides = " -> ".join(str(side) for side in (net.sides[0] // 2, *net.sides))
     print(f"{args.net} generator: {count_parameters(net):,} weights, {sides} px, undoes {net.corruption.spec}")
-    searched = ",".join(
-        str(count) for count in [*trainer.search.counts, *trainer.search.counts[-1:] * 9][: len(net.sides)]
-    )
+    searched = ",".join(str(trainer.search.count(level)) for level in range(len(net.sides)))
     images = f"codes of {trainer.visited} images searched, {searched} on each level"
     print(f"{args.periods} periods: {images}, then {trainer.steps_per_period} steps of {args.bs} images")
     print(f"{f'going on at step {trainer.step}' if trainer.step else 'starting'}: {folder}", flush=True)

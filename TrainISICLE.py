@@ -125,11 +125,12 @@ class Banks:
         self.generator = Generator(**state["config"]).to(device, memory_format=torch.channels_last)
         Utils.load_(self.checkpoint, generator=self.generator)
         check_generator(self.checkpoint, state, args, split)
+        self.fingerprint = fingerprint(self.generator.state_dict())[:8]
         self.bf16, self.number, self.bank = Utils.set_precision(args.precision, device), None, None
 
     def file(self, number):
         """Return where a bank lies: beside the generator; seed, size and generator are in its name."""
-        name = f"bank-{fingerprint(self.generator.state_dict())[:8]}-k{self.args.num_codes}-s{self.args.seed}"
+        name = f"bank-{self.fingerprint}-k{self.args.num_codes}-s{self.args.seed}"
         return self.checkpoint.parent / f"{name}-{number}.npy"
 
     def autocast(self):

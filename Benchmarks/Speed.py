@@ -13,7 +13,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import shlex
 import statistics
 import sys
@@ -34,6 +33,7 @@ if find_spec("TrainSimCLR") is None:  # started by its path, Python looks for mo
     print("Speed.py: error: start it in the repository's folder, as python -m Benchmarks.Speed", file=sys.stderr)
     sys.exit(2)
 
+import Fitness
 import Flags
 import Shapes
 import TrainSimCLR
@@ -189,9 +189,7 @@ def peak_memory(args, device, name):
     step = step_variants(args.workers, device)[name](*prepare(args, device), device)()
     for _ in range(3):
         step()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Fitness.peak_memory(device)
 
 
 def measure_all(args, device):

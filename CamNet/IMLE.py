@@ -40,6 +40,10 @@ class Search:
     def __init__(self, counts, chunk=1024, reject=0.0):
         self.counts, self.chunk, self.reject = tuple(counts), chunk, reject
 
+    def count(self, level):
+        """Return the candidates of a level."""
+        return self.counts[min(level, len(self.counts) - 1)]
+
     @torch.inference_mode()
     def __call__(self, generator, distance, condition, wanted, keys, previous=None):
         """Return the `Found` of B images.
@@ -51,8 +55,7 @@ class Search:
         """
 
         def candidates(level):
-            count = self.counts[min(level, len(self.counts) - 1)]
-            return make_keys(keys[:, None], level, torch.arange(count, device=keys.device))  # (B, m)
+            return make_keys(keys[:, None], level, torch.arange(self.count(level), device=keys.device))  # (B, m)
 
         ranks, *found = self._chain(generator, distance, condition, wanted, candidates)
         if previous is not None:

@@ -34,23 +34,20 @@ def best_of(distance, samples, targets, ks=(1, 4, 16)):
     return {k: d[:, :k].min(dim=1).values.mean().item() for k in ks}
 
 
-def _pairwise(samples, difference):
-    """Return the mean of difference(a, b) -> (B,) over all pairs of samples."""
-    columns = samples.unbind(dim=1)
+def _pairwise(columns, difference):
+    """Return the mean of difference(a, b) -> (B,) over all pairs of columns, of which each holds a sample per image."""
     pairs = [(a, b) for i, a in enumerate(columns) for b in columns[:i]]
     return torch.stack([difference(a, b) for a, b in pairs]).mean().item()
 
 
 def pixel_diversity(samples):
     """Return the mean absolute difference of pixels, in [0, 1], over all pairs of the samples (B, K, 3, S, S)."""
-    return _pairwise(samples, lambda a, b: (a - b).abs().mean(dim=(1, 2, 3)))
+    return _pairwise(samples.unbind(dim=1), lambda a, b: (a - b).abs().mean(dim=(1, 2, 3)))
 
 
 def perceptual_diversity(samples, distance):
     """Return the mean `distance` over all pairs of the samples (B, K, 3, S, S)."""
-    features = [distance.features(each) for each in samples.unbind(dim=1)]
-    pairs = [(a, b) for i, a in enumerate(features) for b in features[:i]]
-    return torch.stack([distance.between(a, b) for a, b in pairs]).mean().item()
+    return _pairwise([distance.features(each) for each in samples.unbind(dim=1)], distance.between)
 
 
 def histogram_diversity(samples):
@@ -61,7 +58,7 @@ def histogram_diversity(samples):
     cumulative = torch.stack(
         [(samples <= edge / BINS).float().mean(dim=(3, 4)) for edge in range(1, BINS)], dim=-1
     )  # (B, K, 3, bins)
-    return _pairwise(cumulative, lambda a, b: (a - b).abs().mean(dim=(1, 2)))
+    return _pairwise(cumulative.unbind(dim=1), lambda a, b: (a - b).abs().mean(dim=(1, 2)))
 
 
 def diversity(samples, distance):
