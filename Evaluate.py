@@ -196,13 +196,19 @@ def fine_tune(encoder, splits, device, views, epochs, bs=256, lr=0.05, seed=0):
 
 
 def evaluate(encoder, untrained, splits, views, device, epoch):
-    """Return the content of evaluation.json: every score with its protocol and with what it is to be compared to."""
+    """Return the content of evaluation.json: every score with its protocol and with what it is to be compared to.
+
+    untrained: the encoder as it was before training; None leaves out all but kNN, linear probe and chance.
+    """
+    beside = {}
+    if untrained:
+        beside = {f"untrained_{name}": value for name, value in score(untrained, splits, device).items()}
+        beside |= {"linear_aug": score_augmented(encoder, splits, device, views)}
+        beside |= {"pixels_knn": score_pixels(splits, device)}
     return {
         **score(encoder, splits, device),
-        **{f"untrained_{name}": value for name, value in score(untrained, splits, device).items()},
-        "linear_aug": score_augmented(encoder, splits, device, views),
+        **beside,
         "chance": chance(splits),
-        "pixels_knn": score_pixels(splits, device),
         **{"n_test": int((splits.test.labels >= 0).sum()), "split": splits.eval, "epoch": epoch, "protocol": PROTOCOL},
     }
 

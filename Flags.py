@@ -1,6 +1,7 @@
 """The flags that scripts share, each defined once, and what a run's flags build: data, views, encoder."""
 
 import argparse
+import re
 from pathlib import Path
 
 import torch
@@ -44,22 +45,37 @@ def parser_for(doc):
     return parser
 
 
-def contrastive_parser(doc, data="shapes", method=None):
+def contrastive_parser(doc, data="shapes", positives=None):
     """Return the parser of the contrastive scripts; the defaults are the recipe of the row of `data`.
 
-    method: adds the flags that are a script's own, before the recipe is set; None: those of SimCLR.
+    positives: adds the flags of where they come from; None: those of SimCLR.
     """
     parser = parser_for(doc)
     _add_data_flags(parser.add_argument_group("data and views").add_argument)
-    (method or _add_simclr_flags)(parser)
+    (positives or _add_simclr_flags)(parser)
     _add_model_flags(parser.add_argument_group("model and loss").add_argument)
     _add_optimisation_flags(parser.add_argument_group("optimisation").add_argument)
     _add_run_flags(parser.run.add_argument, "epochs")
     eval_ = "epochs between scores; 0: at the end only"
     parser.run.add_argument("--eval_iter", type=number(int, 0), default=10, metavar="E", help=eval_)
+    baselines = "at the end, also score raw pixels, the encoder as it began, and a probe on augmented images"
+    parser.run.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True, help=baselines)
     compile_ = "torch.compile; auto: on CUDA, in runs of 2,000 steps or more"
     parser.run.add_argument("--compile", choices=["auto", "yes", "no"], default="auto", help=compile_)
     parser.set_defaults(**Data.get_row(data).recipe)
+    return parser
+
+
+def isicle_parser(doc, argv, data="shapes"):
+    """Return the parser of TrainISICLE.py; the defaults are SimCLR's recipe, but for what restorations change in it.
+
+    With --p_gen 0 in argv there are none, and nothing is changed.
+    """
+    parser = contrastive_parser(doc, data, _add_isicle_flags)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--p_gen", default="1")
+    if not re.fullmatch(r"0*\.?0*", early.parse_known_args(argv)[0].p_gen):
+        parser.set_defaults(**Data.get_row(data).isicle)
     return parser
 
 
@@ -104,11 +120,13 @@ def _add_simclr_flags(parser):
     add("--loss", choices=["lout", "lin"], default="lout", help=loss)
 
 
-def add_isicle_flags(parser):
+def _add_isicle_flags(parser):
     """Add the flags of TrainISICLE.py: where the positives come from."""
     add = parser.add_argument_group("positives").add_argument
-    pair = "views of a step: two restorations; the image and one; the image twice and one; --num_pos restorations"
-    add("--pair", choices=["gen_gen", "real_gen", "real_real_gen", "multi"], default="gen_gen", help=pair)
+    pair = "views of a step: two restorations; the image and one; the image twice and one; --num_pos restorations; "
+    pair += "as controls: one restoration, twice; what is restored, twice"
+    pairs = ["gen_gen", "real_gen", "real_real_gen", "multi", "gen_twice", "corrupted"]
+    add("--pair", choices=pairs, default="gen_gen", help=pair)
     p_gen = "share of synthetic images where the pair has a restoration; the others are the image itself"
     add("--p_gen", type=number(float, 0, 1), default=1.0, metavar="P", help=p_gen)
     add("--gen_warmup", type=number(float, 0), default=0.0, metavar="E", help="epochs in which --p_gen rises from 0")
@@ -123,7 +141,11 @@ def add_isicle_flags(parser):
     add("--gen_weight", type=number(float, 0), default=1.0, metavar="W", help=weight)
     refresh = "epochs between two banks, each of new codes; 0: one bank"
     add("--refresh", type=number(int, 0), default=0, metavar="E", help=refresh)
-    add("--corrupt", metavar="SPEC", help="corruption of the generator, see TrainCamNet.py; None: the data's own")
+    add(
+        "--corrupt",
+        metavar="SPEC",
+        help="what the generator undoes, see TrainCamNet.py; None: any, else the data's own",
+    )
     add("--generator", metavar="FILE|DIR", help="a run of TrainCamNet.py; None: the newest for the data, or a new one")
     bank = "positives of your own, .npy, uint8 (N, K, 3, H, W) in the order of the train split; no generator then"
     add("--bank", metavar="FILE", help=bank)
@@ -229,7 +251,7 @@ def _add_run_flags(add, unit):
 # they leave what is learnt as it is, up to rounding; the others name the run folder and must agree when it is resumed
 RUN_FLAGS = {
     *("device", "n_workers", "data_dir", "storage", "skip_bad", "eval", "models_dir", "suffix", "resume"),
-    *("log_iter", "eval_iter", "save_iter", "sample_iter", "precision", "compile", "small_stem"),
+    *("log_iter", "eval_iter", "save_iter", "sample_iter", "baselines", "precision", "compile", "small_stem"),
     *("chunk", "lpips_weights", "bank_storage"),
 }
 

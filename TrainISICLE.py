@@ -9,33 +9,30 @@ Finds the newest generator that TrainCamNet.py made for the data, or trains one;
 image; then trains by TrainSimCLR.py's loop, from which it differs in nothing but the source of positives below.
 """
 
-import contextlib
-import json
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import Data
-import Fitness
 import Flags
-import TrainCamNet
 import TrainSimCLR
 import Utils
-from CamNet import Generator
-from CamNet.Bank import Bank, fill, fingerprint, read, restore
+from Banks import Banks
+from CamNet.Bank import Bank, read, to_uint8
 from CamNet.Codes import make_keys, uniforms
-from ImageFiles import first_rank_only
+from CamNet.Corruptions import Corruption
 from Losses import multi_positive, nt_xent
 
-REAL = {"gen_gen": 0, "real_gen": 1, "real_real_gen": 2, "multi": 0}  # views that are the image itself
-PICK, SHARE = range(2)  # what random numbers are for: a part of their keys
+REAL = {"real_gen": 1, "real_real_gen": 2}  # views that are the image itself
+RESTORED = {"gen_gen": 2, "real_gen": 1, "real_real_gen": 1, "gen_twice": 1, "corrupted": 1}  # different ones
+TWICE = ("gen_twice", "corrupted")
+PICK, SHARE, MASK = range(3)  # what random numbers are for: a part of their keys
 
 
 def get_args(argv=None):
     """Parse the flags; see Flags.py for what they are."""
-    return Flags.parse(argv, lambda data: Flags.contrastive_parser(__doc__, data, Flags.add_isicle_flags))
+    return Flags.parse(argv, lambda data: Flags.isicle_parser(__doc__, argv, data))
 
 
 class Restored:
@@ -46,11 +43,12 @@ class Restored:
 
     def __init__(self, args, banks):
         """banks: epoch -> Bank."""
-        self.args, self.banks, self.real = args, banks, REAL[args.pair]
-        self.restored = {"gen_gen": 2, "multi": args.num_pos}.get(args.pair, 1)
+        self.args, self.banks, self.real = args, banks, REAL.get(args.pair, 0)
+        self.restored = args.num_pos if args.pair == "multi" else RESTORED[args.pair]
+        self.synthetic_share = 0.0  # of the last views
 
     def __len__(self):
-        return self.real + self.restored
+        return self.real + self.restored + (self.args.pair in TWICE)
 
     def share(self, trainer):
         """Return the probability of a restoration, where the pair has one, at the trainer's step."""
@@ -59,19 +57,41 @@ class Restored:
 
     def __call__(self, indices, images, trainer):
         """Return M batches uint8 (b, 3, H, W), the real ones first; see TrainSimCLR.SamePair."""
-        views, share = [images] * self.real, self.share(trainer)
+        share = self.share(trainer)
         if share == 0:
             return [images] * len(self)
-        bank, keys = self.banks(trainer.epoch), make_keys(self.args.seed, trainer.step, indices.cpu())
+        restored, drawn = self.restorations(indices, images, trainer), [None] * self.restored
+        if share < 1:
+            keys = make_keys(self.args.seed, trainer.step, indices.cpu(), SHARE)
+            drawn = (uniforms(keys, self.restored) < share).unbind(dim=1)
+            restored = [_replace(images, view, mine) for view, mine in zip(restored, drawn)]
+        views = [images] * self.real + list(restored)
+        if self.args.pair in TWICE:
+            views, drawn = views * 2, drawn * 2
+        shares = [1.0 if mine is None else mine.float().mean().item() for mine in drawn]  # on the host, as the keys are
+        self.synthetic_share = sum(shares) / len(views)
+        return views
+
+    def restorations(self, indices, images, trainer):
+        """Return the different restorations of a step, each uint8 (b, 3, H, W) on the images' device."""
+        bank = self.banks(trainer.epoch)
         if self.args.pick == "farthest":
             columns = farthest(bank, indices, self.restored, images if self.real else None, trainer)
         else:
-            columns = uniforms(make_keys(keys, PICK), bank.k).argsort(dim=1)[:, : self.restored]
-        restored = bank.take(indices, columns).to(images.device)
-        drawn = (uniforms(make_keys(keys, SHARE), self.restored) < share).to(images.device)
-        for column in range(self.restored):
-            views.append(torch.where(drawn[:, column, None, None, None], restored[:, column], images))
-        return views
+            keys = make_keys(self.args.seed, trainer.step, indices.cpu(), PICK)
+            columns = uniforms(keys, bank.k).argsort(dim=1)[:, : self.restored]
+        return bank.take(indices, columns).to(images.device).unbind(dim=1)
+
+    def synthetic(self, indices, images, trainer):
+        """Return the first restoration of each image, to be measured; see TrainSimCLR.SamePair."""
+        if self.args.p_gen == 0:
+            return None
+        first = torch.zeros(len(indices), 1, dtype=torch.int64)
+        return self.banks(trainer.epoch).take(indices, first)[:, 0].to(images.device)
+
+    def numbers(self):
+        """Return the share of synthetic images among the last views, to be logged."""
+        return {"synthetic_share": self.synthetic_share}
 
     def loss(self, z, args):
         """Return the loss of projections z (M, N, D)."""
@@ -85,6 +105,28 @@ class Restored:
                 term = nt_xent(z[0], further, args.temp)
             total = total + args.gen_weight * term / (len(z) - 2)
         return total
+
+
+class Corrupted(Restored):
+    """A control: the views are c(x), enlarged to the image's size; what the corruption does without a generator."""
+
+    def __init__(self, args, corruption):
+        super().__init__(args, None)
+        self.corruption, self.synthetic_share = corruption, 1.0
+
+    def __call__(self, indices, images, trainer):
+        """Return c(x), uint8 (b, 3, H, W), twice; see TrainSimCLR.SamePair."""
+        return [self.synthetic(indices, images, trainer)] * 2
+
+    def synthetic(self, indices, images, trainer):
+        """Return c(x), uint8 (b, 3, H, W)."""
+        keys = make_keys(self.args.seed, trainer.step, indices, MASK).to(images.device)
+        return to_uint8(self.corruption.upsample(self.corruption(images, keys)))
+
+
+def _replace(images, view, drawn):
+    """Return the view where it is drawn (b,), the image elsewhere."""
+    return torch.where(drawn.to(images.device, non_blocking=True)[:, None, None, None], view, images)
 
 
 @torch.no_grad()
@@ -115,155 +157,31 @@ def farthest(bank, indices, count, images, trainer):
     return torch.cat(columns, dim=1)
 
 
-class Banks:
-    """epoch -> Bank: made by a generator and kept in its run's folder; a new one every --refresh epochs."""
-
-    def __init__(self, args, split, device):
-        self.args, self.split, self.device = args, split, device
-        self.checkpoint = find_generator(args)
-        state = Utils.load_(self.checkpoint)
-        self.generator = Generator(**state["config"]).to(device, memory_format=torch.channels_last)
-        Utils.load_(self.checkpoint, generator=self.generator)
-        check_generator(self.checkpoint, state, args, split)
-        self.fingerprint = fingerprint(self.generator.state_dict())[:8]
-        self.bf16, self.number, self.bank = Utils.set_precision(args.precision, device), None, None
-
-    def file(self, number):
-        """Return where a bank lies: beside the generator; seed, size and generator are in its name."""
-        name = f"bank-{self.fingerprint}-k{self.args.num_codes}-s{self.args.seed}"
-        return self.checkpoint.parent / f"{name}-{number}.npy"
-
-    def autocast(self):
-        """Return the context of the run's precision."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-    def __call__(self, epoch):
-        number = epoch // self.args.refresh if self.args.refresh else 0
-        if number != self.number:
-            first_rank_only(lambda: self.make(number))
-            if self.number is not None:
-                first_rank_only(lambda: self.remove(self.number))
-            images = read(self.file(number), len(self.split), self.split.size)
-            self.number, self.bank = number, Bank(images, self.device, self.args.bank_storage)
-        return self.bank
-
-    def make(self, number):
-        """Fill the bank, with a word of how much and how long; an interrupted filling goes on."""
-        file, k, seed = self.file(number), self.args.num_codes, make_seed(self.args.seed, number)
-        if not file.exists():
-            gib, seconds = len(self.split) * k * 3 * self.split.size**2 / 2**30, self.estimate(seed)
-            print(
-                f"bank: {k} restorations of {len(self.split)} images, {gib:.2f} GiB, about {seconds:.0f} s", flush=True
-            )
-        started = time.perf_counter()
-        try:
-            made = fill(file, self.generator, self.split, k, seed, self.device, self.autocast, quiet=Utils.quiet())
-        except ValueError as error:
-            raise Utils.UserError(str(error)) from error
-        print(f"bank: {file}, {f'made in {time.perf_counter() - started:.0f} s' if made else 'found'}", flush=True)
-
-    def estimate(self, seed, most=64):
-        """Return the seconds that the filling may take, from a few images."""
-        rows, images = next(iter(self.split.batches([torch.arange(min(most, len(self.split)))], self.device)))
-        seconds = 0.0
-        for _ in range(2):  # the first warms up
-            started = time.perf_counter()
-            restore(self.generator, images, rows, 1, seed, self.autocast).cpu()
-            seconds = time.perf_counter() - started
-        return seconds * self.args.num_codes * len(self.split) / len(rows)
-
-    def remove(self, number):
-        """Remove a bank that is not used any more."""
-        file = self.file(number)
-        file.unlink(missing_ok=True)
-        file.with_name(file.name + ".json").unlink(missing_ok=True)
-
-
-def make_seed(seed, number):
-    """Return the seed of the codes of a bank."""
-    return 1_000_003 * seed + number
-
-
-def find_generator(args):
-    """Return the checkpoint of --generator, or of the newest whole run for the data; trains one where there is none."""
-    if args.generator:
-        file = Path(args.generator)
-        file = Utils.newest_checkpoint(file) if file.is_dir() else file
-        if file is None:
-            raise Utils.UserError(f"--generator {args.generator}: no checkpoint there: give a run of TrainCamNet.py")
-        return file
-    if not (found := newest_generator(args)):
-        first_rank_only(lambda: train_generator(args))
-        found = newest_generator(args)
-    return Utils.newest_checkpoint(found)
-
-
-def newest_generator(args):
-    """Return the folder of the newest finished run of TrainCamNet.py for the data and the corruption, or None."""
-    wanted = {"data": str(args.data), "size": args.size}
-    if args.corrupt:
-        wanted["corrupt"] = args.corrupt
-    found = []
-    for file in Path(args.models_dir).glob("TrainCamNet-*/generator.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            flags = json.loads((file.parent / "args.json").read_text())["args"]
-            if all(flags[name] == value for name, value in wanted.items()):
-                found.append((file.stat().st_mtime, file.parent))
-    return max(found)[1] if found else None
-
-
-def train_generator(args):
-    """Train a generator by the recipe of the data; an interrupted training goes on. UserError if it is interrupted."""
-    shared = ("data", "size", "device", "n_workers", "data_dir", "storage", "models_dir", "precision", "corrupt")
-    argv = [f"--{name}={value}" for name in shared if (value := getattr(args, name)) is not None]
-    argv += ["--skip_bad"] * args.skip_bad + ["--resume=auto"]
-    print(f"no generator for {args.data} yet: python TrainCamNet.py {' '.join(argv)}", flush=True)
-    TrainCamNet.main(TrainCamNet.get_args(argv))
-    if not newest_generator(args):
-        raise KeyboardInterrupt
-
-
-def check_generator(file, state, args, split):
-    """Raise UserError if a generator is not for this data; warn if it is not fit for positives."""
-    flags, config = state["args"], state["config"]
-    wrong = {
-        "--data": (flags["data"], args.data),
-        "--size": (config["size"], split.size),
-        "--corrupt": (config["corrupt"], args.corrupt or config["corrupt"]),
-    }
-    different = [f"{flag} {theirs} (here {ours})" for flag, (theirs, ours) in wrong.items() if theirs != ours]
-    if different:
-        raise Utils.UserError(f"--generator {file}: trained for {', '.join(different)}: give another, or none")
-    print(f"generator: {file}")
-    measures = file.parent / "generator.json"
-    if measures.exists() and (reason := Fitness.unfit(json.loads(measures.read_text()))):
-        print(f"warning: this generator is not fit for positives: {reason}")
-
-
 def make_positives(args, splits, device):
     """Return the source of positives of a run's flags. Raises UserError on flags that do not go together."""
+    try:
+        return _make_positives(args, splits.train, device)
+    except ValueError as error:
+        raise Utils.UserError(str(error)) from error
+
+
+def _make_positives(args, split, device):
     source = Restored(args, None)
     if args.loss == "align" and len(source) == 2:
-        raise Utils.UserError(f"--loss align: --pair {args.pair} has two views: use real_real_gen, or multi")
+        raise ValueError(f"--loss align: --pair {args.pair} has two views: use real_real_gen, or multi")
     if args.p_gen == 0:
         return source
-    if args.bank:
-        try:
-            bank = Bank(read(args.bank, len(splits.train), splits.train.size), device, args.bank_storage)
-        except ValueError as error:
-            raise Utils.UserError(str(error)) from error
-        source.banks, k = lambda epoch: bank, bank.k
-    else:
-        k = args.num_codes
-    if k < source.restored:
-        flag = f"--bank {args.bank}: it holds" if args.bank else "--num_codes:"
-        raise Utils.UserError(
+    if args.pair == "corrupted":
+        return Corrupted(args, Corruption(args.corrupt or Data.get_row(args.data).generator["corrupt"], split.size))
+    bank = Bank(read(args.bank, len(split), split.size), device, args.bank_storage) if args.bank else None
+    if (k := bank.k if bank else args.num_codes) < source.restored:
+        flag = f"--bank {args.bank}: it holds" if bank else "--num_codes:"
+        raise ValueError(
             f"{flag} {k} restorations of an image, and --pair {args.pair} takes {source.restored}: use "
             f"{source.restored} or more, or --pair real_gen"
         )
-    if not args.bank:
-        source.banks = Banks(args, splits.train, device)
-        source.banks(0)
+    source.banks = (lambda epoch: bank) if bank else Banks(args, split, device)
+    source.banks(0)
     return source
 
 

@@ -50,6 +50,13 @@ class SamePair:
         """
         return [images] * self.num_views
 
+    def synthetic(self, indices, images, trainer):
+        """Return what a generator makes of the images, uint8 (b, 3, H, W), to be measured; None: there is none."""
+
+    def numbers(self):
+        """Return {name: number} of the last pairs, to be logged."""
+        return {}
+
     def loss(self, z, args):
         """Return the loss of projections z (M, N, D)."""
         return multi_positive(z, args.temp, form=args.loss.removeprefix("l"))
@@ -125,20 +132,28 @@ class Trainer:
             views.append(self.views.apply(images, {name: value[mine] for name, value in params.items()}))
         return torch.cat(views).contiguous(memory_format=torch.channels_last)
 
-    def update(self, indices, images):
-        """Take one step; return (loss, projections (M, N, D), views (M b, 3, H, W)) without waiting for the device."""
+    def update(self, indices, images, lap=lambda stage: None):
+        """Take one step; return (loss, projections (M, N, D), views (M b, 3, H, W)) without waiting for the device.
+
+        lap: is told the name of each stage that ends; see `Reports.Meter`.
+        """
+        lap("data")
         positives = self.positives(indices, images, self)
         x = self.augment(positives)
+        lap("views")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             z = self.forward(x)
+        lap("forward")
         z = Distributed.gather(z.float().view(len(positives), -1, z.shape[1]))
         loss = self.positives.loss(z, self.args)
+        lap("loss")
         self.optimizer.zero_grad()
         loss.backward()
         ramp = round(self.args.n_ramp * self.steps_per_epoch)
         set_learning_rate(self.optimizer, learning_rate(self.step, self.steps, ramp, self.args.lr))
         self.optimizer.step()
         self.step += 1
+        lap("backward")
         return loss.detach(), z.detach(), x
 
 
@@ -150,13 +165,13 @@ def train_epoch(trainer, run, interruption):
     title, count = f"epoch {trainer.epoch + 1}/{args.epochs}", trainer.steps_per_epoch
     bar = tqdm(desc=title, total=count, initial=trainer.step_in_epoch, unit="step", leave=False, disable=run.quiet)
     with bar:
-        for indices, images in meter.waiting(trainer.batches()):
-            first = trainer.step == 0
-            loss, z, x = trainer.update(indices, images)
+        for indices, images in trainer.batches():
+            shown = trainer.step == 0 or (trainer.step_in_epoch == 0 and is_scored(args, trainer.epoch + 1))
+            loss, z, x = trainer.update(indices, images, meter.lap)
             total, steps = total + loss, steps + 1
             bar.update()
-            if first:
-                Reports.show_pairs(run, x, len(z))
+            if shown:
+                Reports.show_pairs(run, x, len(z), trainer.step)
             if logged := trainer.step % args.log_iter == 0:
                 log_step(trainer, run, loss, z, meter)
             if trainer.world == 1 or logged:  # several processes must agree, and that waits for the device
@@ -172,7 +187,8 @@ def log_step(trainer, run, loss, z, meter):
     """Write a line of metrics.jsonl: the only place inside an epoch that waits for the device."""
     loss, statistics = loss.item(), {name: value.item() for name, value in view_statistics(z).items()}
     lr = trainer.optimizer.param_groups[0]["lr"]
-    run.log(trainer.step, trainer.epoch, loss=loss, lr=lr, **meter.read(), **statistics)
+    run.log(trainer.step, trainer.epoch, loss=loss, lr=lr, **meter.read(), **statistics, **trainer.positives.numbers())
+    meter.start()
     check_health(trainer, run, loss, statistics["embedding_std"])
 
 
@@ -190,6 +206,11 @@ def check_health(trainer, run, loss, std=1.0):
     )
 
 
+def is_scored(args, epoch):
+    """Return whether the encoder is scored after this epoch."""
+    return epoch == args.epochs or bool(args.eval_iter and epoch % args.eval_iter == 0)
+
+
 def finish_epoch(trainer, run, splits, loss):
     """Save and score where it is due, and print the epoch's line."""
     args, epoch, last = trainer.args, trainer.epoch, trainer.step == trainer.steps
@@ -197,9 +218,10 @@ def finish_epoch(trainer, run, splits, loss):
     if run.writes:
         if last or (args.save_iter and epoch % args.save_iter == 0):
             trainer.save(run.folder)
-        if not last and args.eval_iter and epoch % args.eval_iter == 0 and Evaluate.can_probe(splits):
-            scores = Evaluate.score(trainer.net.encoder, splits, trainer.device)
-            run.log(trainer.step, epoch, **scores)
+        if not last and is_scored(args, epoch):
+            probed = Evaluate.can_probe(splits)
+            scores = Evaluate.score(trainer.net.encoder, splits, trainer.device) if probed else {}
+            run.log(trainer.step, epoch, group="Pairs", **scores, **Reports.measure_pairs(trainer, probed))
         text = "".join(f"  {name} {100 * value:.2f} %" for name, value in scores.items())
         tqdm.write(f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  {run.clock():.0f} s{text}")
     Distributed.barrier()
@@ -211,18 +233,23 @@ def finish_run(trainer, run, splits, again):
     again: the run was complete when this start resumed it; what it scored then is shown if it scored the same split.
     """
     if not Evaluate.can_probe(splits):
+        run.log(trainer.step, trainer.epoch, group="Pairs", **Reports.measure_pairs(trainer, labelled=False))
         print("one class or no labels: nothing to score")
         return
     file = run.folder / "evaluation.json"
     if again and file.exists() and (result := json.loads(file.read_text()))["split"] == splits.eval:
         print(f"this run is complete: scores from {file}\n{Evaluate.table(result)}")
         return
-    encoder, untrained = trainer.net.encoder, Flags.encoder_for(trainer.args)
-    untrained = untrained.to(trainer.device, memory_format=torch.channels_last)
+    encoder, untrained = trainer.net.encoder, None
+    if trainer.args.baselines:
+        untrained = Flags.encoder_for(trainer.args).to(trainer.device, memory_format=torch.channels_last)
     result = Evaluate.evaluate(encoder, untrained, splits, trainer.views, trainer.device, trainer.epoch)
+    result["pairs"] = Reports.measure_pairs(trainer, labelled=True)
     Evaluate.write_result(file, result)
-    run.log(trainer.step, trainer.epoch, knn=result["knn"], linear=result["linear"])
-    final = {f"Final/{name}": result[name] for name in ("knn", "linear", "linear_aug")}
+    run.log(
+        trainer.step, trainer.epoch, group="Pairs", **{key: result[key] for key in ("knn", "linear")}, **result["pairs"]
+    )
+    final = {f"Final/{name}": result[name] for name in ("knn", "linear", "linear_aug") if name in result}
     run.board.add_hparams(Flags.hyper_parameters(trainer.args), final, run_name=".")
     Reports.show_embedding(run, encoder, splits.test, trainer.device)
     print(Evaluate.table(result))

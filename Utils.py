@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import fcntl
 import hashlib
 import json
 import os
@@ -94,6 +95,18 @@ def write_atomically(file, write):
         raise UserError(f"cannot write {file}: {error}: free space there, or name another folder") from error
     finally:
         scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(file, work):
+    """Hold the lock FILE.lock, which one process has at a time; says so where it has to wait for another's `work`."""
+    with Path(file).with_name(f".{Path(file).name}.lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting: another process is {work}", flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def save_(file, **parts):
@@ -236,8 +249,8 @@ class Run:
         """Return the seconds that this run has taken, earlier starts counted in."""
         return self.before + time.perf_counter() - self.started
 
-    def log(self, step, epoch, **numbers):
-        """Append one object to metrics.jsonl and the same numbers to TensorBoard."""
+    def log(self, step, epoch, group="Train", **numbers):
+        """Append one object to metrics.jsonl and the same numbers to TensorBoard, there under GROUP/name or in TAGS."""
         if not self.writes:
             return
         line = {"step": step, "epoch": epoch, "seconds": round(self.clock(), 3), **numbers}
@@ -247,7 +260,7 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write {self.metrics}: {error}: free space there, then --resume auto") from error
         for name, value in numbers.items():
-            self.board.add_scalar(self.TAGS.get(name, f"Train/{name}"), value, step)
+            self.board.add_scalar(self.TAGS.get(name, f"{group}/{name}"), value, step)
 
     def picture(self, name, image, step=0):
         """Write NAME.png and the same to TensorBoard. image: float (3, H, W) in [0, 1]."""

@@ -109,6 +109,28 @@ def generator_table(records):
     )
 
 
+def by_arm(records):
+    """Return {arm: its records} of a file of Benchmarks/Arms.py, in their order."""
+    groups = {}
+    for row in records:
+        groups.setdefault(row["arm"], []).append(row)
+    return groups
+
+
+def arms_table(records):
+    """Return a Markdown table: a row per arm, mean ± standard deviation over its seeds, and what it took."""
+    lines = ["| arm | seeds | kNN | linear | steps | compute, PMAC | of it generator | minutes |", "|---" * 8 + "|"]
+    for rows in by_arm(records).values():
+        first = rows[0]
+        total = first["encoder_macs"] + first["generator_macs"]
+        cells = [first["title"], str(len(rows)), *(spread([row[name] for row in rows]) for name in ("knn", "linear"))]
+        cells += [f"{first['steps']:,}", f"{total / 1e15:.2f}", f"{100 * first['generator_macs'] / total:.0f} %"]
+        minutes = statistics.mean(row["minutes"] + row["generator_minutes"] for row in rows)
+        lines.append(f"| {' | '.join([*cells, f'{minutes:.1f}'])} |")
+    first = records[0]
+    return "\n".join([*lines, "", f"Split {first['split']}, {first['n_test']:,} images; each run on {first['device']}"])
+
+
 def search_table(content):
     """Return the Markdown table of a file of Benchmarks/Search.py."""
     lines = ["| what | variant | images/s | ours / it | same codes |", "|---|---|---|---|---|"]
@@ -125,6 +147,7 @@ MAKERS = {
     "output": shown,
     "generator": generator_table,
     "search": search_table,
+    "arms": arms_table,
 }
 
 

@@ -36,9 +36,11 @@ if find_spec("TrainSimCLR") is None:  # started by its path, Python looks for mo
 import Fitness
 import Flags
 import Shapes
+import TrainISICLE
 import TrainSimCLR
 import Utils
 from Backbones import BACKBONES, ContrastiveNet, build_head
+from CamNet.Bank import Bank
 from Losses import nt_xent
 
 NOTES = {
@@ -115,16 +117,25 @@ def two_views(pictures, transform):
     return [torch.stack([transform(picture) for picture in pictures]) for _ in range(2)]
 
 
-def our_step(flags, split, device, channels_last=True, **changes):
+def our_step(flags, split, device, channels_last=True, positives=None, **changes):
     """Return begin() of the trainer as the script builds it, with some flags changed."""
     flags = argparse.Namespace(**{**vars(flags), **changes})
-    trainer = TrainSimCLR.Trainer(flags, split.to(device), TrainSimCLR.SamePair(2), device)
+    trainer = TrainSimCLR.Trainer(flags, split.to(device), positives or TrainSimCLR.SamePair(2), device)
     if not channels_last:  # one copy of the views more, a small part of a step
         trainer.net.to(memory_format=torch.contiguous_format)
         trainer.augment = lambda batches, augment=trainer.augment: augment(batches).contiguous()
     trainer.net.train()
     stream = (batch for _ in iter(int, 1) for batch in trainer.batches())  # epoch after epoch
     return lambda: lambda: trainer.update(*next(stream))
+
+
+def isicle_step(flags, split, device):
+    """Return begin() of TrainISICLE.py's steps: two of eight restorations, from a bank on the device, full of noise."""
+    own = TrainISICLE.get_args([])
+    bank = torch.randint(256, (len(split), own.num_codes, 3, split.size, split.size), dtype=torch.uint8)
+    bank = Bank(bank.numpy(), device, "memory")
+    flags = argparse.Namespace(**{**vars(own), **vars(flags)})  # with SimCLR's augmentation
+    return our_step(flags, split, device, positives=TrainISICLE.Restored(flags, lambda epoch: bank))
 
 
 def plain_step(flags, split, device, workers):
@@ -154,7 +165,8 @@ def plain_step(flags, split, device, workers):
 
 def step_variants(workers, device):
     """Return {variant: build}; build(flags, split, device) returns a begin() as above."""
-    variants = {"ours": our_step, "plain loop, PIL, fp32": partial(plain_step, workers=workers)}
+    variants = {"ours": our_step, "ours, ISICLE's pairs": isicle_step}
+    variants["plain loop, PIL, fp32"] = partial(plain_step, workers=workers)
     variants["ours, fp32"] = partial(our_step, precision="tf32")  # CPUs ignore tf32; see NOTES
     variants["ours, without channels_last"] = partial(our_step, channels_last=False)
     if device.type == "cuda":

@@ -102,21 +102,26 @@ def restore(generator, images, rows, k, seed, autocast=contextlib.nullcontext):
     for number in range(k):
         with autocast():
             sample = generator.sample(condition, make_keys(keys, number))
-        columns.append((255 * sample.float()).round_().clamp_(0, 255).byte())
+        columns.append(to_uint8(sample))
     return torch.stack(columns, dim=1)
+
+
+def to_uint8(images):
+    """Return images of any shape in [0, 1] as uint8."""
+    return (255 * images.float()).round_().clamp_(0, 255).byte()
 
 
 def _open(part, shape, done):
     """Return the array in the file as a memory map; its whole room is taken at once, so that a full disk shows now."""
     if done:
         return np.lib.format.open_memmap(part, mode="r+")
-    images = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
-    with part.open("r+b") as handle:
-        try:
+    try:
+        images = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
+        with part.open("r+b") as handle:
             os.posix_fallocate(handle.fileno(), 0, os.fstat(handle.fileno()).st_size)
-        except OSError:
-            part.unlink()
-            raise
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
     return images
 
 

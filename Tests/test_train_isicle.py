@@ -1,8 +1,11 @@
 """TrainISICLE.py, by running it: the pair, the bank, the generator that it finds or trains, and what it refuses."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +14,15 @@ import pytest
 import torch
 from helpers import one_line
 
+import Banks
+import Data
+import Reports
 import TrainCamNet
 import TrainISICLE
+import TrainSimCLR
 import Utils
+from Backbones import ContrastiveNet, ResNet8, build_head
+from CamNet.Corruptions import Corruption
 from Losses import nt_xent
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +64,23 @@ def test_whole_run(first, models):
     assert np.load(bank).shape == (240, 3, 3, 32, 32)
 
 
+def test_shows_what_the_pairs_are_worth(first):
+    *training, scores = metrics(first.folder)
+    result = json.loads((first.folder / "evaluation.json").read_text())
+    assert all(line["synthetic_share"] == 1 for line in training)
+    names = {
+        "alignment",
+        "uniformity",
+        "embedding_std",
+        "cosine_real",
+        "cosine_synthetic",
+        "label_real",
+        "label_synthetic",
+    }
+    assert result["pairs"].keys() == names and {name: scores[name] for name in names} == result["pairs"]
+    assert 0 <= scores["label_synthetic"] <= 1 and -1 <= scores["cosine_synthetic"] <= 1
+
+
 def test_second_run_reuses_generator_and_bank(first):
     done = run("TrainISICLE.py", [*first.argv, "--suffix", "again"])
     assert done.returncode == 0 and ", found" in done.stdout and "made in" not in done.stdout
@@ -88,7 +114,11 @@ def ask(positives, step=0, n=6, steps_per_epoch=10):
 
 
 @pytest.mark.parametrize(
-    "pair, real", [("gen_gen", [0, 0]), ("real_gen", [1, 0]), ("real_real_gen", [1, 1, 0]), ("multi", [0] * 3)]
+    "pair, real",
+    [
+        *[("gen_gen", [0, 0]), ("real_gen", [1, 0]), ("real_real_gen", [1, 1, 0]), ("multi", [0] * 3)],
+        ("gen_twice", [0, 0]),
+    ],
 )
 def test_pairs(pair, real):
     positives = source(pair)
@@ -99,6 +129,9 @@ def test_pairs(pair, real):
             assert (view == 0).all()
         else:
             assert ((view - 1) // 10 == torch.arange(6)).all()  # a restoration of its own image
+    assert positives.numbers() == {"synthetic_share": pytest.approx(1 - sum(real) / len(real))}
+    if pair == "gen_twice":
+        assert torch.equal(*views)
 
 
 def test_two_different_codes_drawn_anew_in_every_step():
@@ -119,10 +152,55 @@ def test_share_and_warm_up():
     positives = source(p_gen=0.25)
     share = torch.cat([(ask(positives, step) > 0).flatten() for step in range(500)]).float().mean()
     assert share == pytest.approx(0.25, abs=0.02)
+    assert 0 < positives.numbers()["synthetic_share"] < 0.8  # of the 12 last views
     rising = source(gen_warmup=2)
     trainer = SimpleNamespace(steps_per_epoch=10)
     shares = [rising.share(SimpleNamespace(step=step, **vars(trainer))) for step in (0, 9, 19, 50)]
     assert shares == pytest.approx([0.05, 0.5, 1.0, 1.0])
+
+
+def test_corrupted_is_what_the_generator_sees():
+    args = SimpleNamespace(pair="corrupted", seed=0, num_pos=3, p_gen=1.0)
+    control = TrainISICLE.Corrupted(args, Corruption("gray+down2", 8))
+    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    one, other = control(torch.arange(4), images, SimpleNamespace(step=0))
+    grey = (images.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1)
+    want = torch.nn.functional.interpolate(
+        grey.unflatten(1, (4, 2)).unflatten(3, (4, 2)).mean((2, 4))[:, None], (8, 8), mode="bicubic"
+    )
+    assert torch.equal(one, other) and len(control) == 2
+    assert (one.float() - want.clamp(0, 255)).abs().max() <= 1  # the same in all channels
+
+
+class Maker:
+    """A source whose `synthetic` is a function of the images."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def synthetic(self, indices, images, trainer):
+        return self.make(images)
+
+
+def test_label_preservation_of_images_themselves_and_of_noise():
+    args = TrainSimCLR.get_args(["--device", "cpu"])
+    split = TrainSimCLR.Flags.splits_for(args, torch.device("cpu")).train
+    net = ContrastiveNet(ResNet8(), build_head(128, 32, 16)).eval()
+    trainer = SimpleNamespace(train_split=split, device=torch.device("cpu"), net=net)
+    trainer.positives = Maker(lambda images: images)
+    same = Reports.label_preservation(trainer)
+    assert same["label_real"] == same["label_synthetic"] > 0.12  # an untrained net's features are worth a little
+    trainer.positives = Maker(lambda images: torch.zeros_like(images))
+    assert Reports.label_preservation(trainer)["label_synthetic"] == pytest.approx(0.1, abs=0.02)
+
+
+def test_recipe_is_simclrs_where_nothing_is_synthetic():
+    shared = vars(TrainSimCLR.get_args([])).keys() & vars(TrainISICLE.get_args([])).keys()
+    for p in ("0", "0.0", ".0"):
+        ours = vars(TrainISICLE.get_args(["--p_gen", p]))
+        assert all(ours[name] == value for name, value in vars(TrainSimCLR.get_args([])).items() if name in shared)
+    assert TrainISICLE.get_args([]).color_s == Data.DATASETS["shapes"].isicle["color_s"]
+    assert TrainISICLE.get_args(["--color_s", "0.3"]).color_s == 0.3
 
 
 def test_losses():
@@ -168,7 +246,7 @@ def test_own_bank(flags, tmp_path):
 def test_new_banks_every_e_epochs(flags, models):
     done = run("TrainISICLE.py", flags(models, "--num_codes", "2", "--refresh", "2", "--suffix", "fresh"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("made in") == 2  # for epochs 0, 1 and for epoch 2
+    assert done.stdout.count("made in") == 2  # for epochs 0, 1 and for epoch 2; what is measured last has no own
     assert [path.stem[-1] for path in models.glob("TrainCamNet-*/bank-*-k2-*.npy")] == ["1"]  # the old one is gone
 
 
@@ -195,12 +273,10 @@ def test_bad_input_is_one_line_and_writes_nothing(flags, models, tmp_path, more,
 def test_generator_of_other_data_is_refused(models):
     file = Utils.newest_checkpoint(next(models.glob("TrainCamNet-*")))
     state = Utils.load_(file)
-    args = SimpleNamespace(data="cifar10", corrupt=None)
-    one_line(
-        lambda: TrainISICLE.check_generator(file, state, args, SimpleNamespace(size=16)),
-        "--data",
-        "--size 32 (here 16)",
-    )
+    args = SimpleNamespace(data="cifar10", size=None, corrupt=None)
+    one_line(lambda: Banks.check_generator(file, state, args), "--data", "(here cifar10)")
+    args = SimpleNamespace(data=state["args"]["data"], size=16, corrupt="gray")
+    one_line(lambda: Banks.check_generator(file, state, args), "--size 32 (here 16)", "gray+down2 (here gray)")
 
 
 def test_unfit_generator_is_warned_of_once(models, capsys):
@@ -208,8 +284,8 @@ def test_unfit_generator_is_warned_of_once(models, capsys):
     state, measures = Utils.load_(file), file.parent / "generator.json"
     before = measures.read_text()
     measures.write_text(json.dumps({**json.loads(before), "best_of_16": 9.0}))
-    args = SimpleNamespace(data=state["args"]["data"], corrupt=None)
-    TrainISICLE.check_generator(file, state, args, SimpleNamespace(size=32))
+    args = SimpleNamespace(data=state["args"]["data"], size=32, corrupt=None)
+    Banks.check_generator(file, state, args)
     measures.write_text(before)
     assert capsys.readouterr().out.count("warning: this generator is not fit") == 1
 
@@ -228,6 +304,92 @@ def test_trains_a_generator_where_there_is_none(monkeypatch, tmp_path, models):
 
     monkeypatch.setattr(TrainCamNet, "main", train)
     args = TrainISICLE.get_args(["--models_dir", str(tmp_path), "--corrupt", "gray"])
-    assert TrainISICLE.find_generator(args) == tmp_path / "TrainCamNet-x" / "1.pt"
+    assert Banks.find_generator(args) == tmp_path / "TrainCamNet-x" / "1.pt"
     assert asked[0].corrupt == "gray" and asked[0].models_dir == str(tmp_path) and asked[0].resume == "auto"
-    assert TrainISICLE.find_generator(args) and len(asked) == 1  # the second time it is found
+    assert Banks.find_generator(args) and len(asked) == 1  # the second time it is found
+
+
+# TrainISICLE.py with a generator for the tiny tree that is trained in seconds, and a bank that is filled slowly
+SMALL = """
+import sys, time
+import Data
+from CamNet import Bank
+Data.DATASETS["folder"].generator.update(net="tiny", distance="pixels", m="4,2", period=16, visits=2, periods=3, bs=8)
+Data.DATASETS["folder"].generator.update(save_iter=1, single_code=False)
+Bank.SAVED_EVERY, restore = 0, Bank.restore
+def slow(*arguments, **more):
+    time.sleep(0.2)
+    return restore(*arguments, **more)
+Bank.restore = slow
+Bank.fill.__kwdefaults__["bs"] = 16
+import TrainISICLE, Utils
+sys.argv[0] = "TrainISICLE.py"
+Utils.run_script(TrainISICLE.main, TrainISICLE.get_args)
+"""
+
+
+def start(argv):
+    command = [sys.executable, "-c", SMALL, *argv]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
+
+
+def kill_when(process, condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def count_lines(models, pattern):
+    return sum(len(file.read_text().splitlines()) for file in models.glob(pattern))
+
+
+def test_killed_in_any_stage_the_next_start_goes_on(flags, tmp_path):
+    argv, models = flags(tmp_path / "m", "--num_codes", "2"), tmp_path / "m"
+    kill_when(start(argv), lambda: any(models.glob("TrainCamNet-*/1.pt")))
+    assert not any(models.glob("TrainCamNet-*/generator.json"))
+    process = start(argv)
+    kill_when(process, lambda: any(models.glob("TrainCamNet-*/bank-*.part.json")))
+    assert not any(models.glob("TrainCamNet-*/bank-*.npy"))
+    kill_when(start(argv), lambda: count_lines(models, "TrainISICLE-*/metrics.jsonl") >= 35)
+    out, err = start(argv).communicate()
+    assert len(err.splitlines()) == 1 and "--resume auto continues it" in err  # nothing is lost by starting as before
+    last = start([*argv, "--resume", "auto"])
+    out, err = last.communicate()
+    assert last.returncode == 0 and "going on at step 30" in out and ", found" in out and "made in" not in out
+    whole = start([*argv, "--suffix", "whole"])
+    assert whole.communicate() and whole.returncode == 0
+    (folder,), (beside,) = (
+        [path for path in models.glob("TrainISICLE-*") if path.name.endswith("-whole") == is_whole]
+        for is_whole in (False, True)
+    )
+    assert [line.get("loss") for line in metrics(folder)] == [line.get("loss") for line in metrics(beside)]
+
+
+def test_two_started_at_a_time_share_generator_and_bank(flags, tmp_path):
+    both = [start(flags(tmp_path / "m", "--num_codes", "2", "--suffix", name)) for name in "ab"]
+    outputs = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert (
+        sum("made in" in out for out, _ in outputs) == 1
+        and sum("python TrainCamNet.py" in out for out, _ in outputs) == 1
+    )
+    assert "waiting: another process is" in outputs[0][0] + outputs[1][0]
+
+
+def test_full_disk_is_one_line(flags, models):
+    generator = str(next(models.glob("TrainCamNet-*")))
+    argv = flags(models, "--num_codes", "5", "--generator", generator, "--suffix", "full")
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))"  # of a bank of 3.5 MiB
+    done = subprocess.run(
+        [sys.executable, "-c", f"{limit}\n{SMALL}", *argv],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "cannot write the bank" in done.stderr
+    assert not any(models.glob("TrainCamNet-*/bank-*-k5-*")) and not any(models.glob("*-full"))

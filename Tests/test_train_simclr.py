@@ -117,6 +117,8 @@ def test_a_run_logs_every_step_and_its_scores(whole):
     assert [line["epoch"] for line in training] == [step // 30 for step in range(1, 91)]
     for line in training:
         assert line["loss"] > 0 and line["views_per_second"] > 0 and 0 <= line["data_wait"] <= 1
+        stages = [line[f"time_{stage}"] for stage in ("views", "forward", "loss", "backward")]
+        assert min(stages) > 0 and line["data_wait"] + sum(stages) == pytest.approx(1, abs=1e-3)
     lr = [line["lr"] for line in training]
     assert lr[29] == pytest.approx(0.1) and lr[0] < lr[10] < lr[29] > lr[50] > lr[89] < 0.001
     seconds = [line["seconds"] for line in training]
@@ -124,6 +126,8 @@ def test_a_run_logs_every_step_and_its_scores(whole):
     result = json.loads((whole.folder / "evaluation.json").read_text())
     assert scores["step"] == 90 and scores["epoch"] == 3 and "seconds" in scores
     assert (scores["knn"], scores["linear"]) == (result["knn"], result["linear"])
+    assert {name: scores[name] for name in result["pairs"]} == result["pairs"]
+    assert result["pairs"].keys() == {"alignment", "uniformity", "embedding_std", "cosine_real"}
 
 
 def test_a_run_ends_with_all_scores(whole):
@@ -157,7 +161,8 @@ def check_board(folder):
     shown, logged = board(folder), {}
     for line in lines(folder):
         for name in line.keys() - {"step", "epoch", "seconds"}:
-            logged.setdefault(Utils.Run.TAGS.get(name, f"Train/{name}"), {})[line["step"]] = line[name]
+            group = "Train" if "loss" in line else "Pairs"
+            logged.setdefault(Utils.Run.TAGS.get(name, f"{group}/{name}"), {})[line["step"]] = line[name]
     assert {"Loss/train", "LR", "Accuracy/knn", "Accuracy/linear"} <= logged.keys()
     assert {tag for tag in shown if not tag.startswith("Final/")} == logged.keys()
     for tag, values in logged.items():
@@ -471,7 +476,10 @@ def test_unlabelled_images_train_and_are_not_scored(flags, tree, tmp_path, cli):
     done = cli(flags(tmp_path / "models", "--data", str(flat), "--eval_iter", "1"))
     assert done.code == 0 and "nothing to score" in done.out and done.err == ""
     folder = only_run(tmp_path / "models")
-    assert len(losses(folder)) == len(lines(folder)) == 3 * (60 // 8)
+    assert len(losses(folder)) == 3 * (60 // 8)
+    measured = [line for line in lines(folder) if "loss" not in line]
+    assert [line["epoch"] for line in measured] == [1, 2, 3]
+    assert all("alignment" in line and "knn" not in line for line in measured)
     assert (folder / "3.pt").exists() and not (folder / "evaluation.json").exists()
 
 
