@@ -220,7 +220,14 @@ def table(result):
         *[("fine-tuned", "finetune"), ("chance (commonest class)", "chance"), ("kNN on raw pixels", "pixels_knn")],
         *[("kNN, untrained encoder", "untrained_knn"), ("linear probe, untrained encoder", "untrained_linear")],
     ]
-    lines = [f"{title:44}{100 * result[key]:6.2f} %" for title, key in rows if key in result]
+    rows += [("linear probe, other half of the train images", "label_real")]
+    rows += [("the same, what the generator made of them", "label_synthetic")]
+    pairs = result.get("pairs", {})
+    shown = result | pairs
+    lines = [f"{title:44}{100 * shown[key]:6.2f} %" for title, key in rows if key in shown]
+    if pairs:
+        numbers = (f"{name.replace('_', ' ')} {value:.2f}" for name, value in pairs.items() if name[:5] != "label")
+        lines.append(f"pairs: {', '.join(numbers)}")
     return "\n".join([f"epoch {result['epoch']}, split {result['split']}, {result['n_test']} images", *lines])
 
 

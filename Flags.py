@@ -178,7 +178,8 @@ def _add_optimisation_flags(add):
 
 def _add_generator_flags(add):
     add("--net", choices=list(NETS), help="size of the generator: tiny for CPUs, small for a GPU, paper as published")
-    corrupt = "what the generator undoes: gray, down<k> (1/k of the side), mask<f> (share hidden), joined by +"
+    corrupt = "what the generator undoes: gray, detail<k> (without the k x k lowest frequencies), down<k> (1/k of the "
+    corrupt += "side), mask<f> (share hidden), joined by +"
     add("--corrupt", metavar="SPEC", help=corrupt)
     project = "make the corruption of every sample exactly c(x)"
     add("--project", action=argparse.BooleanOptionalAction, default=True, help=project)

@@ -1,4 +1,4 @@
-# make demo: set up .venv and train on the embedded data.  make test: set up what the tests need on top, and run them.
+# make demo: set up .venv and run the method on the embedded data.  make test: set up what the tests need on top, and run them.
 # PYTHON chooses the interpreter that .venv is made from (3.11 or newer).
 
 PYTHON ?= python3
@@ -7,8 +7,8 @@ BIN := .venv/bin
 .PHONY: demo test lint clean
 
 demo: .venv/.installed
-	@echo "== training SimCLR on generated shapes: a few minutes on two cores; everything goes to Models/"
-	$(BIN)/python TrainSimCLR.py --resume auto
+	@echo "== ISICLE on generated shapes, generator included: minutes on two cores; everything goes to Models/"
+	$(BIN)/python TrainISICLE.py --resume auto
 
 test: .venv/.installed-dev lint
 	@echo "== tests: a few minutes on two cores; those that need a GPU or real images say why they are skipped"

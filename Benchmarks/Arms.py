@@ -190,14 +190,14 @@ def plot(records, file):
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for rows in by_arm(records).values():
-        x = (rows[0]["encoder_macs"] + rows[0]["generator_macs"]) / 1e15
+        x = (rows[0]["encoder_macs"] + rows[0]["generator_macs"]) / 1e12
         values = [100 * row["linear"] for row in rows]
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         marker = "o" if rows[0]["title"].startswith("SimCLR") else "s"
         axes.errorbar(
             x, statistics.mean(values), deviation, marker=marker, capsize=3, linestyle="", label=rows[0]["title"]
         )
-    axes.set_xlabel("compute, PMAC, generator included")
+    axes.set_xlabel("compute, TMAC, generator included")
     axes.set_ylabel(f"linear probe, % of {records[0]['split']}")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")

@@ -119,12 +119,12 @@ def by_arm(records):
 
 def arms_table(records):
     """Return a Markdown table: a row per arm, mean ± standard deviation over its seeds, and what it took."""
-    lines = ["| arm | seeds | kNN | linear | steps | compute, PMAC | of it generator | minutes |", "|---" * 8 + "|"]
+    lines = ["| arm | seeds | kNN | linear | steps | compute, TMAC | of it generator | minutes |", "|---" * 8 + "|"]
     for rows in by_arm(records).values():
         first = rows[0]
         total = first["encoder_macs"] + first["generator_macs"]
         cells = [first["title"], str(len(rows)), *(spread([row[name] for row in rows]) for name in ("knn", "linear"))]
-        cells += [f"{first['steps']:,}", f"{total / 1e15:.2f}", f"{100 * first['generator_macs'] / total:.0f} %"]
+        cells += [f"{first['steps']:,}", f"{total / 1e12:,.1f}", f"{100 * first['generator_macs'] / total:.0f} %"]
         minutes = statistics.mean(row["minutes"] + row["generator_minutes"] for row in rows)
         lines.append(f"| {' | '.join([*cells, f'{minutes:.1f}'])} |")
     first = records[0]

@@ -1,8 +1,10 @@
 """Corruptions c(x) that throw information away, and projections that make any image agree with what they kept.
 
-A corruption is gray, down<k>, mask<f>, or several of them joined by +. The condition c(x) is what the generator sees.
+A corruption is gray, detail<k>, down<k>, mask<f>, or several of them joined by +. The condition c(x) is what the
+generator sees.
 """
 
+import math
 import re
 
 import torch
@@ -10,7 +12,12 @@ import torch.nn.functional as F
 
 from CamNet.Codes import uniforms
 
-NUMBERS = {"gray": "", "down": "[0-9]+", "mask": r"[0-9]*\.?[0-9]+"}  # after the kinds, in the order they apply
+NUMBERS = {
+    "gray": "",
+    "detail": "[0-9]+",
+    "down": "[0-9]+",
+    "mask": r"[0-9]*\.?[0-9]+",
+}  # after the kinds, in the order they apply
 GRID = 8  # cells of a mask a side, or fewer where the condition has fewer pixels
 TINY = 1e-8  # below any difference between two values of a picture: keeps 0 / 0 out of `_around`
 
@@ -29,6 +36,16 @@ def _luma(x):
 def _spread(x, side):
     """(B, C, r, r) -> (B, C, side, side): every pixel repeated, side a multiple of r."""
     return x.repeat_interleave(side // x.shape[2], dim=2).repeat_interleave(side // x.shape[3], dim=3)
+
+
+def _coarse(x, k):
+    """The part of x (B, C, t, t) that its k x k lowest frequencies make up: an orthogonal projection, by the DCT-II."""
+    side = x.shape[-1]
+    line, order = torch.arange(side, device=x.device), torch.arange(k, device=x.device)
+    basis = torch.cos(math.pi / (2 * side) * (2 * line + 1) * order[:, None]) * (2 / side) ** 0.5  # (k, t)
+    basis = torch.cat([basis[:1] / 2**0.5, basis[1:]])
+    projection = basis.T @ basis
+    return projection @ x @ projection
 
 
 def _around(centre, deviation, dims):
@@ -56,7 +73,7 @@ def _parse(spec):
     for part in spec.split("+"):
         kind = next((kind for kind, number in NUMBERS.items() if re.fullmatch(kind + number, part)), None)
         if kind is None:
-            raise ValueError(f"--corrupt {spec!r}: {part!r} is not gray, down<k> or mask<f>, joined by +")
+            raise ValueError(f"--corrupt {spec!r}: {part!r} is not gray, detail<k>, down<k> or mask<f>, joined by +")
         if kind in parts:
             raise ValueError(f"--corrupt {spec!r}: {kind} is there twice; give each kind at most once")
         parts[kind] = part.removeprefix(kind)
@@ -66,8 +83,10 @@ def _parse(spec):
 class Corruption:
     """The corruption `spec` of size x size images: always grey first, then smaller, then masked.
 
-    spec, its parts in any order: "gray", luminance by ITU-R 601; "down<k>", means over blocks of k x k pixels, k >= 2 a
-    divisor of size; "mask<f>", round(f * cells) of the cells of an 8 x 8 grid over the small image hidden, 0 < f < 1.
+    spec, its parts in any order: "gray", luminance by ITU-R 601; "detail<k>", without the k x k lowest frequencies, of
+    light and large areas: what is left is halved and stands around 0.5, and neither of the following goes with it;
+    "down<k>", means over blocks of k x k pixels, k >= 2 a divisor of size; "mask<f>", round(f * cells) of the cells of
+    an 8 x 8 grid over the small image hidden, 0 < f < 1.
     Attributes: spec, the same with its parts in order; size; resolution, size / k, the side of the condition; channels
     of the condition: 1 (gray) or 3, and 1 more with a mask. Raises ValueError on any other spec.
     """
@@ -77,6 +96,11 @@ class Corruption:
         factor, share = int(parts.get("down", 1)), float(parts.get("mask", 0))
         if "down" in parts and (factor < 2 or size % factor):
             raise ValueError(f"--corrupt {spec!r}: down{factor} needs a divisor of the image's side {size}, 2 or more")
+        self.taken = int(parts.get("detail", 0))  # frequencies a side
+        if "detail" in parts and (not 0 < self.taken < size or {"down", "mask"} & parts.keys()):
+            raise ValueError(
+                f"--corrupt {spec!r}: detail{self.taken} needs 1 to {size - 1}, and no down or mask beside it"
+            )
         self.size, self.resolution = size, size // factor
         self.gray, self.masks = "gray" in parts, "mask" in parts
         self.colors = 1 if self.gray else 3
@@ -86,7 +110,7 @@ class Corruption:
         if self.masks and not (0 < share < 1 and 0 < self.hidden < self.cells**2):
             hides = f"hides {self.hidden} of {self.cells**2} cells"
             raise ValueError(f"--corrupt {spec!r}: mask{parts['mask']} {hides}; give a share in (0, 1), leave some")
-        numbers = {"gray": "", "down": factor, "mask": share}
+        numbers = {"gray": "", "detail": self.taken, "down": factor, "mask": share}
         self.spec = "+".join(f"{kind}{numbers[kind]}" for kind in NUMBERS if kind in parts)
 
     def __call__(self, images, keys=None):
@@ -100,6 +124,8 @@ class Corruption:
             raise ValueError(f"images have the shape {tuple(images.shape)}: expected (B, 3, {self.size}, {self.size})")
         x = _to_float(images)
         x = _luma(x) if self.gray else x
+        if self.taken:
+            return (x - _coarse(x, self.taken)) / 2 + 0.5
         x = F.avg_pool2d(x, self.size // self.resolution).clamp(0, 1)
         if not self.masks:
             return x
@@ -142,11 +168,16 @@ class Corruption:
 
         Block means (of the luminance, if grey) are moved to the condition and the deviations from them scaled by one
         s <= 1 per block and channel; then, if grey, the colours' deviations from the luminance by one s <= 1 per pixel.
+        With detail<k> the images keep their lowest frequencies and take the others from the condition; what then leaves
+        [0, 1] is clamped, so that the agreement is not exact there, nor on smaller sides.
         """
         x, side = images.float(), images.shape[-1]
         condition = self.condition_at(condition.float(), side)
         field = _luma(x) if self.gray else x
-        result = _with_block_means(field, condition[:, : self.colors])
+        if self.taken:
+            result = (_coarse(field, self.taken) + 2 * condition - 1).clamp(0, 1)
+        else:
+            result = _with_block_means(field, condition[:, : self.colors])
         if self.gray:
             result = _around(result, x - field, (1,))
         return torch.where(_spread(condition[:, -1:], side) > 0, result, x) if self.masks else result
@@ -159,7 +190,8 @@ class Corruption:
         x = condition[:, : self.colors].float()
         if self.masks:
             x = torch.where(condition[:, -1:] > 0, x, 0.5)  # before, so that no black bleeds into what is known
-        x = F.interpolate(x, size=(self.size, self.size), mode="bicubic").clamp(0, 1)
+        x = F.interpolate(x, size=(self.size, self.size), mode="bicubic") if x.shape[-1] != self.size else x
+        x = x.clamp(0, 1)
         if self.masks:
             x = torch.where(_spread(condition[:, -1:], self.size) > 0, x, 0.5)
         return x.expand(-1, 3, -1, -1).contiguous()

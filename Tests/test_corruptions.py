@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as reference
+from scipy.fft import dctn, idctn
 
 from CamNet.Corruptions import Corruption, pyramid
 
@@ -84,10 +85,12 @@ def test_spec(spec, canonical, channels, resolution):
     assert corruption(pictures(), KEYS).shape == (5, channels, resolution, resolution)
 
 
-@pytest.mark.parametrize("spec", ["", "blur", "grey", "gray2", "down", "down2.0", "down-2", "mask", "mask-.5"])
+@pytest.mark.parametrize(
+    "spec", ["", "blur", "grey", "gray2", "detail", "down", "down2.0", "down-2", "mask", "mask-.5"]
+)
 @pytest.mark.parametrize("before", ["", "gray+down2+mask.5+"])
 def test_unknown_parts(spec, before):
-    with pytest.raises(ValueError, match=r"^--corrupt .* is not gray, down<k> or mask<f>"):
+    with pytest.raises(ValueError, match=r"^--corrupt .* is not gray, detail<k>, down<k> or mask<f>"):
         Corruption(before + spec, SIZE)
 
 
@@ -334,3 +337,59 @@ def test_pyramid():
     for side in (0, 3, 32):
         with pytest.raises(ValueError, match=f"side {side} of the pyramid does not divide"):
             pyramid(x, [4, side])
+
+
+# detail<k>: what the lowest frequencies leave
+
+
+def slow_coarse(field, k):
+    """(C, t, t) in float64 -> its k x k lowest frequencies alone, by SciPy's orthonormal DCT-II."""
+    frequencies = dctn(field, axes=(1, 2), norm="ortho")
+    frequencies[:, k:], frequencies[:, :, k:] = 0, 0
+    return idctn(frequencies, axes=(1, 2), norm="ortho")
+
+
+@pytest.mark.parametrize(
+    "spec, gray, k", [("gray+detail4", True, 4), ("detail1", False, 1), ("detail15+gray", True, 15)]
+)
+def test_detail_is_the_slow_one(spec, gray, k):
+    corruption = Corruption(spec, SIZE)
+    condition = corruption((255 * pictures()).byte())
+    assert (corruption.resolution, corruption.colors, corruption.channels) == (SIZE, *(2 * [1 if gray else 3]))
+    for image, c in zip((255 * pictures()).byte().double().numpy() / 255, condition):
+        field = slow_luma(image) if gray else image
+        np.testing.assert_allclose(c, (field - slow_coarse(field, k)) / 2 + 0.5, atol=2e-6)
+    assert corruption.upsample(condition).shape == (5, 3, SIZE, SIZE)
+
+
+@pytest.mark.parametrize("spec", ["gray+detail4", "detail2"])
+def test_projection_takes_detail_from_the_condition_and_light_from_the_image(spec):
+    corruption = Corruption(spec, SIZE)
+    images, other = 0.4 + 0.2 * pictures(1), 0.4 + 0.2 * pictures(2).roll(1, 0)  # so that nothing has to be clamped
+    condition = corruption(other)
+    result = corruption.project(images, condition)
+    torch.testing.assert_close(corruption(result), condition, rtol=0, atol=1e-6)
+    for before, after in zip(images.double().numpy(), result.double().numpy()):
+        light = [slow_coarse(slow_luma(x) if corruption.gray else x, corruption.taken) for x in (before, after)]
+        np.testing.assert_allclose(*light, atol=1e-5)
+    torch.testing.assert_close(corruption.project(images, corruption(images)), images, rtol=0, atol=1e-6)
+    for side in (4, 8, 16):
+        wild = corruption.project(pictures(3, side), corruption(pictures(4).roll(1, 0)))
+        assert wild.shape == (5, 3, side, side) and wild.min() >= 0 and wild.max() <= 1
+
+
+def test_light_is_gone():
+    corruption = Corruption("gray+detail4", SIZE)
+    generator = torch.Generator().manual_seed(0)
+    light = torch.nn.functional.interpolate(torch.rand(5, 1, 1, 1, generator=generator), SIZE) * torch.linspace(
+        0, 0.5, SIZE
+    )
+    light = torch.from_numpy(slow_coarse(light[:, 0].numpy(), 4))[:, None].float()
+    faint = 0.3 * pictures()
+    torch.testing.assert_close(corruption(faint + light), corruption(faint), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", ["detail0", "gray+detail16", "detail4+down2", "gray+detail4+mask0.5"])
+def test_detail_goes_with_gray_alone(spec):
+    with pytest.raises(ValueError, match=r"^--corrupt .*: detail\d+ needs 1 to 15, and no down or mask beside it"):
+        Corruption(spec, SIZE)
