@@ -157,7 +157,7 @@ class Bank:
     def take(self, rows, columns):
         """Return uint8 (b, c, 3, H, W) on the device: columns (b, c) of the restorations of rows (b,), both int64."""
         if isinstance(self.images, torch.Tensor):
-            rows, columns = rows.to(self.images.device), columns.to(self.images.device)
+            rows, columns = (each.to(self.images.device, non_blocking=True) for each in (rows, columns))
             return self.images[rows[:, None], columns]
         picked = torch.from_numpy(self.images[rows.cpu().numpy()[:, None], columns.cpu().numpy()])
         return picked.to(self.device)
