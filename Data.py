@@ -193,7 +193,7 @@ _SHAPES = {  # chosen on the validation split; 30 epochs give more, 20 leave the
 }
 _SHAPES_ISICLE = {"color_s": 0.5}  # chosen on the validation split; SimCLR's own loses by it
 _TINY = {  # for two CPU cores
-    **{"net": "tiny", "corrupt": "gray+detail4", "distance": "pixels", "m": "16,16"},
+    **{"net": "tiny", "corrupt": "gray+detail2", "distance": "pixels", "m": "16,16"},
     **{"period": 512, "visits": 16, "periods": 3, "bs": 64, "lr": 2e-3, "ema": 0.995, "save_iter": 1},
 }
 _SMALL = {  # for one GPU
