@@ -17,7 +17,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -212,6 +212,17 @@ def write(file, records):
     plot(records, file.with_suffix(".png"))
 
 
+def finished(args, runs):
+    """Yield the record of each run (arm, seed, words), --jobs at a time; none is begun after one has failed."""
+    with ThreadPoolExecutor(args.jobs) as pool:
+        futures = [pool.submit(finish, args, *run) for run in runs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
 def main(args):
     """Do what is missing of the runs, seed after seed; print the table; return the exit code."""
     name = Data.get_row(args.data).name + ("" if args.eval == "test" else f"-{args.eval}")
@@ -222,13 +233,12 @@ def main(args):
         runs = [(arm, seed, words_of(args, arm, seed, records)) for seed in range(args.seeds) for arm in arms]
         done = {row["command"] for row in records}
         runs = [run for run in runs if shlex.join(["python", *run[2]]) not in done]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            for row in pool.map(lambda run: finish(args, *run), runs):
-                records = [each for each in records if (each["arm"], each["seed"]) != (row["arm"], row["seed"])]
-                records = sorted([*records, row], key=lambda each: (order.index(each["arm"]), each["seed"]))
-                write(file, records)
-                scores = f"kNN {100 * row['knn']:.2f} %  linear {100 * row['linear']:.2f} %"
-                print(f"{row['arm']}, seed {row['seed']}: {scores}, {row['minutes']} minutes", flush=True)
+        for row in finished(args, runs):
+            records = [each for each in records if (each["arm"], each["seed"]) != (row["arm"], row["seed"])]
+            records = sorted([*records, row], key=lambda each: (order.index(each["arm"]), each["seed"]))
+            write(file, records)
+            scores = f"kNN {100 * row['knn']:.2f} %  linear {100 * row['linear']:.2f} %"
+            print(f"{row['arm']}, seed {row['seed']}: {scores}, {row['minutes']} minutes", flush=True)
     print(f"{arms_table(records)}\nwritten: {file}")
     return 0
 
