@@ -65,7 +65,7 @@ def get_args(argv=None):
     add("--arms", default=",".join(ARMS), metavar="A,..", help="which of them")
     add("--seeds", type=Flags.number(int, 1), default=3, metavar="N", help="seeds 0 to N - 1, one after another")
     add("--eval", choices=["test", "val", "cv"], default="test", help="what is scored; choose flags by val or cv only")
-    add("--generator", metavar="FILE|DIR", help="as of TrainISICLE.py")
+    add("--isicle", default="", metavar="FLAGS", help="flags for the arms with a generator alone, in one string")
     jobs = "runs at a time, each on an equal share of the cores; a GPU takes one"
     add("--jobs", type=Flags.number(int, 1), default=1, metavar="N", help=jobs)
     add("--models_dir", default=str(Utils.ROOT / "Models"), metavar="DIR", help="folder of the run folders")
@@ -87,8 +87,7 @@ def words_of(args, arm, seed, records):
     script, flags, _ = ARMS[arm]
     words = [script, *(["--data", args.data] if args.data != "shapes" else []), *args.rest, *flags.split()]
     words += ["--epochs", str(equal_epochs(records))] if arm == EQUAL else []
-    if script == "TrainISICLE.py" and arm != "corrupted_only" and args.generator:
-        words += ["--generator", args.generator]
+    words += shlex.split(args.isicle) if script == "TrainISICLE.py" and arm != "corrupted_only" else []
     return [*words, "--eval", args.eval, "--seed", str(seed)]
 
 

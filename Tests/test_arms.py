@@ -134,5 +134,5 @@ def test_unknown_arm_is_one_line():
 
 
 def test_failing_run_is_one_line(arms, tmp_path):
-    failed = arms.run("--out", str(tmp_path / "arms.json"), "--generator", str(tmp_path))
+    failed = arms.run("--out", str(tmp_path / "arms.json"), "--isicle", f"--generator {tmp_path}")
     assert failed.returncode == 2 and len(failed.stderr.splitlines()) == 1 and "no checkpoint there" in failed.stderr
