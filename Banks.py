@@ -47,6 +47,7 @@ class Banks:
             if self.number is not None:
                 first_rank_only(lambda: self.remove(self.number))
             images = read(self.file(number), len(self.split), self.split.size)
+            self.bank = None  # room for the next one
             self.number, self.bank = number, Bank(images, self.device, self.args.bank_storage)
         return self.bank
 

@@ -100,7 +100,12 @@ def write_atomically(file, write):
 @contextlib.contextmanager
 def locked(file, work):
     """Hold the lock FILE.lock, which one process has at a time; says so where it has to wait for another's `work`."""
-    with Path(file).with_name(f".{Path(file).name}.lock").open("w") as handle:
+    lock = Path(file).with_name(f".{Path(file).name}.lock")
+    try:
+        handle = lock.open("w")
+    except OSError as error:
+        raise UserError(f"cannot write {lock}: {error}: make its folder one that can be written to") from error
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

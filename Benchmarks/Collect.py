@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCORES = ("knn", "linear", "linear_aug", "pixels_knn", "untrained_knn", "untrained_linear")
 
 
-FLAGS = ("data", "backbone", "aug", "num_views", "bs", "epochs", "seed")
+FLAGS = ("data", "backbone", "aug", "num_views", "pair", "bs", "epochs", "seed")
 GENERATOR_FLAGS = ("data", "net", "m", "period", "visits", "periods", "bs", "seed")
 
 
@@ -32,9 +32,9 @@ def collect(folder):
     args = json.loads((folder / "args.json").read_text())
     logs = [folder / "metrics.jsonl", folder / "single_code" / "metrics.jsonl"]
     last = [json.loads(log.read_text().splitlines()[-1]) for log in logs if log.exists()]
-    start = args["starts"][0]
+    start, flags = args["starts"][0], FLAGS if file.stem == "evaluation" else GENERATOR_FLAGS
     return {
-        **{key: args["args"][key] for key in (FLAGS if file.stem == "evaluation" else GENERATOR_FLAGS)},
+        **{key: args["args"][key] for key in flags if key in args["args"]},
         "steps": last[0]["step"],
         "minutes": round(sum(line["seconds"] for line in last) / 60, 1),  # up to the last epoch's scores
         "starts": len(args["starts"]),

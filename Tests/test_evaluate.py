@@ -237,6 +237,11 @@ def test_evaluate(encoder, eval):
     assert json.loads(json.dumps(result)) == result
     table = Evaluate.table({**result, "finetune": 0.5})
     assert "kNN" in table and "90 images" in table and len(table.splitlines()) == 9
+    few = Evaluate.evaluate(encoder, None, splits, views, CPU, 7)
+    beside = {"untrained_knn", "untrained_linear", "linear_aug", "pixels_knn"}
+    assert few.keys() == NAMES - beside and all(few[name] == result[name] for name in few)
+    table = Evaluate.table({**few, "pairs": {"alignment": 0.25, "cosine_synthetic": 0.5, "label_synthetic": 0.75}})
+    assert "75.00 %" in table and table.endswith("pairs: alignment 0.25, cosine synthetic 0.50")
 
 
 def test_pixels():

@@ -65,7 +65,10 @@ def test_figures_come_from_results():
     assert Collect.fill(README, ROOT / "Results") == README, "run `python -m Benchmarks.Collect`"
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "Results").glob("simclr-*.json")), ids=lambda file: file.name)
+ENCODERS = [*(ROOT / "Results").glob("simclr-*.json"), *(ROOT / "Results").glob("isicle-*.json")]
+
+
+@pytest.mark.parametrize("file", ENCODERS, ids=lambda file: file.name)
 def test_results_say_how_they_were_made(file):
     for record in json.loads(file.read_text()):
         assert record["command"].startswith("python ") and record["revision"] and record["device"]
@@ -80,6 +83,24 @@ def test_generators_say_how_they_were_made(file):
         assert record["steps"] > 0 and record["minutes"] > 0 and (ROOT / "Results" / f"{file.stem}.png").exists()
         measures = record["generator"]
         assert measures["best_of_16"] < 0.85 * measures["best_of_1"] and measures["fit"]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "Results").glob("arms-*.json")), ids=lambda file: file.name)
+def test_arms_are_compared_fairly(file):
+    arms = Collect.by_arm(json.loads(file.read_text()))
+    for arm, rows in arms.items():
+        assert len({row["seed"] for row in rows}) == len(rows) and {row["split"] for row in rows} == {"test"}
+        assert all(row["command"].startswith("python Train") and "dirty" not in row["revision"] for row in rows)
+        assert arm == "simclr_full_equal_compute" or {row["steps"] for row in rows} == {arms["simclr_full"][0]["steps"]}
+        assert (rows[0]["generator_macs"] > 0) == (rows[0]["title"].startswith(("ISICLE", "one restoration")))
+
+
+def test_what_must_hold_on_generated_shapes():
+    arms = Collect.by_arm(json.loads((ROOT / "Results" / "arms-shapes.json").read_text()))
+    mean = {arm: {s: sum(row[s] for row in rows) / len(rows) for s in ("knn", "linear")} for arm, rows in arms.items()}
+    assert {len(rows) for arm, rows in arms.items() if "equal" not in arm} == {3}
+    assert mean["isicle_crop"]["linear"] >= 2 * mean["simclr_crop"]["linear"]
+    assert all(mean["isicle_full"][score] >= mean["simclr_full"][score] + 0.05 for score in ("knn", "linear"))
 
 
 def test_data_is_no_package():

@@ -78,6 +78,7 @@ def test_shows_what_the_pairs_are_worth(first):
         "label_synthetic",
     }
     assert result["pairs"].keys() == names and {name: scores[name] for name in names} == result["pairs"]
+    assert "what the generator made of them" in first.done.stdout and "cosine synthetic" in first.done.stdout
     assert 0 <= scores["label_synthetic"] <= 1 and -1 <= scores["cosine_synthetic"] <= 1
 
 

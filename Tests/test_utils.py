@@ -58,6 +58,10 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_a_lock_where_there_is_no_folder_is_one_line(tmp_path):
+    one_line(lambda: Utils.locked(tmp_path / "absent" / "bank", "filling it").__enter__(), "cannot write", "absent")
+
+
 def test_saving_where_there_is_no_folder_is_one_line(tmp_path):
     one_line(lambda: save_(tmp_path / "no" / "1.pt", step=1), str(tmp_path / "no" / "1.pt"))
 
