@@ -12,7 +12,7 @@ demo: .venv/.installed
 
 test: .venv/.installed-dev lint
 	@echo "== tests: a few minutes on two cores; those that need a GPU or real images say why they are skipped"
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.installed-dev
 	@echo "== ruff"
