@@ -187,15 +187,13 @@ def plot(records, file):
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
     for rows in by_arm(records).values():
         x = (rows[0]["encoder_macs"] + rows[0]["generator_macs"]) / 1e12
         values = [100 * row["linear"] for row in rows]
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        marker = "o" if rows[0]["title"].startswith("SimCLR") else "s"
-        axes.errorbar(
-            x, statistics.mean(values), deviation, marker=marker, capsize=3, linestyle="", label=rows[0]["title"]
-        )
+        mean, deviation = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+        look = {"fmt": "o" if rows[0]["title"].startswith("SimCLR") else "s", "mfc": "none", "capsize": 3}
+        axes.errorbar(x, mean, deviation, label=f"{mean:.1f}  {rows[0]['title']}", **look)
     axes.set_xlabel("compute, TMAC, generator included")
     axes.set_ylabel(f"linear probe, % of {records[0]['split']}")
     axes.grid(alpha=0.3)
