@@ -40,13 +40,16 @@ class Banks:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def __call__(self, epoch):
-        last = self.args.epochs - 1  # what is measured after the last epoch needs no bank of its own
+        last = self.args.epochs - 1  # a complete run, scored again, needs no further bank
         number = min(epoch, last) // self.args.refresh if self.args.refresh else 0
         if number != self.number:
             first_rank_only(lambda: self.make(number))
             if self.number is not None:
                 first_rank_only(lambda: self.remove(self.number))
-            images = read(self.file(number), len(self.split), self.split.size)
+            try:
+                images = read(self.file(number), len(self.split), self.split.size)
+            except ValueError as error:
+                raise Utils.UserError(f"{error}; or delete it") from error
             self.bank = None  # room for the next one
             self.number, self.bank = number, Bank(images, self.device, self.args.bank_storage)
         return self.bank

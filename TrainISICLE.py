@@ -42,13 +42,17 @@ class Restored:
     """
 
     def __init__(self, args, banks):
-        """banks: epoch -> Bank."""
-        self.args, self.banks, self.real = args, banks, REAL.get(args.pair, 0)
+        """banks: epoch -> Bank; None: nothing is restored."""
+        self.args, self.banks, self.bank, self.real = args, banks, None, REAL.get(args.pair, 0)
         self.restored = args.num_pos if args.pair == "multi" else RESTORED[args.pair]
         self.synthetic_share = 0.0  # of the last views
 
     def __len__(self):
         return self.real + self.restored + (self.args.pair in TWICE)
+
+    def start_epoch(self, epoch):
+        """Take the bank of an epoch; see TrainSimCLR.SamePair."""
+        self.bank = self.banks(epoch) if self.banks else None
 
     def share(self, trainer):
         """Return the probability of a restoration, where the pair has one, at the trainer's step."""
@@ -74,7 +78,7 @@ class Restored:
 
     def restorations(self, indices, images, trainer):
         """Return the different restorations of a step, each uint8 (b, 3, H, W) on the images' device."""
-        bank = self.banks(trainer.epoch)
+        bank = self.bank
         if self.args.pick == "farthest":
             columns = farthest(bank, indices, self.restored, images if self.real else None, trainer)
         else:
@@ -84,10 +88,10 @@ class Restored:
 
     def synthetic(self, indices, images, trainer):
         """Return the first restoration of each image, to be measured; see TrainSimCLR.SamePair."""
-        if self.args.p_gen == 0:
+        if self.bank is None:
             return None
         first = torch.zeros(len(indices), 1, dtype=torch.int64)
-        return self.banks(trainer.epoch).take(indices, first)[:, 0].to(images.device)
+        return self.bank.take(indices, first)[:, 0].to(images.device)
 
     def numbers(self):
         """Return the share of synthetic images among the last views, to be logged."""
@@ -181,7 +185,6 @@ def _make_positives(args, split, device):
             f"{source.restored} or more, or --pair real_gen"
         )
     source.banks = (lambda epoch: bank) if bank else Banks(args, split, device)
-    source.banks(0)
     return source
 
 

@@ -43,6 +43,9 @@ class SamePair:
     def __len__(self):
         return self.num_views
 
+    def start_epoch(self, epoch):
+        """Make ready for an epoch; all processes do so at the same time."""
+
     def __call__(self, indices, images, trainer):
         """Return M batches uint8 (b, 3, H, W) that share their meaning row by row; indices (b,) in the train split.
 
@@ -161,6 +164,7 @@ def train_epoch(trainer, run, interruption):
     """Train to the end of the epoch or to an interruption; return (mean loss, whether interrupted)."""
     args, total, steps, stopped = trainer.args, torch.zeros((), device=trainer.device), 0, False
     trainer.net.train()
+    trainer.positives.start_epoch(trainer.epoch)
     meter = Reports.Meter(trainer)
     title, count = f"epoch {trainer.epoch + 1}/{args.epochs}", trainer.steps_per_epoch
     bar = tqdm(desc=title, total=count, initial=trainer.step_in_epoch, unit="step", leave=False, disable=run.quiet)
@@ -290,6 +294,7 @@ def main(args, make_positives=None, script=Path(__file__).stem):
     trainer = Trainer(args, splits.train, positives, device, rank, world)
     if checkpoint:
         trainer.load(checkpoint)
+    positives.start_epoch(trainer.epoch)  # before the run folder is made: this can take long
     done, stopped = trainer.step, False
     Distributed.barrier()  # all have looked into the folder before the first one writes
     run = Utils.Run(folder, args, device, resumed_step=done if args.resume else None, writes=rank == 0)

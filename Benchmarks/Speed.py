@@ -135,7 +135,9 @@ def isicle_step(flags, split, device):
     bank = torch.randint(256, (len(split), own.num_codes, 3, split.size, split.size), dtype=torch.uint8)
     bank = Bank(bank.numpy(), device, "memory")
     flags = argparse.Namespace(**{**vars(own), **vars(flags)})  # with SimCLR's augmentation
-    return our_step(flags, split, device, positives=TrainISICLE.Restored(flags, lambda epoch: bank))
+    positives = TrainISICLE.Restored(flags, lambda epoch: bank)
+    positives.start_epoch(0)
+    return our_step(flags, split, device, positives=positives)
 
 
 def plain_step(flags, split, device, workers):

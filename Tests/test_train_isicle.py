@@ -105,11 +105,13 @@ def source(pair="gen_gen", k=5, n=6, **more):
     args = SimpleNamespace(pair=pair, seed=0, temp=0.5, **{**values, **more})
     content = (10 * torch.arange(n)[:, None] + torch.arange(k) + 1).byte()[:, :, None, None, None].expand(n, k, 3, 8, 8)
     bank = TrainISICLE.Bank(content.contiguous().numpy(), "cpu")
-    return TrainISICLE.Restored(args, lambda epoch: bank)
+    positives = TrainISICLE.Restored(args, lambda epoch: bank)
+    positives.start_epoch(0)
+    return positives
 
 
 def ask(positives, step=0, n=6, steps_per_epoch=10):
-    trainer = SimpleNamespace(step=step, epoch=0, steps_per_epoch=steps_per_epoch)
+    trainer = SimpleNamespace(step=step, steps_per_epoch=steps_per_epoch)
     views = positives(torch.arange(n), torch.zeros(n, 3, 8, 8, dtype=torch.uint8), trainer)
     return torch.stack([view[:, 0, 0, 0] for view in views]).int()  # (M, n): 0 where a view is the image
 
@@ -143,9 +145,7 @@ def test_two_different_codes_drawn_anew_in_every_step():
         pairs = {tuple(pair) for pair in draws[:, :, image].tolist()}
         assert len(pairs) == 20
     assert torch.equal(ask(positives, 7), ask(positives, 7))  # step and image decide
-    alone = positives(
-        torch.tensor([3]), torch.zeros(1, 3, 8, 8).byte(), SimpleNamespace(step=7, epoch=0, steps_per_epoch=10)
-    )
+    alone = positives(torch.tensor([3]), torch.zeros(1, 3, 8, 8).byte(), SimpleNamespace(step=7, steps_per_epoch=10))
     assert [view[0, 0, 0, 0].item() for view in alone] == ask(positives, 7)[:, 3].tolist()  # not the batch
 
 
