@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ import TrainCamNet
 import Utils
 from CamNet import Generator
 from CamNet.Bank import Bank, fill, fingerprint, read, restore
+from CamNet.Corruptions import Corruption
 from ImageFiles import first_rank_only
 
 
@@ -22,17 +25,18 @@ class Banks:
 
     def __init__(self, args, split, device):
         self.args, self.split, self.device = args, split, device
-        self.checkpoint = find_generator(args)
-        state = Utils.load_(self.checkpoint)
+        self.checkpoint = find_generator(args) or train_generator(args)
+        state = load_generator(self.checkpoint, args)
         self.generator = Generator(**state["config"]).to(device, memory_format=torch.channels_last)
         Utils.load_(self.checkpoint, generator=self.generator)
-        check_generator(self.checkpoint, state, args)
         self.fingerprint = fingerprint(self.generator.state_dict())[:8]
         self.bf16, self.number, self.bank = Utils.set_precision(args.precision, device), None, None
 
     def file(self, number):
-        """Return where a bank lies: beside the generator; seed, size and generator are in its name."""
+        """Return where a bank lies: beside the generator; generator, K and seed are in its name, and --refresh, since
+        such banks are removed after their use."""
         name = f"bank-{self.fingerprint}-k{self.args.num_codes}-s{self.args.seed}"
+        name += f"-refresh{self.args.refresh}" if self.args.refresh else ""
         return self.checkpoint.parent / f"{name}-{number}.npy"
 
     def autocast(self):
@@ -93,61 +97,81 @@ def make_seed(seed, number):
 
 
 def find_generator(args):
-    """Return the checkpoint of --generator, or of the newest whole run for the data; trains one where there is none."""
-    if args.generator:
-        file = Path(args.generator)
-        file = Utils.newest_checkpoint(file) if file.is_dir() else file
-        if file is None:
-            raise Utils.UserError(f"--generator {args.generator}: no checkpoint there: give a run of TrainCamNet.py")
-        return file
-    if not newest_generator(args):
-        first_rank_only(lambda: train_generator(args))
-    return Utils.newest_checkpoint(newest_generator(args))
+    """Return the checkpoint of --generator, or else of the newest finished run for the data and --corrupt, or None."""
+    if not args.generator:
+        return newest_generator(args)
+    file = Path(args.generator)
+    file = Utils.newest_checkpoint(file) if file.is_dir() else file
+    if file is None:
+        raise Utils.UserError(f"--generator {args.generator}: no checkpoint there: give a run of TrainCamNet.py")
+    return file
 
 
 def newest_generator(args):
-    """Return the folder of the newest finished run of TrainCamNet.py for the data and the corruption, or None."""
+    """Return the checkpoint of the newest finished run of TrainCamNet.py for the data and --corrupt, or None."""
     found = []
     for file in Path(args.models_dir).glob("TrainCamNet-*/generator.json"):
         with contextlib.suppress(OSError, ValueError, KeyError):
             flags = json.loads((file.parent / "args.json").read_text())["args"]
             if not differences(flags, args):
                 found.append((file.stat().st_mtime, file.parent))
-    return max(found)[1] if found else None
+    whole = (Utils.newest_checkpoint(folder) for _, folder in sorted(found, reverse=True))
+    return next((checkpoint for checkpoint in whole if checkpoint), None)
 
 
 def differences(flags, args):
     """Return in what a generator, made with these flags of TrainCamNet.py, is not the one that is asked for."""
     size, theirs = (Data.get_row(args.data, each).size for each in (args.size, flags["size"]))
+    corrupt = args.corrupt and Corruption(args.corrupt, size).spec
     wanted = {
         "--data": (flags["data"], args.data, Path(flags["data"]).resolve() == Path(args.data).resolve()),
         "--size": (theirs, size, theirs == size),
-        "--corrupt": (flags["corrupt"], args.corrupt, args.corrupt in (None, flags["corrupt"])),
+        "--corrupt": (flags["corrupt"], corrupt, corrupt in (None, Corruption(flags["corrupt"], theirs).spec)),
     }
     return [f"{flag} {theirs} (here {ours})" for flag, (theirs, ours, same) in wanted.items() if not same]
 
 
 def train_generator(args):
-    """Train a generator by the recipe of the data; an interrupted training goes on. Exits if it is interrupted."""
+    """Train a generator by the recipe of the data, or go on doing so; return its checkpoint. Exits if interrupted."""
     shared = ("data", "size", "device", "n_workers", "data_dir", "storage", "models_dir", "precision", "corrupt")
     argv = [f"--{name}={value}" for name in shared if (value := getattr(args, name)) is not None]
     argv += ["--skip_bad"] * args.skip_bad + ["--resume=auto"]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        command = shlex.join(["python", "TrainCamNet.py", *argv])
+        raise Utils.UserError(f"--generator: none for {args.data} yet, and torchrun trains none: first run {command}")
     models = Path(args.models_dir)
-    models.mkdir(parents=True, exist_ok=True)
+    try:
+        models.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Utils.UserError(f"--models_dir {models}: {error}: name another folder") from error
     with Utils.locked(models / f"generator-{Data.get_row(args.data).name}", f"training a generator for {args.data}"):
-        if newest_generator(args):  # another process has trained it meanwhile
-            return
+        if found := newest_generator(args):  # another process has trained it meanwhile
+            return found
         print(f"no generator for {args.data} yet: python TrainCamNet.py {' '.join(argv)}", flush=True)
         code = TrainCamNet.main(TrainCamNet.get_args(argv))
-    if not newest_generator(args):
+        found = newest_generator(args)
+    if code or not found:
         sys.exit(code)
+    return found
 
 
-def check_generator(file, state, args):
-    """Raise UserError if a generator is not for this data; warn if it is not fit for positives."""
+def load_generator(file, args):
+    """Return what a generator's checkpoint holds; warn if unfit. UserError if it is none, or not for this data."""
+    state = Utils.load_(file)
+    if not {"config", "generator", "args"} <= state.keys():
+        raise Utils.UserError(f"--generator {file}: it holds no generator: give a run of TrainCamNet.py")
     if different := differences(state["args"], args):
         raise Utils.UserError(f"--generator {file}: trained for {', '.join(different)}: give another, or none")
-    print(f"generator: {file}")
+    Utils.say(f"generator: {file}")
     measures = file.parent / "generator.json"
     if measures.exists() and (reason := Fitness.unfit(json.loads(measures.read_text()))):
-        print(f"warning: this generator is not fit for positives: {reason}")
+        Utils.say(f"warning: this generator is not fit for positives: {reason}")
+    return state
+
+
+def corruption_for(args):
+    """Return the corruption of --corrupt, or else of the generator that would be used, or else of the data's recipe."""
+    if args.corrupt:
+        return args.corrupt
+    file = find_generator(args)
+    return load_generator(file, args)["config"]["corrupt"] if file else Data.get_row(args.data).generator["corrupt"]

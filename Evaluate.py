@@ -221,7 +221,7 @@ def table(result):
         *[("kNN, untrained encoder", "untrained_knn"), ("linear probe, untrained encoder", "untrained_linear")],
     ]
     rows += [("linear probe, other half of the train images", "label_real")]
-    rows += [("the same, what the generator made of them", "label_synthetic")]
+    rows += [("the same, their synthetic views", "label_synthetic")]
     pairs = result.get("pairs", {})
     shown = result | pairs
     lines = [f"{title:44}{100 * shown[key]:6.2f} %" for title, key in rows if key in shown]

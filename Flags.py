@@ -132,7 +132,7 @@ def _add_isicle_flags(parser):
     add("--gen_warmup", type=number(float, 0), default=0.0, metavar="E", help="epochs in which --p_gen rises from 0")
     add("--num_codes", type=number(int, 1), default=8, metavar="K", help="restorations of each image in the bank")
     add("--num_pos", type=number(int, 2), default=3, metavar="M", help="views of --pair multi")
-    pick = "restorations of a step: random ones of the K, or the two that the encoder tells apart best"
+    pick = "restorations of a step: random ones of the K, or those that the encoder finds least alike"
     add("--pick", choices=["random", "farthest"], default="random", help=pick)
     loss = "lout, lin: all views, mean over positives outside the logarithm or sum inside; ntxent, align: NT-Xent of "
     loss += "the first two views, plus NT-Xent or 2 - 2 cos of the first and every further one"
@@ -181,7 +181,7 @@ def _add_generator_flags(add):
     corrupt = "what the generator undoes: gray, detail<k> (without the k x k lowest frequencies), down<k> (1/k of the "
     corrupt += "side), mask<f> (share hidden), joined by +"
     add("--corrupt", metavar="SPEC", help=corrupt)
-    project = "make the corruption of every sample exactly c(x)"
+    project = "make the corruption of every sample exactly c(x) (but for what detail<k> has to clamp to [0, 1])"
     add("--project", action=argparse.BooleanOptionalAction, default=True, help=project)
     mapping = "cumulative: styles see those of coarser levels, so that the levels agree (CHIMLE); None: the net's"
     add("--mapping", choices=["cumulative", "per_level"], help=mapping)

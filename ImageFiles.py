@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from CamNet.Bank import free_memory
 from Decode import BadFile, shown
 from ImageCache import Cache, distributed, notice
 from Splits import Split, StreamedSplit
@@ -98,22 +99,13 @@ def check_same_classes(train, other):
     _compare(train.classes, other.classes, train.name or "the training images", other.name or "the other images")
 
 
-def _free_memory():
-    """Return the bytes of memory that can be taken without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def _storage(asked, n_bytes, device, name):
     """Return "memory" or "stream", with a notice where "auto" takes "stream"."""
     if asked != "auto":
         return asked
-    free = {"memory": _free_memory()}
+    free = {"memory": free_memory("cpu")}
     if torch.device(device).type == "cuda":
-        free[f"memory of {device}"] = torch.cuda.mem_get_info(device)[0]
+        free[f"memory of {device}"] = free_memory(device)
     place = min(free, key=free.get)
     if n_bytes <= free[place] / 2:
         return "memory"

@@ -18,8 +18,8 @@ import Data
 import Flags
 import TrainSimCLR
 import Utils
-from Banks import Banks
-from CamNet.Bank import Bank, read, to_uint8
+from Banks import Banks, corruption_for
+from CamNet.Bank import Bank, fingerprint_array, read, to_uint8
 from CamNet.Codes import make_keys, uniforms
 from CamNet.Corruptions import Corruption
 from Losses import multi_positive, nt_xent
@@ -45,7 +45,7 @@ class Restored:
         """banks: epoch -> Bank; None: nothing is restored."""
         self.args, self.banks, self.bank, self.real = args, banks, None, REAL.get(args.pair, 0)
         self.restored = args.num_pos if args.pair == "multi" else RESTORED[args.pair]
-        self.synthetic_share = 0.0  # of the last views
+        self.synthetic_share, self.fingerprint = 0.0, ""  # of the last views; of what is restored
 
     def __len__(self):
         return self.real + self.restored + (self.args.pair in TWICE)
@@ -175,8 +175,13 @@ def _make_positives(args, split, device):
         raise ValueError(f"--loss align: --pair {args.pair} has two views: use real_real_gen, or multi")
     if args.p_gen == 0:
         return source
+    beside = [name for name in ("generator", "corrupt", "refresh") if args.bank and getattr(args, name)]
+    if beside:
+        raise ValueError(
+            f"--bank {args.bank}: --{beside[0]} is for banks that a generator makes: leave one of them out"
+        )
     if args.pair == "corrupted":
-        return Corrupted(args, Corruption(args.corrupt or Data.get_row(args.data).generator["corrupt"], split.size))
+        return Corrupted(args, Corruption(corruption_for(args), split.size))
     bank = Bank(read(args.bank, len(split), split.size), device, args.bank_storage) if args.bank else None
     if (k := bank.k if bank else args.num_codes) < source.restored:
         flag = f"--bank {args.bank}: it holds" if bank else "--num_codes:"
@@ -185,6 +190,9 @@ def _make_positives(args, split, device):
             f"{source.restored} or more, or --pair real_gen"
         )
     source.banks = (lambda epoch: bank) if bank else Banks(args, split, device)
+    source.fingerprint = (
+        fingerprint_array(read(args.bank, len(split), split.size)) if bank else source.banks.fingerprint
+    )
     return source
 
 

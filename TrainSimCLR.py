@@ -37,6 +37,8 @@ def get_args(argv=None):
 class SamePair:
     """SimCLR's source of positives: the image itself, M times; the augmentation makes the views differ."""
 
+    fingerprint = ""  # of what the views are made from beside the images: a resumed run must have the same
+
     def __init__(self, num_views):
         self.num_views = num_views
 
@@ -104,7 +106,7 @@ class Trainer:
         """Write EPOCH.pt, or EPOCH+STEP.pt inside an epoch; return its path."""
         name = f"{self.epoch}+{self.step_in_epoch}.pt" if self.step_in_epoch else f"{self.epoch}.pt"
         random = {"views": self.generator.get_state(), "torch": torch.get_rng_state()}
-        position = {"epoch": self.epoch, "step": self.step}
+        position = {"epoch": self.epoch, "step": self.step, "positives": self.positives.fingerprint}
         parts = {"encoder": self.net.encoder, "head": self.net.head, "optimizer": self.optimizer}
         Utils.save_(Path(folder) / name, args=Utils.plain(self.args), random=random, **position, **parts)
         return Path(folder) / name
@@ -112,6 +114,11 @@ class Trainer:
     def load(self, file):
         """Go on from what `save` wrote."""
         state = Utils.load_(file, encoder=self.net.encoder, head=self.net.head, optimizer=self.optimizer)
+        if state.get("positives", "") != self.positives.fingerprint:
+            raise Utils.UserError(
+                f"{file}: its positives came from another generator or bank: name that one by --generator or --bank, "
+                "or begin another run with --suffix NAME"
+            )
         self.step = state["step"]
         self.generator.set_state(state["random"]["views"])
         torch.set_rng_state(state["random"]["torch"])
@@ -174,10 +181,11 @@ def train_epoch(trainer, run, interruption):
             loss, z, x = trainer.update(indices, images, meter.lap)
             total, steps = total + loss, steps + 1
             bar.update()
-            if shown:
-                Reports.show_pairs(run, x, len(z), trainer.step)
             if logged := trainer.step % args.log_iter == 0:
                 log_step(trainer, run, loss, z, meter)
+            if shown:
+                Reports.show_pairs(run, x, len(z), trainer.step)
+                meter.start()
             if trainer.world == 1 or logged:  # several processes must agree, and that waits for the device
                 stopped = Distributed.any_process(interruption.signal is not None, trainer.device)
             if stopped:
@@ -237,7 +245,8 @@ def finish_run(trainer, run, splits, again):
     again: the run was complete when this start resumed it; what it scored then is shown if it scored the same split.
     """
     if not Evaluate.can_probe(splits):
-        run.log(trainer.step, trainer.epoch, group="Pairs", **Reports.measure_pairs(trainer, labelled=False))
+        if not again:
+            run.log(trainer.step, trainer.epoch, group="Pairs", **Reports.measure_pairs(trainer, labelled=False))
         print("one class or no labels: nothing to score")
         return
     file = run.folder / "evaluation.json"

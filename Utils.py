@@ -74,6 +74,12 @@ def set_precision(name, device):
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
+def say(text):
+    """Print a line; of several processes only the first does so."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
 def quiet():
     """Return whether progress bars are out of place: standard error is no terminal."""
     return not sys.stderr.isatty()

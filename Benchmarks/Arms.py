@@ -1,4 +1,4 @@
-"""Compare ISICLE and SimCLR fairly: arms that differ in one thing each, with several seeds; one table, one plot.
+"""Compare ISICLE and SimCLR fairly: the same but for where views come from, several seeds; one table, one plot.
 
     python -m Benchmarks.Arms                                                   # all arms on generated shapes
     python -m Benchmarks.Arms --data cifar10 --arms simclr_full,isicle_full -- --backbone resnet8 --epochs 10
@@ -39,10 +39,11 @@ from CamNet.Distances import build_distance
 from CamNet.IMLE import Search
 from Fitness import HELD_OUT
 
-EQUAL = "simclr_full_equal_compute"
+EQUAL, AS_ISICLE = "simclr_full_equal_compute", "simclr_full_as_isicle"
 ARMS = {  # name: (script, flags, what it is)
     "simclr_crop": ("TrainSimCLR.py", "--aug crop", "SimCLR, crop and flip alone"),
     "simclr_full": ("TrainSimCLR.py", "", "SimCLR"),
+    AS_ISICLE: ("TrainSimCLR.py", "", "SimCLR, jittered as ISICLE"),
     "simclr_full_extra_view": ("TrainSimCLR.py", "--num_views 3", "SimCLR, a third real view"),
     EQUAL: ("TrainSimCLR.py", "", "SimCLR, longer: ISICLE's compute"),
     "corrupted_only": ("TrainISICLE.py", "--pair corrupted --aug crop", "c(x) twice, crop and flip alone"),
@@ -65,18 +66,20 @@ def get_args(argv=None):
     add("--arms", default=",".join(ARMS), metavar="A,..", help="which of them")
     add("--seeds", type=Flags.number(int, 1), default=3, metavar="N", help="seeds 0 to N - 1, one after another")
     add("--eval", choices=["test", "val", "cv"], default="test", help="what is scored; choose flags by val or cv only")
-    add("--isicle", default="", metavar="FLAGS", help="flags for the arms with a generator alone, in one string")
+    add("--isicle", default="", metavar="FLAGS", help="flags for the arms of TrainISICLE.py alone, in one string")
     jobs = "runs at a time, each on an equal share of the cores; a GPU takes one"
     add("--jobs", type=Flags.number(int, 1), default=1, metavar="N", help=jobs)
     add("--models_dir", default=str(Utils.ROOT / "Models"), metavar="DIR", help="folder of the run folders")
     add(
         "--out",
         metavar="FILE",
-        help="JSON to write; None: Results/arms-DATA.json, for other splits arms-DATA-EVAL.json",
+        help="JSON to write; None: Results/arms-DATA.json; by val or cv choice-DATA-EVAL.json",
     )
     args = parser.parse_args(argv[:cut])
     args.rest = argv[cut + 1 :]
     args.arms = args.arms.split(",")
+    if not find_spec("matplotlib"):
+        raise Utils.UserError("matplotlib is not installed: pip install -r requirements-dev.txt")
     if unknown := [arm for arm in args.arms if arm not in ARMS]:
         raise Utils.UserError(f"--arms {','.join(unknown)}: choose from {', '.join(ARMS)}")
     return args
@@ -87,7 +90,10 @@ def words_of(args, arm, seed, records):
     script, flags, _ = ARMS[arm]
     words = [script, *(["--data", args.data] if args.data != "shapes" else []), *args.rest, *flags.split()]
     words += ["--epochs", str(equal_epochs(records))] if arm == EQUAL else []
-    words += shlex.split(args.isicle) if script == "TrainISICLE.py" and arm != "corrupted_only" else []
+    words += shlex.split(args.isicle) if script == "TrainISICLE.py" else []
+    if arm == AS_ISICLE:
+        recipe = Data.get_row(args.data).isicle
+        words += [word for name, value in recipe.items() for word in (f"--{name}", str(value))]
     return [*words, "--eval", args.eval, "--seed", str(seed)]
 
 
@@ -146,8 +152,8 @@ def record_of(arm, seed, words, folder, output):
     result, run = (json.loads((folder / name).read_text()) for name in ("evaluation.json", "args.json"))
     flags, start = argparse.Namespace(**run["args"]), run["starts"][-1]
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    generated, minutes = 0, 0.0
-    if found := re.search(r"^generator: (.*)$", output, re.MULTILINE):
+    generated, minutes, found = 0, 0.0, re.search(r"^generator: (.*)$", output, re.MULTILINE)
+    if found and flags.pair != "corrupted":
         camnet = Path(found[1]).parent
         theirs = argparse.Namespace(**json.loads((camnet / "args.json").read_text())["args"])
         banks = -(-flags.epochs // flags.refresh) if flags.refresh else 1
@@ -166,7 +172,11 @@ def record_of(arm, seed, words, folder, output):
         **{"n_test": result["n_test"], "steps": last["step"], "epochs": result["epoch"]},
         **{"encoder_macs": encoder_macs(flags, last["step"]), "generator_macs": generated},
         **{"command": shlex.join(["python", *words]), "minutes": round(last["seconds"] / 60, 1)},
-        **{"generator_minutes": round(minutes, 1), "pairs": result["pairs"]},
+        **{
+            "generator": Path(found[1]).parent.name if found else None,
+            "generator_minutes": round(minutes, 1),
+            "pairs": result.get("pairs", {}),
+        },
         **{key: start[key] for key in ("device", "revision", "torch")},
     }
 
@@ -222,8 +232,9 @@ def finished(args, runs):
 
 def main(args):
     """Do what is missing of the runs, seed after seed; print the table; return the exit code."""
-    name = Data.get_row(args.data).name + ("" if args.eval == "test" else f"-{args.eval}")
-    file = Path(args.out or Utils.ROOT / "Results" / f"arms-{name}.json")
+    name = Data.get_row(args.data).name
+    name = f"arms-{name}.json" if args.eval == "test" else f"choice-{name}-{args.eval}.json"
+    file = Path(args.out or Utils.ROOT / "Results" / name)
     records = json.loads(file.read_text()) if file.exists() else []
     order = list(ARMS)
     for arms in ([arm for arm in args.arms if arm != EQUAL], [arm for arm in args.arms if arm == EQUAL]):

@@ -31,6 +31,13 @@ def fingerprint(state):
     return digest.hexdigest()
 
 
+def fingerprint_array(images, most=256):
+    """Return a hash of some rows, evenly spaced, and of the shape of an array or memory map."""
+    digest = hashlib.sha256(str(images.shape).encode())
+    digest.update(np.ascontiguousarray(images[:: max(1, len(images) // most)]).tobytes())
+    return digest.hexdigest()[:8]
+
+
 def fingerprint_images(split, most=256):
     """Return a hash of some images of a split, evenly spaced, and of their number."""
     rows = torch.arange(0, len(split), max(1, len(split) // most))
@@ -168,4 +175,8 @@ def free_memory(device):
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:  # what can be taken without swapping: files in the page cache, as a bank just written, are no hindrance
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

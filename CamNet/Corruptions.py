@@ -41,11 +41,12 @@ def _spread(x, side):
 def _coarse(x, k):
     """The part of x (B, C, t, t) that its k x k lowest frequencies make up: an orthogonal projection, by the DCT-II."""
     side = x.shape[-1]
-    line, order = torch.arange(side, device=x.device), torch.arange(k, device=x.device)
+    line, order = torch.arange(side, device=x.device), torch.arange(min(k, side), device=x.device)
     basis = torch.cos(math.pi / (2 * side) * (2 * line + 1) * order[:, None]) * (2 / side) ** 0.5  # (k, t)
     basis = torch.cat([basis[:1] / 2**0.5, basis[1:]])
     projection = basis.T @ basis
-    return projection @ x @ projection
+    with torch.autocast(x.device.type, enabled=False):  # it would round the pixels to 8 bits
+        return projection @ x.float() @ projection
 
 
 def _around(centre, deviation, dims):

@@ -378,6 +378,16 @@ def test_projection_takes_detail_from_the_condition_and_light_from_the_image(spe
         assert wild.shape == (5, 3, side, side) and wild.min() >= 0 and wild.max() <= 1
 
 
+def test_detail_is_as_exact_under_autocast_and_where_all_frequencies_of_a_side_are_taken():
+    corruption, faint = Corruption("gray+detail12", SIZE), 0.4 + 0.2 * pictures()
+    condition = corruption(faint.roll(1, 0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(corruption(faint.roll(1, 0)), condition)
+        assert (corruption(corruption.project(faint, condition)) - condition).abs().max() <= 1e-6
+    small = pyramid(faint, [8])[0]
+    torch.testing.assert_close(corruption.project(small, corruption(small.new_full((5, 3, SIZE, SIZE), 0.5))), small)
+
+
 def test_light_is_gone():
     corruption = Corruption("gray+detail4", SIZE)
     generator = torch.Generator().manual_seed(0)

@@ -489,11 +489,11 @@ def test_on_the_gpu(load):
 
 
 def test_auto(load, monkeypatch, capsys):
-    assert ImageFiles._free_memory() > 2**20
+    assert ImageFiles.free_memory("cpu") > 2**20
     n_bytes = 6 * 3 * 8 * 8
-    monkeypatch.setattr(ImageFiles, "_free_memory", lambda: 2 * n_bytes)
+    monkeypatch.setattr(ImageFiles, "free_memory", lambda device: 2 * n_bytes)
     assert isinstance(load(storage="auto"), Split) and capsys.readouterr().err == ""
-    monkeypatch.setattr(ImageFiles, "_free_memory", lambda: 2 * n_bytes - 1)
+    monkeypatch.setattr(ImageFiles, "free_memory", lambda device: 2 * n_bytes - 1)
     assert isinstance(load(storage="auto", cache_dir="/dev/null"), StreamedSplit)
     (line,) = capsys.readouterr().err.splitlines()
     assert "stream" in line and "1,152" in line
@@ -502,9 +502,8 @@ def test_auto(load, monkeypatch, capsys):
 
 
 def test_auto_counts_the_gpu(monkeypatch):
-    monkeypatch.setattr(ImageFiles, "_free_memory", lambda: 2000)
     for free, chosen in ((2000, "memory"), (1999, "stream"), (10**9, "memory")):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
+        monkeypatch.setattr(ImageFiles, "free_memory", lambda device, free=free: free if device == "cuda" else 2000)
         assert ImageFiles._storage("auto", 1000, "cuda", "") == chosen
 
 

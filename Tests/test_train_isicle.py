@@ -78,7 +78,7 @@ def test_shows_what_the_pairs_are_worth(first):
         "label_synthetic",
     }
     assert result["pairs"].keys() == names and {name: scores[name] for name in names} == result["pairs"]
-    assert "what the generator made of them" in first.done.stdout and "cosine synthetic" in first.done.stdout
+    assert "their synthetic views" in first.done.stdout and "cosine synthetic" in first.done.stdout
     assert 0 <= scores["label_synthetic"] <= 1 and -1 <= scores["cosine_synthetic"] <= 1
 
 
@@ -248,7 +248,31 @@ def test_new_banks_every_e_epochs(flags, models):
     done = run("TrainISICLE.py", flags(models, "--num_codes", "2", "--refresh", "2", "--suffix", "fresh"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("made in") == 2  # for epochs 0, 1 and for epoch 2; what is measured last has no own
-    assert [path.stem[-1] for path in models.glob("TrainCamNet-*/bank-*-k2-*.npy")] == ["1"]  # the old one is gone
+    assert [path.stem[-1] for path in models.glob("TrainCamNet-*/bank-*-k2-*-refresh2-*.npy")] == [
+        "1"
+    ]  # the old one is gone
+
+
+def test_several_processes_change_the_bank_together(flags, models):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "TrainISICLE.py"]
+    argv = flags(models, "--num_codes", "2", "--refresh", "1", "--eval_iter", "1", "--epochs", "2", "--bs", "48")
+    argv += ["--suffix", "two"]
+    done = subprocess.run([*launcher, *argv], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("made in") == 2 and done.stdout.count("generator: ") == 1
+    (folder,) = models.glob("TrainISICLE-*-two")
+    assert [line["epoch"] for line in metrics(folder) if "cosine_synthetic" in line] == [1, 2]
+
+
+def test_resume_with_other_positives_is_refused(first):
+    args, cpu = TrainISICLE.get_args(first.argv), torch.device("cpu")
+    TrainSimCLR.resolve(args, 1)
+    positives = TrainISICLE.Restored(args, None)
+    trainer = TrainSimCLR.Trainer(args, TrainSimCLR.Flags.splits_for(args, cpu).train, positives, cpu)
+    one_line(lambda: trainer.load(first.folder / "3.pt"), "another generator or bank", "--suffix")
+    positives.fingerprint = Utils.load_(first.folder / "3.pt")["positives"]
+    trainer.load(first.folder / "3.pt")
+    assert trainer.step == 90 and len(positives.fingerprint) == 8
 
 
 @pytest.mark.parametrize(
@@ -258,15 +282,15 @@ def test_new_banks_every_e_epochs(flags, models):
         ("--num_codes 2 --pair multi", ["--num_codes: 2", "takes 3"]),
         ("--loss align", ["--loss align", "real_real_gen"]),
         ("--bank nowhere.npy", ["--bank nowhere.npy", "numpy.save"]),
+        ("--bank nowhere.npy --refresh 2", ["--bank nowhere.npy", "--refresh"]),
         ("--generator nowhere.pt", ["nowhere.pt"]),
+        ("--generator ENCODER", ["it holds no generator"]),
         ("--corrupt gray --generator RUN", ["--corrupt gray+down2 (here gray)"]),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(flags, models, tmp_path, more, parts):
-    generator = str(next(models.glob("TrainCamNet-*")))
-    done = run(
-        "TrainISICLE.py", flags(tmp_path / "m", *(generator if word == "RUN" else word for word in more.split()))
-    )
+def test_bad_input_is_one_line_and_writes_nothing(flags, models, whole, tmp_path, more, parts):
+    stands_for = {"RUN": str(next(models.glob("TrainCamNet-*"))), "ENCODER": str(whole.folder)}
+    done = run("TrainISICLE.py", flags(tmp_path / "m", *(stands_for.get(word, word) for word in more.split())))
     assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
     assert all(part in done.stderr for part in parts) and not (tmp_path / "m").exists()
 
@@ -275,9 +299,9 @@ def test_generator_of_other_data_is_refused(models):
     file = Utils.newest_checkpoint(next(models.glob("TrainCamNet-*")))
     state = Utils.load_(file)
     args = SimpleNamespace(data="cifar10", size=None, corrupt=None)
-    one_line(lambda: Banks.check_generator(file, state, args), "--data", "(here cifar10)")
+    one_line(lambda: Banks.load_generator(file, args), "--data", "(here cifar10)")
     args = SimpleNamespace(data=state["args"]["data"], size=16, corrupt="gray")
-    one_line(lambda: Banks.check_generator(file, state, args), "--size 32 (here 16)", "gray+down2 (here gray)")
+    one_line(lambda: Banks.load_generator(file, args), "--size 32 (here 16)", "gray+down2 (here gray)")
 
 
 def test_unfit_generator_is_warned_of_once(models, capsys):
@@ -286,17 +310,16 @@ def test_unfit_generator_is_warned_of_once(models, capsys):
     before = measures.read_text()
     measures.write_text(json.dumps({**json.loads(before), "best_of_16": 9.0}))
     args = SimpleNamespace(data=state["args"]["data"], size=32, corrupt=None)
-    Banks.check_generator(file, state, args)
+    Banks.load_generator(file, args)
     measures.write_text(before)
     assert capsys.readouterr().out.count("warning: this generator is not fit") == 1
 
 
-def test_trains_a_generator_where_there_is_none(monkeypatch, tmp_path, models):
+def test_trains_a_generator_where_there_is_none(monkeypatch, tmp_path):
     asked = []
 
     def train(args):
         asked.append(args)
-        next(models.glob("TrainCamNet-*"))
         folder = tmp_path / "TrainCamNet-x"
         folder.mkdir()
         (folder / "args.json").write_text(json.dumps({"args": {"data": "shapes", "size": None, "corrupt": "gray"}}))
@@ -305,9 +328,12 @@ def test_trains_a_generator_where_there_is_none(monkeypatch, tmp_path, models):
 
     monkeypatch.setattr(TrainCamNet, "main", train)
     args = TrainISICLE.get_args(["--models_dir", str(tmp_path), "--corrupt", "gray"])
-    assert Banks.find_generator(args) == tmp_path / "TrainCamNet-x" / "1.pt"
+    assert Banks.find_generator(args) is None
+    assert Banks.train_generator(args) == tmp_path / "TrainCamNet-x" / "1.pt"
     assert asked[0].corrupt == "gray" and asked[0].models_dir == str(tmp_path) and asked[0].resume == "auto"
-    assert Banks.find_generator(args) and len(asked) == 1  # the second time it is found
+    assert Banks.find_generator(args) == Banks.train_generator(args) and len(asked) == 1  # the second time it is found
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    one_line(lambda: Banks.train_generator(args), "torchrun", "first run python TrainCamNet.py --data=shapes")
 
 
 # TrainISICLE.py with a generator for the tiny tree that is trained in seconds, and a bank that is filled slowly
