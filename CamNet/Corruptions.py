@@ -44,8 +44,8 @@ def _coarse(x, k):
     line, order = torch.arange(side, device=x.device), torch.arange(min(k, side), device=x.device)
     basis = torch.cos(math.pi / (2 * side) * (2 * line + 1) * order[:, None]) * (2 / side) ** 0.5  # (k, t)
     basis = torch.cat([basis[:1] / 2**0.5, basis[1:]])
-    projection = basis.T @ basis
     with torch.autocast(x.device.type, enabled=False):  # it would round the pixels to 8 bits
+        projection = basis.T @ basis
         return projection @ x.float() @ projection
 
 
