@@ -299,7 +299,9 @@ def test_a_checkpoint_alone(run):
     done = script(run / "1.pt")
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
-    assert result.keys() == by_training.keys() - {"pairs"} == NAMES and result["n_test"] == 60 and result["split"] == "val"
+    assert (
+        result.keys() == by_training.keys() - {"pairs"} == NAMES and result["n_test"] == 60 and result["split"] == "val"
+    )
     for name in NAMES - {"protocol", "split"}:
         assert result[name] == pytest.approx(by_training[name], abs=0.02)
     assert "linear probe" in done.stdout and str(file) in done.stdout and "Traceback" not in done.stderr
