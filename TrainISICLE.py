@@ -182,17 +182,19 @@ def _make_positives(args, split, device):
         )
     if args.pair == "corrupted":
         return Corrupted(args, Corruption(corruption_for(args), split.size))
-    bank = Bank(read(args.bank, len(split), split.size), device, args.bank_storage) if args.bank else None
-    if (k := bank.k if bank else args.num_codes) < source.restored:
-        flag = f"--bank {args.bank}: it holds" if bank else "--num_codes:"
+    images = read(args.bank, len(split), split.size) if args.bank else None
+    if (k := images.shape[1] if args.bank else args.num_codes) < source.restored:
+        flag = f"--bank {args.bank}: it holds" if args.bank else "--num_codes:"
         raise ValueError(
             f"{flag} {k} restorations of an image, and --pair {args.pair} takes {source.restored}: use "
             f"{source.restored} or more, or --pair real_gen"
         )
-    source.banks = (lambda epoch: bank) if bank else Banks(args, split, device)
-    source.fingerprint = (
-        fingerprint_array(read(args.bank, len(split), split.size)) if bank else source.banks.fingerprint
-    )
+    if args.bank:
+        bank = Bank(images, device, args.bank_storage)
+        source.banks, source.fingerprint = (lambda epoch: bank), fingerprint_array(images)
+    else:
+        source.banks = Banks(args, split, device)
+        source.fingerprint = source.banks.fingerprint
     return source
 
 

@@ -305,6 +305,13 @@ def test_a_checkpoint_alone(run):
     for name in NAMES - {"protocol", "split"}:
         assert result[name] == pytest.approx(by_training[name], abs=0.02)
     assert "linear probe" in done.stdout and str(file) in done.stdout and "Traceback" not in done.stderr
+    for epoch, kept in ((1, {"pairs"}), (2, set())):  # what training alone can measure stays, if it is of this epoch
+        file.write_text(json.dumps(by_training | {"epoch": epoch}))
+        evaluated(run)
+        assert json.loads(file.read_text()).keys() == NAMES | kept
+    file.write_text("{")
+    evaluated(run)
+    assert json.loads(file.read_text()).keys() == NAMES
 
 
 def test_a_run_folder_and_other_flags(run, tmp_path):
