@@ -34,7 +34,7 @@ import TrainCamNet
 import TrainISICLE
 import Utils
 from Backbones import build_head
-from Benchmarks.Collect import arms_table, by_arm
+from Benchmarks.Collect import arms_table, by_arm, title_of
 from CamNet.Distances import build_distance
 from CamNet.IMLE import Search
 from Fitness import HELD_OUT
@@ -203,7 +203,7 @@ def plot(records, file):
         values = [100 * row["linear"] for row in rows]
         mean, deviation = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
         look = {"fmt": "o" if rows[0]["title"].startswith("SimCLR") else "s", "mfc": "none", "capsize": 3}
-        axes.errorbar(x, mean, deviation, label=f"{mean:.1f}  {rows[0]['title']}", **look)
+        axes.errorbar(x, mean, deviation, label=f"{mean:.1f}  {title_of(rows[0])}", **look)
     axes.set_xlabel("compute, TMAC, generator included")
     axes.set_ylabel(f"linear probe, % of {records[0]['split']}")
     axes.grid(alpha=0.3)

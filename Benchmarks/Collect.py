@@ -16,6 +16,7 @@ from pathlib import Path
 
 import Evaluate
 import Fitness
+import Flags
 
 ROOT = Path(__file__).resolve().parent.parent
 SCORES = ("knn", "linear", "linear_aug", "pixels_knn", "untrained_knn", "untrained_linear")
@@ -33,12 +34,16 @@ def collect(folder):
     logs = [folder / "metrics.jsonl", folder / "single_code" / "metrics.jsonl"]
     last = [json.loads(log.read_text().splitlines()[-1]) for log in logs if log.exists()]
     start, flags = args["starts"][0], FLAGS if file.stem == "evaluation" else GENERATOR_FLAGS
+    hyper = Flags.hyper_parameters(argparse.Namespace(**args["args"]))
+    if generator := hyper.get("generator"):  # a run folder of TrainCamNet.py
+        hyper["corrupt"] = json.loads((Path(generator) / "args.json").read_text())["args"]["corrupt"]
     return {
         **{key: args["args"][key] for key in flags if key in args["args"]},
         "steps": last[0]["step"],
         "minutes": round(sum(line["seconds"] for line in last) / 60, 1),  # up to the last epoch's scores
         "starts": len(args["starts"]),
         **{key: start[key] for key in ("command", "revision", "device", "torch", "torchvision", "python")},
+        "flags": hyper,
         file.stem: json.loads(file.read_text()),
     }
 
@@ -86,6 +91,22 @@ def table(records):
     return "\n".join(lines)
 
 
+def choice_table(records):
+    """Return a Markdown table of the runs that a choice was made by: the flags in which they differ, and the scores."""
+    of_synthetic = ("generator", "num_codes", "num_pos", "gen_weight", "gen_warmup", "refresh", "bank")  # in the JSON
+    names = {name for row in records for name in row["flags"] if name not in of_synthetic}
+    names = [name for name in sorted(names) if len({str(row["flags"].get(name)) for row in records}) > 1]
+    lines = [f"| {' | '.join([f'`--{name}`' for name in names])} | kNN | linear |", "|---" * (len(names) + 2) + "|"]
+    for row in records:
+        cells = ["" if (value := row["flags"].get(name)) is None else str(value) for name in names]
+        cells += [f"{100 * row['evaluation'][name]:.1f}" for name in ("knn", "linear")]
+        lines.append(f"| {' | '.join(cells)} |")
+    first = records[0]
+    return "\n".join(
+        [*lines, "", f"Split {first['evaluation']['split']}, seed {first['seed']}, a run each, {first['device']}"]
+    )
+
+
 def speed_table(content):
     """Return the Markdown table of a file of Benchmarks/Speed.py."""
     lines = ["| what | variant | views/s | peak memory, MiB |", "|---|---|---|---|"]
@@ -117,13 +138,19 @@ def by_arm(records):
     return groups
 
 
+def title_of(row):
+    """Return an arm's title, with --p_gen where its command has it: then it is ISICLE in part only."""
+    share = re.search(r" --p_gen (\S+)", row["command"])
+    return row["title"] + (f", --p_gen {share[1]}" if share else "")
+
+
 def arms_table(records):
     """Return a Markdown table: a row per arm, mean ± standard deviation over its seeds, and what it took."""
     lines = ["| arm | seeds | kNN | linear | steps | compute, TMAC | of it generator | minutes |", "|---" * 8 + "|"]
     for rows in by_arm(records).values():
         first = rows[0]
         total = first["encoder_macs"] + first["generator_macs"]
-        cells = [first["title"], str(len(rows)), *(spread([row[name] for row in rows]) for name in ("knn", "linear"))]
+        cells = [title_of(first), str(len(rows)), *(spread([row[name] for row in rows]) for name in ("knn", "linear"))]
         cells += [f"{first['steps']:,}", f"{total / 1e12:,.1f}", f"{100 * first['generator_macs'] / total:.0f} %"]
         minutes = statistics.mean(row["minutes"] + row["generator_minutes"] for row in rows)
         lines.append(f"| {' | '.join([*cells, f'{minutes:.1f}'])} |")
@@ -148,6 +175,7 @@ MAKERS = {
     "generator": generator_table,
     "search": search_table,
     "arms": arms_table,
+    "choice": choice_table,
 }
 
 

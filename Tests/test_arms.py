@@ -75,6 +75,37 @@ def test_every_run_is_recorded(done, tree):
     assert Collect.arms_table(records) in printed
 
 
+def test_table_says_what_is_restored_in_part_only(done):
+    row = done[1][-1]
+    assert "--p_gen" not in Collect.arms_table([row])
+    partly = Collect.arms_table([row | {"command": f"{row['command']} --p_gen 0.5 --epochs 2"}])
+    assert f"| {row['title']}, --p_gen 0.5 | 1 |" in partly
+
+
+def test_runs_that_a_choice_was_made_by(done, arms):
+    runs = sorted({file.parent for file in arms.models.glob("Train*/evaluation.json")})
+    records = [Collect.collect(run) for run in runs]
+    assert {row["flags"].get("corrupt") for row in records if "pair" not in row["flags"]} == {None}
+    lines = Collect.choice_table([row for row in records if row["flags"]["seed"] == 0]).splitlines()
+    heads, rows = lines[0].split(" | "), [line.strip("| ").split(" | ") for line in lines[2:-2]]
+    assert {"`--pair`", "`--num_views`"} < {head.strip("| ") for head in heads} and "--bs" not in lines[0]
+    scores = {(f"{100 * row['knn']:.1f}", f"{100 * row['linear']:.1f}") for row in done[1] if row["seed"] == 0}
+    assert {tuple(row[-2:]) for row in rows} == scores
+
+
+def test_choice_names_what_its_generator_undoes(tmp_path):
+    camnet, run = tmp_path / "camnet", tmp_path / "run"
+    for folder in (camnet, run):
+        folder.mkdir()
+    (camnet / "args.json").write_text(json.dumps({"args": {"corrupt": "gray+mask0.5"}}))
+    start = dict.fromkeys(("command", "revision", "device", "torch", "torchvision", "python"), "")
+    args = {"data": "shapes", "seed": 0, "corrupt": None, "generator": str(camnet)}
+    (run / "args.json").write_text(json.dumps({"args": args, "starts": [start]}))
+    (run / "metrics.jsonl").write_text('{"step": 1, "seconds": 60}\n')
+    (run / "evaluation.json").write_text("{}")
+    assert Collect.collect(run)["flags"]["corrupt"] == "gray+mask0.5"
+
+
 def test_compute_is_what_was_counted_by_hand(done):
     rows = {row["arm"]: row for row in done[1]}
     stem = 3 * 32 * 9 * 16**2  # stride 2
