@@ -54,7 +54,6 @@ class Row:
     setup: str  # what puts the files in place
     recipe: dict = field(default_factory=dict)  # defaults of the encoder's training flags that suit it
     generator: dict = field(default_factory=dict)  # the same of TrainCamNet.py
-    isicle: dict = field(default_factory=dict)  # what TrainISICLE.py changes in the encoder's recipe
     folder: Path | None = None  # where its files lie; None: data_dir / name
     splits: dict = field(default_factory=dict)  # names of split folders that differ: {"test": "val"}
 
@@ -189,9 +188,8 @@ _LARGE = {  # nearer to SimCLR's own for photographs, where blur helps; not tune
 _SHAPES = {  # chosen on the validation split; 30 epochs give more, 20 leave the demonstration short
     **_CIFAR,
     **{"backbone": "resnet8", "bs": 256, "epochs": 20, "lr": 0.6, "n_ramp": 2},
-    **{"proj_hidden": 256, "proj_norm": True, "temp": 0.2, "color_s": 1.0, "gray_p": 0.4},
+    **{"proj_hidden": 256, "proj_norm": True, "temp": 0.2, "gray_p": 0.4},
 }
-_SHAPES_ISICLE = {"color_s": 0.5}  # chosen on the validation split; SimCLR's own loses by it
 _TINY = {  # for two CPU cores
     **{"net": "tiny", "corrupt": "gray+detail2", "distance": "pixels", "m": "16,16"},
     **{"period": 512, "visits": 16, "periods": 3, "bs": 64, "lr": 2e-3, "ema": 0.995, "save_iter": 1},
@@ -205,7 +203,7 @@ _TREE = "put images at {train,val,test}/CLASS/IMAGE in it; Data/README.md shows 
 DATASETS = {
     row.name: row
     for row in (
-        Row(_load_shapes, "shapes", 32, 10, True, "nothing: it is generated", _SHAPES, _TINY, _SHAPES_ISICLE),
+        Row(_load_shapes, "shapes", 32, 10, True, "nothing: it is generated", _SHAPES, _TINY),
         Row(_load_cifar(datasets.CIFAR10), "cifar10", 32, 10, False, "downloads itself", _CIFAR, _SMALL),
         Row(_load_cifar(datasets.CIFAR100), "cifar100", 32, 100, False, "downloads itself", _CIFAR, _SMALL),
         Row(_load_torchvision(_stl10), "stl10", 96, 10, False, "downloads itself", _LARGE, _SMALL),

@@ -1,7 +1,6 @@
 """The flags that scripts share, each defined once, and what a run's flags build: data, views, encoder."""
 
 import argparse
-import re
 from pathlib import Path
 
 import torch
@@ -66,17 +65,9 @@ def contrastive_parser(doc, data="shapes", positives=None):
     return parser
 
 
-def isicle_parser(doc, argv, data="shapes"):
-    """Return the parser of TrainISICLE.py; the defaults are SimCLR's recipe, but for what restorations change in it.
-
-    With --p_gen 0 in argv there are none, and nothing is changed.
-    """
-    parser = contrastive_parser(doc, data, _add_isicle_flags)
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--p_gen", default="1")
-    if not re.fullmatch(r"0*\.?0*", early.parse_known_args(argv)[0].p_gen):
-        parser.set_defaults(**Data.get_row(data).isicle)
-    return parser
+def isicle_parser(doc, data="shapes"):
+    """Return the parser of TrainISICLE.py; the defaults are SimCLR's recipe."""
+    return contrastive_parser(doc, data, _add_isicle_flags)
 
 
 def camnet_parser(doc, data="shapes"):

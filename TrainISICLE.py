@@ -32,7 +32,7 @@ PICK, SHARE, MASK = range(3)  # what random numbers are for: a part of their key
 
 def get_args(argv=None):
     """Parse the flags; see Flags.py for what they are."""
-    return Flags.parse(argv, lambda data: Flags.isicle_parser(__doc__, argv, data))
+    return Flags.parse(argv, lambda data: Flags.isicle_parser(__doc__, data))
 
 
 class Restored:

@@ -39,11 +39,10 @@ from CamNet.Distances import build_distance
 from CamNet.IMLE import Search
 from Fitness import HELD_OUT
 
-EQUAL, AS_ISICLE = "simclr_full_equal_compute", "simclr_full_as_isicle"
+EQUAL = "simclr_full_equal_compute"
 ARMS = {  # name: (script, flags, what it is)
     "simclr_crop": ("TrainSimCLR.py", "--aug crop", "SimCLR, crop and flip alone"),
     "simclr_full": ("TrainSimCLR.py", "", "SimCLR"),
-    AS_ISICLE: ("TrainSimCLR.py", "", "SimCLR, jittered as ISICLE"),
     "simclr_full_extra_view": ("TrainSimCLR.py", "--num_views 3", "SimCLR, a third real view"),
     EQUAL: ("TrainSimCLR.py", "", "SimCLR, longer: ISICLE's compute"),
     "corrupted_only": ("TrainISICLE.py", "--pair corrupted --aug crop", "c(x) twice, crop and flip alone"),
@@ -91,9 +90,6 @@ def words_of(args, arm, seed, records):
     words = [script, *(["--data", args.data] if args.data != "shapes" else []), *args.rest, *flags.split()]
     words += ["--epochs", str(equal_epochs(records))] if arm == EQUAL else []
     words += shlex.split(args.isicle) if script == "TrainISICLE.py" else []
-    if arm == AS_ISICLE:
-        recipe = Data.get_row(args.data).isicle
-        words += [word for name, value in recipe.items() for word in (f"--{name}", str(value))]
     return [*words, "--eval", args.eval, "--seed", str(seed)]
 
 
