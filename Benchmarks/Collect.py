@@ -35,8 +35,9 @@ def collect(folder):
     last = [json.loads(log.read_text().splitlines()[-1]) for log in logs if log.exists()]
     start, flags = args["starts"][0], FLAGS if file.stem == "evaluation" else GENERATOR_FLAGS
     hyper = Flags.hyper_parameters(argparse.Namespace(**args["args"]))
-    if generator := hyper.get("generator"):  # a run folder of TrainCamNet.py
-        hyper["corrupt"] = json.loads((Path(generator) / "args.json").read_text())["args"]["corrupt"]
+    if generator := hyper.get("generator"):  # a run folder of TrainCamNet.py, or a checkpoint in it
+        camnet = Path(generator) if Path(generator).is_dir() else Path(generator).parent
+        hyper["corrupt"] = json.loads((camnet / "args.json").read_text())["args"]["corrupt"]
     return {
         **{key: args["args"][key] for key in flags if key in args["args"]},
         "steps": last[0]["step"],

@@ -93,13 +93,14 @@ def test_runs_that_a_choice_was_made_by(done, arms):
     assert {tuple(row[-2:]) for row in rows} == scores
 
 
-def test_choice_names_what_its_generator_undoes(tmp_path):
+@pytest.mark.parametrize("file", ["", "3.pt"])
+def test_choice_names_what_its_generator_undoes(tmp_path, file):
     camnet, run = tmp_path / "camnet", tmp_path / "run"
     for folder in (camnet, run):
         folder.mkdir()
     (camnet / "args.json").write_text(json.dumps({"args": {"corrupt": "gray+mask0.5"}}))
     start = dict.fromkeys(("command", "revision", "device", "torch", "torchvision", "python"), "")
-    args = {"data": "shapes", "seed": 0, "corrupt": None, "generator": str(camnet)}
+    args = {"data": "shapes", "seed": 0, "corrupt": None, "generator": str(camnet / file)}
     (run / "args.json").write_text(json.dumps({"args": args, "starts": [start]}))
     (run / "metrics.jsonl").write_text('{"step": 1, "seconds": 60}\n')
     (run / "evaluation.json").write_text("{}")

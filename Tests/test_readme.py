@@ -96,6 +96,15 @@ def test_arms_are_compared_fairly(file):
         assert (rows[0]["generator_macs"] > 0) == (rows[0]["title"].startswith(("ISICLE", "one restoration")))
 
 
+@pytest.mark.xfail(strict=True, reason="issue 4: three points in the linear probe since SimCLR has the better jitter")
+def test_what_must_hold_on_generated_shapes():
+    arms = Collect.by_arm(json.loads((ROOT / "Results" / "arms-shapes.json").read_text()))
+    mean = {arm: {s: sum(row[s] for row in rows) / len(rows) for s in ("knn", "linear")} for arm, rows in arms.items()}
+    assert {len(rows) for arm, rows in arms.items() if "equal" not in arm} == {3}
+    assert mean["isicle_crop"]["linear"] >= 2 * mean["simclr_crop"]["linear"]
+    assert all(mean["isicle_full"][score] >= mean["simclr_full"][score] + 0.05 for score in ("knn", "linear"))
+
+
 def test_what_is_said_of_generated_shapes():
     arms = Collect.by_arm(json.loads((ROOT / "Results" / "arms-shapes.json").read_text()))
     scores = {(arm, name): [row[name] for row in rows] for arm, rows in arms.items() for name in ("knn", "linear")}
