@@ -268,13 +268,14 @@ def main(args):
         result["finetune"] = fine_tune(encoder, splits, device, Flags.views_for(run, "crop"), args.finetune)
         result["protocol"] = {**PROTOCOL, "finetune_epochs": args.finetune}
     out = Path(args.out) if args.out else file.parent / "evaluation.json"
-    write_result(out, result | measured_by_training(out, state["epoch"]))
+    result |= measured_by_training(out, state["epoch"])
+    write_result(out, result)
     print(f"{file}\n{table(result)}\nwritten to {out}")
 
 
 def measured_by_training(file, epoch):
     """Return what an evaluation.json of the same epoch holds of the pairs: it takes the run's data and generator."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or none of ours: it is written anew
         before = json.loads(file.read_text())
         if before["epoch"] == epoch:
             return {"pairs": before["pairs"]}

@@ -100,9 +100,12 @@ def _set_contrast(ground, figure, generator):
     return (ground - shift).clamp(0, 1), (figure + shift).clamp(0, 1)
 
 
-def draw(labels, size, generator):
-    """Return images uint8 (N, 3, size, size), one of the outline of each label, everything else random."""
-    n = len(labels)
+def draw(labels, size, generator, looks=None):
+    """Return images uint8 (N, 3, size, size), one of the outline of each label, everything else random.
+
+    generator draws position, scale and tilt; looks: the generator of all the rest, or None: the same one.
+    """
+    n, looks = len(labels), looks or generator
     axis = (torch.arange(size) + 0.5) / size * 2 - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     x, y = x.expand(n, -1, -1), y.expand(n, -1, -1)
@@ -115,21 +118,39 @@ def draw(labels, size, generator):
     for k, name in enumerate(CLASSES):
         distance[labels == k] = outline(name, u[labels == k], v[labels == k])
     inside = (0.5 - distance * scale * size / 2).clamp(0, 1)[:, None]  # share of each pixel that the outline covers
-    ground, figure = _set_contrast(_textured(x, y, generator), _textured(x, y, generator), generator)
+    ground, figure = _set_contrast(_textured(x, y, looks), _textured(x, y, looks), looks)
     image = torch.lerp(ground, figure, inside)
-    noise = torch.empty(n, 1, 1, 1).uniform_(0, 0.08, generator=generator)
-    image += noise * torch.randn(image.shape, generator=generator)
+    noise = torch.empty(n, 1, 1, 1).uniform_(0, 0.08, generator=looks)
+    image += noise * torch.randn(image.shape, generator=looks)
     return image.mul_(255).round_().clamp_(0, 255).byte()
+
+
+def _labels(split, seed):
+    """Return the labels int64 (N,) of a split, in parts, which bound the memory, and the generator to draw them by."""
+    generator = torch.Generator().manual_seed(1000 * seed + list(SIZES).index(split))
+    n = SIZES[split]
+    labels = (torch.arange(n) % len(CLASSES))[torch.randperm(n, generator=generator)]
+    return labels.split(500), generator
 
 
 def make_split(split, size=32, seed=0):
     """Return (images uint8 (N, 3, size, size), labels int64 (N,)) of "train", "val" or "test"."""
-    position = list(SIZES).index(split)
-    generator = torch.Generator().manual_seed(1000 * seed + position)
-    n = SIZES[split]
-    labels = (torch.arange(n) % len(CLASSES))[torch.randperm(n, generator=generator)]
-    images = torch.cat([draw(part, size, generator) for part in labels.split(500)])  # bounds the memory
-    return images, labels
+    parts, generator = _labels(split, seed)
+    return torch.cat([draw(part, size, generator) for part in parts]), torch.cat(parts)
+
+
+def redraw_split(split, k, size=32, seed=0):
+    """Return uint8 (N, k, 3, size, size): the outlines of make_split's images where they are, all the rest drawn anew.
+
+    They are the positives that a perfect generator would make.
+    """
+    parts, generator = _labels(split, seed)
+    looks, redrawn = torch.Generator().manual_seed(1000 * seed + len(SIZES)), []
+    for part in parts:
+        places = [generator.clone_state() for _ in range(k)]
+        draw(part, size, generator)  # on to the next part
+        redrawn.append(torch.stack([draw(part, size, place, looks) for place in places], dim=1))
+    return torch.cat(redrawn)
 
 
 def main():

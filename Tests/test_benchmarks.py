@@ -1,4 +1,4 @@
-"""Benchmarks/Speed.py, run as its users run it: in a process of its own, with tiny settings."""
+"""Benchmarks/Speed.py and Redrawn.py, run as their users run them: in a process of their own."""
 
 import json
 import os
@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from CamNet.Bank import read
 
 ROOT = Path(__file__).resolve().parent.parent
 AUGMENTATION = ["ours", "torchvision, PIL images", "torchvision v2, uint8 tensors", "kornia, batch"]
@@ -100,3 +102,18 @@ def test_search_says_how_it_was_made(searched):
     content = searched[1]
     assert content["command"].startswith("python -m Benchmarks.Search ") and content["revision"]
     assert content["images"] == 6 and content["generator"]["m"] == "12,6"
+
+
+def test_redrawn_positives_are_a_bank(tmp_path):
+    file = tmp_path / "redrawn.npy"
+    done = speed("-m", "Benchmarks.Redrawn", str(file), "--num_codes", "2")
+    assert done.returncode == 0 and done.stdout == f"2 positives for each of 8000 images: {file}\n", done.stderr
+    assert read(file, 8000, 32).shape == (8000, 2, 3, 32, 32)
+    for words, reason in (
+        (["-m", "Benchmarks.Redrawn", str(tmp_path / "no" / "redrawn.npy")], "cannot write"),
+        (["-m", "Benchmarks.Redrawn", str(file), "--num_codes", "0"], "at least 1"),
+        (["Benchmarks/Redrawn.py", str(file)], "python -m Benchmarks.Redrawn"),
+    ):
+        done = speed(*words)
+        assert done.returncode and reason in done.stderr and "Traceback" not in done.stderr
+    assert [each.name for each in tmp_path.iterdir()] == ["redrawn.npy"]

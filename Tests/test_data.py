@@ -116,6 +116,21 @@ def test_shapes_of_another_size_or_seed():
     assert first.shape == (10, 3, 20, 20) and torch.equal(first, again) and not torch.equal(first, other)
 
 
+def test_redrawn_shapes_keep_their_outlines_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(Shapes, "SIZES", {"train": 600, "val": 20, "test": 20})  # two parts
+    images, redrawn = Shapes.make_split("train", 16)[0], Shapes.redraw_split("train", 3, 16)
+    assert redrawn.shape == (600, 3, 3, 16, 16) and redrawn.dtype == torch.uint8
+    everything = torch.cat([images[:, None], redrawn], dim=1)
+    means = everything.float().mean(dim=(3, 4)).flatten(2)  # of the colours
+    assert all((means[:, i] - means[:, j]).abs().mean() > 20 for i in range(4) for j in range(i))
+    monkeypatch.setattr(Shapes, "_set_contrast", lambda ground, figure, looks: (0 * ground, 0 * figure + 1))
+    outlines = Shapes.make_split("train", 16)[0] > 127, Shapes.redraw_split("train", 3, 16) > 127
+    assert 0.05 < outlines[0].float().mean() < 0.5
+    for k in range(3):  # what noise turns over is little
+        assert (outlines[1][:, k] != outlines[0]).float().mean() < 0.01
+    assert (outlines[0][1:] != outlines[0][:-1]).float().mean() > 0.1
+
+
 def test_colours_say_nothing_about_the_class(shapes):
     def colours(split):
         x = split.images.float().flatten(2) / 255

@@ -309,9 +309,10 @@ def test_a_checkpoint_alone(run):
         file.write_text(json.dumps(by_training | {"epoch": epoch}))
         evaluated(run)
         assert json.loads(file.read_text()).keys() == NAMES | kept
-    file.write_text("{")
-    evaluated(run)
-    assert json.loads(file.read_text()).keys() == NAMES
+    for spoilt in ("{", "[]"):
+        file.write_text(spoilt)
+        evaluated(run)
+        assert json.loads(file.read_text()).keys() == NAMES
 
 
 def test_a_run_folder_and_other_flags(run, tmp_path):
