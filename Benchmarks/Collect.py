@@ -94,12 +94,9 @@ def table(records):
 
 def choice_table(records):
     """Return a Markdown table of the runs that a choice was made by: the flags in which they differ, and the scores."""
-    left_out = ("generator", "num_codes", "num_pos", "gen_weight", "gen_warmup", "refresh")  # they are in the JSON
-    values = {}
-    for row in records:
-        for name, value in row["flags"].items():
-            values.setdefault(name, set()).add(str(value))
-    names = [name for name in sorted(values) if len(values[name]) > 1 and name not in left_out]
+    of_synthetic = ("generator", "num_codes", "num_pos", "gen_weight", "gen_warmup", "refresh", "bank")  # in the JSON
+    names = {name for row in records for name in row["flags"] if name not in of_synthetic}
+    names = [name for name in sorted(names) if len({str(row["flags"].get(name)) for row in records}) > 1]
     lines = [f"| {' | '.join([f'`--{name}`' for name in names])} | kNN | linear |", "|---" * (len(names) + 2) + "|"]
     for row in records:
         cells = ["" if (value := row["flags"].get(name)) is None else str(value) for name in names]

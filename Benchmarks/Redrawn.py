@@ -1,4 +1,4 @@
-"""What perfect positives would be worth on generated shapes: every outline where it is, all the rest drawn anew.
+"""Write the positives of a perfect generator of shapes: every outline where it is, all the rest drawn anew.
 
     python -m Benchmarks.Redrawn Data/redrawn.npy
     python TrainISICLE.py --bank Data/redrawn.npy

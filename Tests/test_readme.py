@@ -86,6 +86,13 @@ def test_generators_say_how_they_were_made(file):
         assert measures["best_of_16"] < 0.85 * measures["best_of_1"] and measures["fit"]
 
 
+def scores_of(name):
+    """Return {(arm, score): its values, one for each seed} of a file of Benchmarks/Arms.py, and their means."""
+    arms = Collect.by_arm(json.loads((ROOT / "Results" / f"{name}.json").read_text()))
+    scores = {(arm, score): [row[score] for row in rows] for arm, rows in arms.items() for score in ("knn", "linear")}
+    return scores, {key: statistics.mean(values) for key, values in scores.items()}
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "Results").glob("arms-*.json")), ids=lambda file: file.name)
 def test_arms_are_compared_fairly(file):
     arms = Collect.by_arm(json.loads(file.read_text()))
@@ -98,18 +105,15 @@ def test_arms_are_compared_fairly(file):
 
 @pytest.mark.xfail(strict=True, reason="issue 4: three points in the linear probe, and none at SimCLR's best --lr")
 def test_what_must_hold_on_generated_shapes():
-    arms = Collect.by_arm(json.loads((ROOT / "Results" / "arms-shapes.json").read_text()))
-    mean = {arm: {s: sum(row[s] for row in rows) / len(rows) for s in ("knn", "linear")} for arm, rows in arms.items()}
-    assert {len(rows) for arm, rows in arms.items() if "equal" not in arm} == {3}
-    assert mean["isicle_crop"]["linear"] >= 2 * mean["simclr_crop"]["linear"]
-    assert all(mean["isicle_full"][score] >= mean["simclr_full"][score] + 0.05 for score in ("knn", "linear"))
+    scores, mean = scores_of("arms-shapes")
+    assert {len(values) for (arm, _), values in scores.items() if "equal" not in arm} == {3}
+    assert mean["isicle_crop", "linear"] >= 2 * mean["simclr_crop", "linear"]
+    assert all(mean["isicle_full", name] >= mean["simclr_full", name] + 0.05 for name in ("knn", "linear"))
 
 
 def test_what_is_said_of_generated_shapes():
-    arms = Collect.by_arm(json.loads((ROOT / "Results" / "arms-shapes.json").read_text()))
-    scores = {(arm, name): [row[name] for row in rows] for arm, rows in arms.items() for name in ("knn", "linear")}
-    assert {len(rows) for rows in arms.values()} == {3}
-    mean = {key: statistics.mean(values) for key, values in scores.items()}
+    scores, mean = scores_of("arms-shapes")
+    assert {len(values) for values in scores.values()} == {3}
     assert mean["isicle_crop", "linear"] >= 2 * mean["simclr_crop", "linear"]
     for name, points in (("knn", 0.05), ("linear", 0.03)):
         pair = ("isicle_full", name), ("simclr_full", name)
@@ -120,15 +124,15 @@ def test_what_is_said_of_generated_shapes():
 
 
 def test_what_is_said_of_the_learning_rate():
-    arms = Collect.by_arm(json.loads((ROOT / "Results" / "arms-shapes-lr.json").read_text()))
-    slow = Collect.by_arm(json.loads((ROOT / "Results" / "arms-shapes.json").read_text()))
+    (scores, mean), (_, slow) = scores_of("arms-shapes-lr"), scores_of("arms-shapes")
+    assert {len(values) for values in scores.values()} == {3}
     for name in ("knn", "linear"):
-        mean, before = ({arm: statistics.mean(row[name] for row in of[arm]) for arm in arms} for of in (arms, slow))
-        assert mean["isicle_full"] - mean["simclr_full"] < (before["isicle_full"] - before["simclr_full"]) / 3
-        assert abs(mean["real_real_gen_full"] - mean["simclr_full_extra_view"]) < 0.01
+        lead, before = (of["isicle_full", name] - of["simclr_full", name] for of in (mean, slow))
+        assert lead < before / 3
+        assert abs(mean["real_real_gen_full", name] - mean["simclr_full_extra_view", name]) < 0.01
     choice = json.loads((ROOT / "Results" / "choice-shapes.json").read_text())
-    scores = {row["flags"]["lr"]: row["evaluation"] for row in choice if "pair" not in row["flags"]}
-    assert all(max(scores, key=lambda lr: scores[lr][name]) == 1.6 for name in ("knn", "linear"))
+    rates = {row["flags"]["lr"]: row["evaluation"] for row in choice if "pair" not in row["flags"]}
+    assert all(max(rates, key=lambda lr: rates[lr][name]) == 1.6 for name in ("knn", "linear"))
 
 
 def test_data_is_no_package():
