@@ -117,9 +117,9 @@ def _add_isicle_flags(parser):
     pair = "views of a step: two restorations; the image and one; the image twice and one; --num_pos restorations; "
     pair += "as controls: one restoration, twice; what is restored, twice"
     pairs = ["gen_gen", "real_gen", "real_real_gen", "multi", "gen_twice", "corrupted"]
-    add("--pair", choices=pairs, default="gen_gen", help=pair)
+    add("--pair", choices=pairs, default="real_real_gen", help=pair)
     p_gen = "share of synthetic images where the pair has a restoration; the others are the image itself"
-    add("--p_gen", type=number(float, 0, 1), default=1.0, metavar="P", help=p_gen)
+    add("--p_gen", type=number(float, 0, 1), default=0.5, metavar="P", help=p_gen)
     add("--gen_warmup", type=number(float, 0), default=0.0, metavar="E", help="epochs in which --p_gen rises from 0")
     add("--num_codes", type=number(int, 1), default=8, metavar="K", help="restorations of each image in the bank")
     add("--num_pos", type=number(int, 2), default=3, metavar="M", help="views of --pair multi")

@@ -1,7 +1,7 @@
-"""Pre-train an encoder with ISICLE: the positive pair is one corrupted image, restored twice by a generator.
+"""Pre-train an encoder with ISICLE: positives are what a generator makes of a corrupted image, each time another one.
 
     python TrainISICLE.py                                   # generator, bank, encoder, scores: minutes on two cores
-    python TrainISICLE.py --data cifar10 --pair real_real_gen --loss align
+    python TrainISICLE.py --pair gen_gen --p_gen 1          # the pair is two restorations, and nothing else
     python TrainISICLE.py --data PATH --bank positives.npy  # positives of your own
     tensorboard --logdir Models
 

@@ -40,17 +40,18 @@ from CamNet.IMLE import Search
 from Fitness import HELD_OUT
 
 EQUAL = "simclr_full_equal_compute"
+ALONE = "--p_gen 1 --aug crop"  # the restorations are all that tells the views apart
 ARMS = {  # name: (script, flags, what it is)
     "simclr_crop": ("TrainSimCLR.py", "--aug crop", "SimCLR, crop and flip alone"),
     "simclr_full": ("TrainSimCLR.py", "", "SimCLR"),
     "simclr_full_extra_view": ("TrainSimCLR.py", "--num_views 3", "SimCLR, a third real view"),
     EQUAL: ("TrainSimCLR.py", "", "SimCLR, longer: ISICLE's compute"),
     "corrupted_only": ("TrainISICLE.py", "--pair corrupted --aug crop", "c(x) twice, crop and flip alone"),
-    "single_code": ("TrainISICLE.py", "--pair gen_twice --aug crop", "one restoration twice, crop and flip alone"),
-    "isicle_crop": ("TrainISICLE.py", "--aug crop", "ISICLE, crop and flip alone"),
-    "isicle_full": ("TrainISICLE.py", "", "ISICLE"),
+    "single_code": ("TrainISICLE.py", f"--pair gen_twice {ALONE}", "one restoration twice, crop and flip alone"),
+    "gen_gen_crop": ("TrainISICLE.py", f"--pair gen_gen {ALONE}", "ISICLE, two restorations, crop and flip alone"),
+    "gen_gen_full": ("TrainISICLE.py", "--pair gen_gen", "ISICLE, two restorations"),
     "real_gen_full": ("TrainISICLE.py", "--pair real_gen", "ISICLE, the image and a restoration"),
-    "real_real_gen_full": ("TrainISICLE.py", "--pair real_real_gen", "ISICLE, the image twice and a restoration"),
+    "isicle_full": ("TrainISICLE.py", "", "ISICLE, the image twice and a restoration"),
 }
 
 

@@ -140,7 +140,7 @@ def by_arm(records):
 
 
 def title_of(row):
-    """Return an arm's title, with --p_gen where its command has it: then it is ISICLE in part only."""
+    """Return an arm's title, with --p_gen where its command has it."""
     share = re.search(r" --p_gen (\S+)", row["command"])
     return row["title"] + (f", --p_gen {share[1]}" if share else "")
 

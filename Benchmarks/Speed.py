@@ -131,7 +131,7 @@ def our_step(flags, split, device, channels_last=True, positives=None, **changes
 
 def isicle_step(flags, split, device):
     """Return begin() of TrainISICLE.py's steps: two of eight restorations, from a bank on the device, full of noise."""
-    own = TrainISICLE.get_args([])
+    own = TrainISICLE.get_args(["--pair", "gen_gen", "--p_gen", "1"])  # as many views as SimCLR's
     bank = torch.randint(256, (len(split), own.num_codes, 3, split.size, split.size), dtype=torch.uint8)
     bank = Bank(bank.numpy(), device, "memory")
     flags = argparse.Namespace(**{**vars(own), **vars(flags)})  # with SimCLR's augmentation

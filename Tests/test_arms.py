@@ -29,7 +29,7 @@ KEYS = {
     "minutes",
     "device",
 }
-CHOSEN = "simclr_full,simclr_full_equal_compute,corrupted_only,isicle_full,real_real_gen_full"
+CHOSEN = "simclr_full,simclr_full_equal_compute,corrupted_only,gen_gen_full,isicle_full"
 GENERATOR = "--net tiny --distance pixels --m 4,2 --period 16 --visits 2 --periods 1 --bs 8 --no-single_code"
 
 
@@ -75,7 +75,7 @@ def test_every_run_is_recorded(done, tree):
     assert Collect.arms_table(records) in printed
 
 
-def test_table_says_what_is_restored_in_part_only(done):
+def test_table_says_the_share_that_a_command_has(done):
     row = done[1][-1]
     assert "--p_gen" not in Collect.arms_table([row])
     partly = Collect.arms_table([row | {"command": f"{row['command']} --p_gen 0.5 --epochs 2"}])
@@ -113,10 +113,10 @@ def test_compute_is_what_was_counted_by_hand(done):
     blocks = 2 * 32 * 32 * 9 * 16**2 + (32 + 64) * 64 * 9 * 8**2 + 32 * 64 * 8**2
     blocks += (64 + 128) * 128 * 9 * 4**2 + 64 * 128 * 4**2
     head = 128 * 32 + 32 * 128  # --proj_hidden 32, --proj_dim 128
-    for arm, views in (("simclr_full", 2), ("isicle_full", 2), ("real_real_gen_full", 3), ("corrupted_only", 2)):
+    for arm, views in (("simclr_full", 2), ("gen_gen_full", 2), ("isicle_full", 3), ("corrupted_only", 2)):
         assert rows[arm]["encoder_macs"] == 3 * views * 8 * 60 * (stem + blocks + head)
     assert rows["simclr_full"]["generator_macs"] == rows["corrupted_only"]["generator_macs"] == 0
-    assert rows["isicle_full"]["generator_macs"] == rows["real_real_gen_full"]["generator_macs"] > 0
+    assert rows["gen_gen_full"]["generator_macs"] == rows["isicle_full"]["generator_macs"] > 0
 
 
 def test_generator_is_charged_for_search_training_and_bank():

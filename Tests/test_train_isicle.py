@@ -66,7 +66,8 @@ def test_whole_run(first, models):
 def test_shows_what_the_pairs_are_worth(first):
     *training, scores = metrics(first.folder)
     result = json.loads((first.folder / "evaluation.json").read_text())
-    assert all(line["synthetic_share"] == 1 for line in training)
+    shares = [line["synthetic_share"] for line in training]  # --p_gen .5 of the third view, in batches of 8
+    assert sum(shares) / len(shares) == pytest.approx(0.5 / 3, abs=0.03)
     names = {
         "alignment",
         "uniformity",
@@ -88,13 +89,18 @@ def test_second_run_reuses_generator_and_bank(first):
     assert [line.get("loss") for line in metrics(again)] == [line.get("loss") for line in metrics(first.folder)]
 
 
-def test_no_share_of_synthetic_images_is_simclr_bit_for_bit(whole, flags, tmp_path):
-    done = run("TrainISICLE.py", flags(tmp_path, "--p_gen", "0"))
+@pytest.mark.parametrize("views, pair", [(2, "gen_gen"), (3, "real_real_gen")])
+def test_no_share_of_synthetic_images_is_simclr_bit_for_bit(whole, flags, tmp_path, views, pair):
+    done = run("TrainISICLE.py", flags(tmp_path / "isicle", "--p_gen", "0", "--pair", pair))
     assert done.returncode == 0, done.stderr
-    (folder,) = tmp_path.iterdir()  # and no generator was trained
+    (folder,), other = (tmp_path / "isicle").iterdir(), whole.folder  # no generator was trained
+    if views > 2:
+        done = run("TrainSimCLR.py", flags(tmp_path / "simclr", "--num_views", str(views)))
+        assert done.returncode == 0, done.stderr
+        (other,) = (tmp_path / "simclr").iterdir()
     lines = [line["loss"] for line in metrics(folder) if "loss" in line]
-    assert lines == [line["loss"] for line in metrics(whole.folder) if "loss" in line] and len(lines) == 90
-    ours, theirs = Utils.load_(folder / "3.pt"), Utils.load_(whole.folder / "3.pt")
+    assert lines == [line["loss"] for line in metrics(other) if "loss" in line] and len(lines) == 90
+    ours, theirs = Utils.load_(folder / "3.pt"), Utils.load_(other / "3.pt")
     assert all(torch.equal(ours["encoder"][name], value) for name, value in theirs["encoder"].items())
 
 
@@ -275,9 +281,9 @@ def test_resume_with_other_positives_is_refused(first):
 @pytest.mark.parametrize(
     "more, parts",
     [
-        ("--num_codes 1", ["--num_codes: 1", "real_gen"]),
+        ("--num_codes 1 --pair gen_gen", ["--num_codes: 1", "real_gen"]),
         ("--num_codes 2 --pair multi", ["--num_codes: 2", "takes 3"]),
-        ("--loss align", ["--loss align", "real_real_gen"]),
+        ("--loss align --pair gen_gen", ["--loss align", "real_real_gen"]),
         ("--bank nowhere.npy", ["--bank nowhere.npy", "numpy.save"]),
         ("--bank nowhere.npy --refresh 2", ["--bank nowhere.npy", "--refresh"]),
         ("--generator nowhere.pt", ["nowhere.pt"]),
