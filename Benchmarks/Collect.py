@@ -140,9 +140,8 @@ def by_arm(records):
 
 
 def title_of(row):
-    """Return an arm's title, with --p_gen where its command has it."""
-    share = re.search(r" --p_gen (\S+)", row["command"])
-    return row["title"] + (f", --p_gen {share[1]}" if share else "")
+    """Return an arm's title, with --p_gen and --corrupt where its command has them."""
+    return ", ".join([row["title"], *re.findall(r" (--(?:p_gen|corrupt) \S+)", row["command"])])
 
 
 def arms_table(records):

@@ -75,11 +75,11 @@ def test_every_run_is_recorded(done, tree):
     assert Collect.arms_table(records) in printed
 
 
-def test_table_says_the_share_that_a_command_has(done):
+def test_table_says_what_a_command_chose(done):
     row = done[1][-1]
     assert "--p_gen" not in Collect.arms_table([row])
-    partly = Collect.arms_table([row | {"command": f"{row['command']} --p_gen 0.5 --epochs 2"}])
-    assert f"| {row['title']}, --p_gen 0.5 | 1 |" in partly
+    chosen = Collect.arms_table([row | {"command": f"{row['command']} --p_gen 0.5 --epochs 2 --corrupt gray"}])
+    assert f"| {row['title']}, --p_gen 0.5, --corrupt gray | 1 |" in chosen
 
 
 def test_runs_that_a_choice_was_made_by(done, arms):
