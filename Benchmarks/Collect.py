@@ -37,7 +37,8 @@ def collect(folder):
     hyper = Flags.hyper_parameters(argparse.Namespace(**args["args"]))
     if generator := hyper.get("generator"):  # a run folder of TrainCamNet.py, or a checkpoint in it
         camnet = Path(generator) if Path(generator).is_dir() else Path(generator).parent
-        hyper["corrupt"] = json.loads((camnet / "args.json").read_text())["args"]["corrupt"]
+        theirs = json.loads((camnet / "args.json").read_text())["args"]
+        hyper |= {key: theirs[key] for key in ("corrupt", "periods")}  # what it undoes, and how long it learnt to
     return {
         **{key: args["args"][key] for key in flags if key in args["args"]},
         "steps": last[0]["step"],
@@ -93,19 +94,21 @@ def table(records):
 
 
 def choice_table(records):
-    """Return a Markdown table of the runs that a choice was made by: the flags in which they differ, and the scores."""
-    of_synthetic = ("generator", "num_codes", "num_pos", "gen_weight", "gen_warmup", "refresh", "bank")  # in the JSON
-    names = {name for row in records for name in row["flags"] if name not in of_synthetic}
-    names = [name for name in sorted(names) if len({str(row["flags"].get(name)) for row in records}) > 1]
-    lines = [f"| {' | '.join([f'`--{name}`' for name in names])} | kNN | linear |", "|---" * (len(names) + 2) + "|"]
+    """Return a Markdown table of the runs that a choice was made by: the flags in which each differs from most."""
+    names = sorted({name for row in records for name in row["flags"]} - {"generator"})  # see collect
+    having = {name: [row["flags"][name] for row in records if name in row["flags"]] for name in names}
+    most = {name: statistics.mode(values) for name, values in having.items()}
+    lines = ["| run | kNN | linear |", "|---" * 3 + "|"]
     for row in records:
-        cells = ["" if (value := row["flags"].get(name)) is None else str(value) for name in names]
-        cells += [f"{100 * row['evaluation'][name]:.1f}" for name in ("knn", "linear")]
-        lines.append(f"| {' | '.join(cells)} |")
-    first = records[0]
-    return "\n".join(
-        [*lines, "", f"Split {first['evaluation']['split']}, seed {first['seed']}, a run each, {first['device']}"]
-    )
+        own = {name: row["flags"][name] for name in names if row["flags"].get(name) is not None}
+        flags = [f" --{name} {value}" for name, value in own.items() if name == "pair" or value != most[name]]
+        scores = [f"{100 * row['evaluation'][name]:.1f}" for name in ("knn", "linear")]
+        script = Path(shlex.split(row["command"])[1]).name
+        lines.append(f"| `{script}{''.join(flags)}` | {' | '.join(scores)} |")
+    others = [name for name in names if name != "pair" and most[name] is not None and len(set(having[name])) > 1]
+    others, first = " ".join(f"--{name} {most[name]}" for name in others), records[0]
+    of = f"Split {first['evaluation']['split']}, seed {first['seed']}, a run each, {first['device']}"
+    return "\n".join([*lines, "", f"Where a row says nothing else: `{others}`. {of}"])
 
 
 def speed_table(content):
