@@ -129,9 +129,9 @@ def our_step(flags, split, device, channels_last=True, positives=None, **changes
     return lambda: lambda: trainer.update(*next(stream))
 
 
-def isicle_step(flags, split, device):
-    """Return begin() of TrainISICLE.py's steps: two of eight restorations, from a bank on the device, full of noise."""
-    own = TrainISICLE.get_args(["--pair", "gen_gen", "--p_gen", "1"])  # as many views as SimCLR's
+def isicle_step(flags, split, device, pair="--pair gen_gen --p_gen 1"):
+    """Return begin() of TrainISICLE.py's steps: from a bank of eight restorations on the device, full of noise."""
+    own = TrainISICLE.get_args(pair.split())
     bank = torch.randint(256, (len(split), own.num_codes, 3, split.size, split.size), dtype=torch.uint8)
     bank = Bank(bank.numpy(), device, "memory")
     flags = argparse.Namespace(**{**vars(own), **vars(flags)})  # with SimCLR's augmentation
@@ -221,6 +221,10 @@ def measure_all(args, device):
     variants = {name: build(flags, split, device) for name, build in builders.items()}
     steps = measure("step", variants, 2 * args.bs, args, device)
     rows += [{**row, "peak_memory_bytes": memory[row["variant"]]} for row in steps]
+    builders = {"ours": partial(our_step, positives=TrainSimCLR.SamePair(3))}
+    builders["ours, ISICLE's pairs"] = partial(isicle_step, pair="")  # the default one
+    variants = {name: build(flags, split, device) for name, build in builders.items()}
+    rows += measure("step, 3 views", variants, 3 * args.bs, args, device)
     ours = {row["part"]: row["rounds"] for row in rows if row["variant"] == "ours"}
     pairs = {f"{row['part']}: {row['variant']}": zip(ours[row["part"]], row["rounds"]) for row in rows}
     return rows, {name: round(statistics.median(a / b for a, b in pair), 3) for name, pair in pairs.items()}

@@ -34,13 +34,13 @@ def result(tmp_path_factory):
 
 
 def test_every_variant_is_measured(result):
-    rows = {"augmentation": {}, "step": {}}
+    rows = {"augmentation": {}, "step": {}, "step, 3 views": {}}
     for row in result[1]["rows"]:
         rows[row["part"]][row["variant"]] = row
         assert len(row["rounds"]) == 2 and min(row["rounds"]) > 0
         assert row["views_per_second"] == pytest.approx(statistics.median(row["rounds"]), abs=0.1)
     assert list(rows["augmentation"]) == AUGMENTATION[: None if find_spec("kornia") else -1]
-    assert list(rows["step"]) == STEP
+    assert list(rows["step"]) == STEP and list(rows["step, 3 views"]) == STEP[:2]
     assert all(2**26 < row["peak_memory_bytes"] < 2**34 for row in rows["step"].values())
 
 
