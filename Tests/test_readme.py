@@ -137,12 +137,15 @@ def test_what_is_said_of_generated_shapes():
         assert abs(lead(longer, name, "gen_gen_full", "simclr_full")[0]) < 0.02
 
 
-def test_what_is_said_of_the_learning_rate():
+def test_what_is_said_of_the_choice():
     choice = json.loads((ROOT / "Results" / "choice-shapes.json").read_text())
     for epochs in (15, 20):
         runs = [row for row in choice if row["epochs"] == epochs and row["flags"].get("num_views") == 2]
         rates = {row["flags"]["lr"]: row["evaluation"]["knn"] + row["evaluation"]["linear"] for row in runs}
         assert len(rates) >= 3 and max(rates, key=rates.get) == 1.6
+    best = sorted(choice, key=lambda row: row["evaluation"]["linear"])
+    assert best[-1]["flags"]["bank"] == "Data/redrawn.npy" and best[-1]["pair"] == "real_real_gen"
+    assert best[-1]["evaluation"]["linear"] > best[-2]["evaluation"]["linear"] + 0.03
 
 
 def test_data_is_no_package():
