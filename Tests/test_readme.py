@@ -148,5 +148,17 @@ def test_what_is_said_of_the_choice():
     assert best[-1]["evaluation"]["linear"] > best[-2]["evaluation"]["linear"] + 0.03
 
 
+def test_what_is_said_of_the_rate_on_cifar10():
+    choice = json.loads((ROOT / "Results" / "choice-cifar10.json").read_text())
+    told = ("temp", "aug", "color_s", "num_views", "pair", "p_gen", "corrupt", "loss", "pick")
+    runs = {(row["flags"]["lr"], *(row["flags"].get(name) for name in told)): row["evaluation"] for row in choice}
+    fast = {key[1:]: scores for key, scores in runs.items() if key[0] == 1.2}
+    assert len(fast) == 3
+    for name in ("knn", "linear"):
+        assert all(scores[name] > runs[0.6, *rest][name] for rest, scores in fast.items())
+    third = next(scores for rest, scores in fast.items() if 3 in rest)
+    assert third["linear"] == max(scores["linear"] for scores in fast.values())
+
+
 def test_data_is_no_package():
     assert not (ROOT / "Data" / "__init__.py").exists(), "it would hide Data.py from every script"
