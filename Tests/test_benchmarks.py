@@ -63,7 +63,7 @@ def test_json_says_how_it_was_made(result):
 
 def test_table_shows_the_same(result):
     table, content = result
-    lines = [line for line in table.splitlines() if line.startswith(("augmentation ", "step "))]
+    lines = [line for line in table.splitlines() if line.startswith(("augmentation ", "step"))]
     for line, row in zip(lines, content["rows"], strict=True):
         assert row["variant"] in line and f"{row['views_per_second']:,.0f}" in line
 
