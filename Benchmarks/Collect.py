@@ -95,20 +95,20 @@ def table(records):
 
 def choice_table(records):
     """Return a Markdown table of the runs that a choice was made by: the flags in which each differs from most."""
-    names = sorted({name for row in records for name in row["flags"]} - {"generator"})  # see collect
+    names = sorted({name for row in records for name in row["flags"]} - {"generator"})  # corrupt, periods say it
     having = {name: [row["flags"][name] for row in records if name in row["flags"]] for name in names}
-    most = {name: statistics.mode(values) for name, values in having.items()}
+    most = {name: statistics.mode(those) for name, those in having.items() if name == "pair" or len(set(those)) > 1}
     lines = ["| run | kNN | linear |", "|---" * 3 + "|"]
     for row in records:
-        own = {name: row["flags"][name] for name in names if row["flags"].get(name) is not None}
+        own = {name: row["flags"][name] for name in most if row["flags"].get(name) is not None}
         flags = [f" --{name} {value}" for name, value in own.items() if name == "pair" or value != most[name]]
         scores = [f"{100 * row['evaluation'][name]:.1f}" for name in ("knn", "linear")]
         script = Path(shlex.split(row["command"])[1]).name
         lines.append(f"| `{script}{''.join(flags)}` | {' | '.join(scores)} |")
-    others = [name for name in names if name != "pair" and most[name] is not None and len(set(having[name])) > 1]
-    others, first = " ".join(f"--{name} {most[name]}" for name in others), records[0]
+    rest = " ".join(f"--{name} {value}" for name, value in most.items() if name != "pair" and value is not None)
+    first = records[0]
     of = f"Split {first['evaluation']['split']}, seed {first['seed']}, a run each, {first['device']}"
-    return "\n".join([*lines, "", f"Where a row says nothing else: `{others}`. {of}"])
+    return "\n".join([*lines, "", f"Where a row says nothing else: `{rest}`. {of}"])
 
 
 def speed_table(content):

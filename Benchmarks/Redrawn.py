@@ -1,7 +1,7 @@
 """Write the positives of a perfect generator of shapes: every outline where it is, all the rest drawn anew.
 
     python -m Benchmarks.Redrawn Data/redrawn.npy
-    python TrainISICLE.py --bank Data/redrawn.npy
+    python TrainISICLE.py --bank Data/redrawn.npy --p_gen 1
 
 Writes the bank of the train split, uint8 (N, K, 3, 32, 32), for --bank. A generator that learns from images has to find
 out what the image keeps and what else it could have been; this one knows, since it made them.

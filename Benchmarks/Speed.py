@@ -6,7 +6,8 @@
 Augmentation, one core: `Augmentations` on a batch; torchvision on PIL images and, by its v2, on uint8 tensors, one by
 one; kornia on a batch. With --device cuda the first and the last are on the GPU. Step, data loading counted in:
 `TrainSimCLR.Trainer`, also without single parts of it; a plain loop over a DataLoader, in the manner of lightly's
-SimCLR example. All see the same images, model, batch size and loss, and take turns: other load hits them all.
+SimCLR example; then three views instead of two. All see the same images, model, batch size and loss, and take turns:
+other load hits them all.
 """
 
 import argparse
@@ -129,9 +130,9 @@ def our_step(flags, split, device, channels_last=True, positives=None, **changes
     return lambda: lambda: trainer.update(*next(stream))
 
 
-def isicle_step(flags, split, device, pair="--pair gen_gen --p_gen 1"):
-    """Return begin() of TrainISICLE.py's steps: from a bank of eight restorations on the device, full of noise."""
-    own = TrainISICLE.get_args(pair.split())
+def isicle_step(flags, split, device, pair=("--pair", "gen_gen", "--p_gen", "1")):
+    """Return begin() of TrainISICLE.py's steps by its flags `pair`, from a bank of noise on the device."""
+    own = TrainISICLE.get_args(list(pair))
     bank = torch.randint(256, (len(split), own.num_codes, 3, split.size, split.size), dtype=torch.uint8)
     bank = Bank(bank.numpy(), device, "memory")
     flags = argparse.Namespace(**{**vars(own), **vars(flags)})  # with SimCLR's augmentation
@@ -222,7 +223,7 @@ def measure_all(args, device):
     steps = measure("step", variants, 2 * args.bs, args, device)
     rows += [{**row, "peak_memory_bytes": memory[row["variant"]]} for row in steps]
     builders = {"ours": partial(our_step, positives=TrainSimCLR.SamePair(3))}
-    builders["ours, ISICLE's pairs"] = partial(isicle_step, pair="")  # the default one
+    builders["ours, ISICLE's pairs"] = partial(isicle_step, pair=())  # its default
     variants = {name: build(flags, split, device) for name, build in builders.items()}
     rows += measure("step, 3 views", variants, 3 * args.bs, args, device)
     ours = {row["part"]: row["rounds"] for row in rows if row["variant"] == "ours"}
