@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shlex
 import sys
 import time
@@ -17,7 +16,7 @@ import Utils
 from CamNet import Generator
 from CamNet.Bank import Bank, fill, fingerprint, read, restore
 from CamNet.Corruptions import Corruption
-from ImageFiles import first_rank_only
+from Distributed import first_rank_only, is_launched, say
 
 
 class Banks:
@@ -55,7 +54,8 @@ class Banks:
             except ValueError as error:
                 raise Utils.UserError(f"{error}; or delete it") from error
             self.bank = None  # room for the next one
-            self.number, self.bank = number, Bank(images, self.device, self.args.bank_storage)
+            self.number = number
+            self.bank = Bank(images, self.device, Utils.is_held(self.args.bank_storage, images.nbytes, self.device))
         return self.bank
 
     def make(self, number):
@@ -136,7 +136,7 @@ def train_generator(args):
     shared = ("data", "size", "device", "n_workers", "data_dir", "storage", "models_dir", "precision", "corrupt")
     argv = [f"--{name}={value}" for name in shared if (value := getattr(args, name)) is not None]
     argv += ["--skip_bad"] * args.skip_bad + ["--resume=auto"]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if is_launched():
         command = shlex.join(["python", "TrainCamNet.py", *argv])
         raise Utils.UserError(f"--generator: none for {args.data} yet, and torchrun trains none: first run {command}")
     models = Path(args.models_dir)
@@ -162,10 +162,10 @@ def load_generator(file, args):
         raise Utils.UserError(f"--generator {file}: it holds no generator: give a run of TrainCamNet.py")
     if different := differences(state["args"], args):
         raise Utils.UserError(f"--generator {file}: trained for {', '.join(different)}: give another, or none")
-    Utils.say(f"generator: {file}")
+    say(f"generator: {file}")
     measures = file.parent / "generator.json"
     if measures.exists() and (reason := Fitness.unfit(json.loads(measures.read_text()))):
-        Utils.say(f"warning: this generator is not fit for positives: {reason}")
+        say(f"warning: this generator is not fit for positives: {reason}")
     return state
 
 

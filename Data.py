@@ -10,13 +10,14 @@ import torch
 from torchvision import datasets
 from torchvision.datasets.utils import download_and_extract_archive
 
-import Shapes
 from Augmentations import Augmentation
-from ImageFiles import check_same_classes, first_rank_first, holds_images, load_folder
-from Splits import Split, StreamedSplit
+from Distributed import first_rank_first, say
+from Images import Shapes
+from Images.Folders import Options, check_same_classes, holds_images, load_folder
+from Images.Split import Split, StreamedSplit
 from Utils import UserError
 
-DATA_DIR = Path(__file__).resolve().parent / "Data"
+DEFAULT_OPTIONS = Options()
 SPLITS = ("train", "val", "test")
 INSIDE_OUT = {"train": "train", "val": "validation", "test": "test"}  # as Data/InvertDirStructure.py names them
 TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")  # url, md5
@@ -28,18 +29,6 @@ class Splits(NamedTuple):
     train: Split | StreamedSplit  # labels of -1: no label, learnt from but not probed
     test: Split | StreamedSplit  # the split that is scored; `train` itself under "cv"
     eval: str  # "val", "test", or "cv": stratified 3-fold on train
-
-
-@dataclass(frozen=True)
-class Options:
-    """How files are read: see the flags of the same names."""
-
-    data_dir: Path = DATA_DIR
-    size: int | None = None
-    storage: str = "auto"
-    n_workers: int = 2
-    skip_bad: bool = False
-    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -92,17 +81,7 @@ def _load_tree(row, split, options):
             )
     if not folder.is_dir():
         raise UserError(f"--data {row.name}: no folder {folder}: {row.setup}")
-    return load_folder(
-        folder,
-        options.size or row.size,
-        split=inner,
-        storage=options.storage,
-        n_workers=options.n_workers,
-        skip_bad=options.skip_bad,
-        cache_dir=options.data_dir / ".cache",
-        device=options.device,
-        name=f"{row.name}/{split}",
-    )
+    return load_folder(folder, options.size or row.size, options, split=inner, name=f"{row.name}/{split}")
 
 
 def _load_torchvision(build):
@@ -243,19 +222,18 @@ def get_row(data, size=None):
     return replace(row, name=path.name, folder=path, has_val=has_val, size=size or row.size)
 
 
-def get_data_splits(data, eval="val", **options):
+def get_data_splits(data, eval="val", options=DEFAULT_OPTIONS):
     """Return the `Splits` of a data set: images uint8 (N, 3, H, W), labels int64 (N,).
 
     data: a key of DATASETS or the path of a folder of images. eval: what is scored: "val"; "test"; or "cv", stratified
     3-fold cross-validation on train. Without a validation split "val" falls back to "cv", with a notice.
-    options: the fields of `Options`. Raises UserError, one line with the remedy, on data that is missing or unfit.
+    options: how files are read. Raises UserError, one line with the remedy, on data that is missing or unfit.
     """
     if eval not in ("val", "cv", "test"):
         raise UserError(f"--eval {eval}: choose val, cv or test")
-    options = Options(**options)
     row = get_row(data, options.size)
     if eval == "val" and not row.has_val:
-        print(f"{row.name} has no validation split: scoring by 3-fold cross-validation on train (--eval cv)")
+        say(f"{row.name} has no validation split: scoring by 3-fold cross-validation on train (--eval cv)")
         eval = "cv"
     train = row.load(row, "train", options)
     if eval == "cv":
@@ -265,9 +243,8 @@ def get_data_splits(data, eval="val", **options):
     return Splits(train, test, eval)
 
 
-def get_train_split(data, **options):
+def get_train_split(data, options=DEFAULT_OPTIONS):
     """Return the train split alone of a data set, as `get_data_splits` does: what a generator learns from."""
-    options = Options(**options)
     row = get_row(data, options.size)
     return row.load(row, "train", options)
 

@@ -1,22 +1,55 @@
-"""Several processes as one (torchrun): the batch is split, the loss and the batch statistics are those of the whole."""
+"""Several processes as one (torchrun): the batch is split, the loss and the batch statistics are those of the whole.
+
+All questions of which process this is, and of how many, are asked here.
+"""
 
 import datetime
 import os
+import sys
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 
+def is_launched():
+    """Return whether torchrun started several processes, whether or not they have joined their group yet."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_first():
+    """Return whether this is the only process, or the first of several: the one that prints and writes."""
+    return dist.get_rank() == 0 if is_joined() else os.environ.get("RANK", "0") == "0"
+
+
+def is_joined():
+    """Return whether this process has joined a group, by `start`."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def say(text):
+    """Print a line on standard output, in the first process only."""
+    if is_first():
+        print(text, flush=True)
+
+
+def notice(text):
+    """Print a line on standard error, in the first process only."""
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
+
+
 def start(device):
-    """Join the process group if torchrun launched this process; return (rank, world size, device of this process)."""
-    device = torch.device(device)
+    """Join the process group if torchrun launched this process; return (rank, world size, device of this process).
+
+    device: torch.device; with several processes on CUDA, each takes the card of its local rank.
+    """
     if "WORLD_SIZE" not in os.environ:
         return 0, 1, device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    if not is_joined():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # others wait while rank 0 evaluates
     return dist.get_rank(), dist.get_world_size(), device
@@ -24,19 +57,50 @@ def start(device):
 
 def stop():
     """Leave the process group, if there is one."""
-    if dist.is_initialized():
+    if is_joined():
         dist.destroy_process_group()
 
 
 def barrier():
     """Wait for all processes."""
-    if dist.is_initialized():
+    if is_joined():
         dist.barrier()
+
+
+def first_rank_only(work):
+    """Return what work() returns, or raise what it raises; of several processes the first works, the others wait."""
+    if not is_joined():
+        return work()
+    # a group of its own: the work can take longer than the time that the training's group waits
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+    answer = [None, None]  # result, error
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = work()
+        except Exception as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0, group=group)
+    dist.destroy_process_group(group)
+    result, error = answer
+    if error is not None:
+        raise error
+    return result
+
+
+def first_rank_first(work):
+    """Return what work() returns; of several processes the first works before the others, as in a download."""
+
+    def discard_result():
+        work()
+
+    if is_joined():
+        first_rank_only(discard_result)
+    return work()
 
 
 def any_process(flag, device):
     """Return whether `flag` is true in any process; synchronises with the host."""
-    if not dist.is_initialized():
+    if not is_joined():
         return flag
     flag = torch.tensor(float(flag), device=device)
     dist.all_reduce(flag)
@@ -49,7 +113,7 @@ def gather(z):
     Every process then computes the loss of the whole batch. The backward pass adds the W equal gradients that reach a
     row, and DistributedDataParallel divides by W: what remains is the gradient of one process with the whole batch.
     """
-    if not dist.is_initialized():
+    if not is_joined():
         return z
     places = z.new_zeros(dist.get_world_size(), *z.shape)  # each process fills its own; a sum puts them together
     places = places.index_put((torch.tensor(dist.get_rank(), device=z.device),), z)
@@ -58,7 +122,7 @@ def gather(z):
 
 def wrap(net, device):
     """Return `net` with gradients averaged and batch statistics shared by the processes; `net` if there is one."""
-    if not dist.is_initialized():
+    if not is_joined():
         return net
     if device.type == "cuda":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)

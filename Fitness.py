@@ -1,13 +1,12 @@
 """What a generator is worth as a source of positives, measured on images that it was not trained on."""
 
-import resource
-import sys
 from dataclasses import replace
 
 import torch
 from torchvision.utils import make_grid
 
 import Data
+import Utils
 from CamNet import Measures
 from CamNet.Codes import make_keys
 
@@ -78,15 +77,8 @@ def measure(trainer, single):
         result |= {f"single_code_{name}": value for name, value in numbers.items()}
     steps = {"search": trainer.period * trainer.visited, "train": trainer.step * min(args.bs, trainer.visited)}
     result |= {f"seconds_{name}_per_1000": 1000 * trainer.seconds[name] / steps[name] for name in steps}
-    result |= {"peak_memory_bytes": peak_memory(trainer.device), "n_images": len(held.images)}
+    result |= {"peak_memory_bytes": Utils.peak_memory(trainer.device), "n_images": len(held.images)}
     return result | {"distance": args.distance, "corrupt": trainer.net.corruption.spec, "fit": not unfit(result)}
-
-
-def peak_memory(device):
-    """Return the most bytes that this process has held: on the GPU, or of main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def unfit(result):

@@ -9,6 +9,7 @@ import Data
 import Utils
 from Backbones import BACKBONES, build_encoder
 from CamNet.Generator import NETS
+from Images.Folders import DATA_DIR
 
 SEEDS = 2**32 - 1  # the largest one: other seeds are made from it by multiplication
 
@@ -37,7 +38,7 @@ def parser_for(doc):
     add = parser.run.add_argument
     add("--device", default="auto", help="torch device, as cpu or cuda:1; auto: cuda if there is one")
     add("--n_workers", type=number(int, 0), default=2, metavar="N", help="processes that decode image files")
-    add("--data_dir", default=str(Data.DATA_DIR), metavar="DIR", help="folder that holds the data sets")
+    add("--data_dir", default=str(DATA_DIR), metavar="DIR", help="folder that holds the data sets")
     storage = "image folders: decode once into memory, or at every use; auto: memory if half of what is free suffices"
     add("--storage", choices=["auto", "memory", "stream"], default="auto", help=storage)
     add("--skip_bad", action="store_true", help="leave unreadable images out and count them, instead of stopping")
@@ -302,19 +303,26 @@ def find_run(args, row, script):
 
 def splits_for(args, device):
     """Return the `Data.Splits` of a run's flags, on `device`."""
-    splits = Data.get_data_splits(args.data, args.eval, **_file_options(args, device))
+    splits = Data.get_data_splits(args.data, args.eval, file_options(args, device))
     train = splits.train.to(device)
     return splits._replace(train=train, test=train if splits.eval == "cv" else splits.test.to(device))
 
 
 def train_split_for(args, device):
     """Return the train split of a run's flags, on `device`: all that a generator may see."""
-    return Data.get_train_split(args.data, **_file_options(args, device)).to(device)
+    return Data.get_train_split(args.data, file_options(args, device)).to(device)
 
 
-def _file_options(args, device):
-    files = {key: getattr(args, key) for key in ("size", "storage", "n_workers", "skip_bad")}
-    return {"data_dir": Path(args.data_dir), "device": str(device), **files}
+def file_options(args, device):
+    """Return how a run's flags have image files read."""
+    return Data.Options(
+        data_dir=Path(args.data_dir),
+        size=args.size,
+        storage=args.storage,
+        n_workers=args.n_workers,
+        skip_bad=args.skip_bad,
+        device=str(device),
+    )
 
 
 def views_for(args, aug=None):

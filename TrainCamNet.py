@@ -12,7 +12,6 @@ the best codes of some images, then train on them.
 import contextlib
 import copy
 import json
-import os
 import sys
 import time
 import warnings
@@ -22,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 import Data
+import Distributed
 import Fitness
 import Flags
 import Utils
@@ -372,7 +372,7 @@ def main(args):
 
 def get_args_alone():
     """Parse the flags of the one process that there may be. Raises UserError under torchrun."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if Distributed.is_launched():
         raise Utils.UserError("torchrun: the generator is trained by one process: start it by python TrainCamNet.py")
     return get_args()
 

@@ -190,7 +190,7 @@ def _make_positives(args, split, device):
             f"{source.restored} or more, or --pair real_gen"
         )
     if args.bank:
-        bank = Bank(images, device, args.bank_storage)
+        bank = Bank(images, device, Utils.is_held(args.bank_storage, images.nbytes, device))
         source.banks, source.fingerprint = (lambda epoch: bank), fingerprint_array(images)
     else:
         source.banks = Banks(args, split, device)

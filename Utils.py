@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -20,6 +21,8 @@ import torch
 import torchvision
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import save_image
+
+import Distributed
 
 ROOT = Path(__file__).resolve().parent
 NAME_MAX = 240  # bytes of a run folder's name; file systems allow 255
@@ -37,7 +40,7 @@ def run_script(main, get_args):
     try:
         code = main(get_args())
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
+        if not Distributed.is_first():
             time.sleep(5)  # what all processes see is reported by the first: torchrun ends the others meanwhile
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         code = 2
@@ -74,10 +77,33 @@ def set_precision(name, device):
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-def say(text):
-    """Print a line; of several processes only the first does so."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+def free_memory(device):
+    """Return the bytes that are free on a device."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:  # what can be taken without swapping: files in the page cache, as a bank just written, are no hindrance
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory(device):
+    """Return the most bytes that this process has held: on the GPU, or of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def fits(n_bytes, device):
+    """Return whether that many bytes take at most half of what is free on a device."""
+    return n_bytes <= free_memory(device) / 2
+
+
+def is_held(storage, n_bytes, device):
+    """Return whether a bank is held on the device: --bank_storage memory, or auto where it fits."""
+    return storage == "memory" or (storage == "auto" and fits(n_bytes, device))
 
 
 def quiet():

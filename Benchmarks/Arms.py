@@ -154,7 +154,7 @@ def record_of(arm, seed, words, folder, output):
         camnet = Path(found[1]).parent
         theirs = argparse.Namespace(**json.loads((camnet / "args.json").read_text())["args"])
         banks = -(-flags.epochs // flags.refresh) if flags.refresh else 1
-        n = len(Data.get_train_split(flags.data, size=flags.size, data_dir=Path(flags.data_dir)))
+        n = len(Data.get_train_split(flags.data, Flags.file_options(flags, "cpu")))
         generated = generator_macs(theirs, n, flags.num_codes, banks)
         minutes = json.loads((camnet / "metrics.jsonl").read_text().splitlines()[-1])["seconds"] / 60
     return {

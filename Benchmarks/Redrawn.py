@@ -13,13 +13,13 @@ from importlib.util import find_spec
 
 import numpy as np
 
-if find_spec("Shapes") is None:  # started by its path, Python looks for modules beside it only
+if find_spec("Images") is None:  # started by its path, Python looks for modules beside it only
     print("Redrawn.py: error: start it in the repository's folder, as python -m Benchmarks.Redrawn", file=sys.stderr)
     sys.exit(2)
 
 import Flags
-import Shapes
 import Utils
+from Images import Shapes
 
 
 def get_args(argv=None):

@@ -34,14 +34,13 @@ if find_spec("TrainSimCLR") is None:  # started by its path, Python looks for mo
     print("Speed.py: error: start it in the repository's folder, as python -m Benchmarks.Speed", file=sys.stderr)
     sys.exit(2)
 
-import Fitness
 import Flags
-import Shapes
 import TrainISICLE
 import TrainSimCLR
 import Utils
 from Backbones import BACKBONES, ContrastiveNet, build_head
 from CamNet.Bank import Bank
+from Images import Shapes
 from Losses import nt_xent
 
 NOTES = {
@@ -134,7 +133,7 @@ def isicle_step(flags, split, device, pair=("--pair", "gen_gen", "--p_gen", "1")
     """Return begin() of TrainISICLE.py's steps by its flags `pair`, from a bank of noise on the device."""
     own = TrainISICLE.get_args(list(pair))
     bank = torch.randint(256, (len(split), own.num_codes, 3, split.size, split.size), dtype=torch.uint8)
-    bank = Bank(bank.numpy(), device, "memory")
+    bank = Bank(bank.numpy(), device, on_device=True)
     flags = argparse.Namespace(**{**vars(own), **vars(flags)})  # with SimCLR's augmentation
     positives = TrainISICLE.Restored(flags, lambda epoch: bank)
     positives.start_epoch(0)
@@ -204,7 +203,7 @@ def peak_memory(args, device, name):
     step = step_variants(args.workers, device)[name](*prepare(args, device), device)()
     for _ in range(3):
         step()
-    return Fitness.peak_memory(device)
+    return Utils.peak_memory(device)
 
 
 def measure_all(args, device):

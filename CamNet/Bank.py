@@ -151,12 +151,13 @@ def _write_note(note, content):
 class Bank:
     """Restorations uint8 (N, K, 3, H, W), on a device or as a memory map, from which views are picked."""
 
-    def __init__(self, images, device, storage="auto"):
-        """images: a NumPy array or memory map. storage: "memory", on the device; "map", left where they are; "auto":
-        memory if they take at most half of what is free there."""
-        if storage == "memory" or (storage == "auto" and images.nbytes <= free_memory(device) / 2):
+    def __init__(self, images, device, on_device):
+        """images: a NumPy array or memory map. on_device: copy them to the device, or leave them where they are."""
+        if on_device:
             images = torch.from_numpy(np.array(images)).to(device)
-        self.images, self.device, self.k = images, torch.device(device), images.shape[1]
+        self.images = images
+        self.device = torch.device(device)
+        self.k = images.shape[1]
 
     def __len__(self):
         return len(self.images)
@@ -168,15 +169,3 @@ class Bank:
             return self.images[rows[:, None], columns]
         picked = torch.from_numpy(self.images[rows.cpu().numpy()[:, None], columns.cpu().numpy()])
         return picked.to(self.device)
-
-
-def free_memory(device):
-    """Return the bytes that are free on a device."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:  # what can be taken without swapping: files in the page cache, as a bank just written, are no hindrance
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-import Shapes
+from Images import Shapes
 from Utils import UserError
 
 

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-import Shapes
+import Utils
 from CamNet import Bank, Generator
 from CamNet.Codes import make_keys
-from Splits import Split
+from Images import Shapes
+from Images.Split import Split
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,9 +82,10 @@ def test_bank_of_something_else_is_refused(tmp_path, generator, split, what):
 
 
 FILL = """
-import sys, time, torch, Shapes
+import sys, time, torch
 from CamNet import Bank, Generator
-from Splits import Split
+from Images import Shapes
+from Images.Split import Split
 torch.manual_seed(0)
 generator, labels = Generator("tiny", 16, "gray+down2"), torch.arange(10).repeat(3)
 split = Split(Shapes.draw(labels, 16, torch.Generator().manual_seed(0)), labels, Shapes.CLASSES)
@@ -146,7 +148,7 @@ def test_read_refuses_what_does_not_fit(tmp_path):
 def test_take_picks_rows_and_columns(tmp_path, storage):
     images = np.random.default_rng(0).integers(0, 256, (7, 4, 3, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "b.npy", images)
-    bank = Bank.Bank(Bank.read(tmp_path / "b.npy", 7, 8), "cpu", storage)
+    bank = Bank.Bank(Bank.read(tmp_path / "b.npy", 7, 8), "cpu", storage == "memory")
     assert (bank.k, len(bank)) == (4, 7) and isinstance(bank.images, torch.Tensor) == (storage == "memory")
     rows, columns = torch.tensor([6, 0, 6]), torch.tensor([[0, 3], [1, 2], [2, 0]])
     taken = bank.take(rows, columns)
@@ -156,7 +158,7 @@ def test_take_picks_rows_and_columns(tmp_path, storage):
 
 
 def test_auto_storage_looks_at_what_is_free(monkeypatch):
-    images = np.zeros((2, 2, 3, 8, 8), np.uint8)
-    for free, kind in ((2 * images.nbytes, torch.Tensor), (2 * images.nbytes - 1, np.ndarray)):
-        monkeypatch.setattr(Bank, "free_memory", lambda device, free=free: free)
-        assert isinstance(Bank.Bank(images, "cpu").images, kind)
+    for free, held in ((200, True), (199, False)):
+        monkeypatch.setattr(Utils, "free_memory", lambda device, free=free: free)
+        assert Utils.is_held("auto", 100, "cpu") == held
+    assert Utils.is_held("memory", 100, "cpu") and not Utils.is_held("map", 1, "cpu")

@@ -22,8 +22,8 @@ from torchvision import datasets
 import Data
 import Evaluate
 import Flags
-import Shapes
-from Splits import Split, StreamedSplit
+from Images import Shapes
+from Images.Split import Split, StreamedSplit
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -32,7 +32,7 @@ DEFAULTS = {"n_workers": 0, "size": 16}
 
 def splits(data, eval="val", **options):
     """Data.get_data_splits, decoding in process, at 16 pixels unless given."""
-    return Data.get_data_splits(str(data), eval, **{**DEFAULTS, **options})
+    return Data.get_data_splits(str(data), eval, Data.Options(**(DEFAULTS | options)))
 
 
 @pytest.fixture
@@ -292,11 +292,11 @@ def tiny(tmp_path_factory):
 
 
 def test_real_images(tiny, tmp_path):
-    found = Data.get_data_splits(str(tiny), size=64, n_workers=0, data_dir=tmp_path)
+    found = Data.get_data_splits(str(tiny), options=Data.Options(size=64, n_workers=0, data_dir=tmp_path))
     assert found.eval == "val" and len(found.train.classes) == 25
     assert found.train.images.shape == (12500, 3, 64, 64) and found.test.images.shape == (1250, 3, 64, 64)
     assert found.train.labels.bincount().tolist() == [500] * 25 and found.test.labels.bincount().tolist() == [50] * 25
-    again = Data.get_data_splits(str(tiny), size=64, n_workers=0, data_dir=tmp_path)
+    again = Data.get_data_splits(str(tiny), options=Data.Options(size=64, n_workers=0, data_dir=tmp_path))
     assert torch.equal(found.test.images, again.test.images)
 
 

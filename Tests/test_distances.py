@@ -12,9 +12,9 @@ import pytest
 import torch
 import torchvision
 
-import Shapes
 from CamNet import Distances
 from CamNet.Distances import FILES, LPIPS, MINIMUM, Pixels, build_distance, check_side
+from Images import Shapes
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "weights" / "squeezenet1_1_features.pth"
 ARCHITECTURES = {"squeeze": "squeezenet1_1", "alex": "alexnet", "vgg": "vgg16"}

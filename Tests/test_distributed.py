@@ -26,7 +26,7 @@ def _process(rank, world, port, work, file):
     """One of `world` forked processes: join the group, work, save what the work returns."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    Distributed.start("cpu")
+    Distributed.start(torch.device("cpu"))
     torch.save(work(rank, world), f"{file}{rank}")
     Distributed.stop()
 
@@ -104,7 +104,7 @@ def test_gather_keeps_the_order_and_any_process_hears_each(tmp_path):
 
 def test_without_torchrun_nothing_is_distributed():
     net, z = nn.Linear(1, 1), torch.ones(2, 3, 4)
-    assert Distributed.start("cpu") == (0, 1, torch.device("cpu"))
+    assert Distributed.start(torch.device("cpu")) == (0, 1, torch.device("cpu"))
     assert Distributed.wrap(net, torch.device("cpu")) is net and Distributed.gather(z) is z
     assert Distributed.any_process(True, "cpu") is True
 

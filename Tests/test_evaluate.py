@@ -19,8 +19,8 @@ import Evaluate
 import TrainSimCLR
 import Utils
 from Backbones import build_encoder
-from ImageFiles import list_folder
-from Splits import Split, StreamedSplit
+from Images.Folders import list_folder
+from Images.Split import Split, StreamedSplit
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

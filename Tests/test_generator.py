@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import Shapes
 from CamNet import IMLE
 from CamNet.Corruptions import pyramid
 from CamNet.Distances import Pixels
 from CamNet.Generator import NETS, Generator, Mapping, State
+from Images import Shapes
 
 SIZES = (16, 32, 64, 84, 96, 128, 256)
 PUBLISHED = {"mapping": "per_level", "level_input": "output"}  # the ways of "paper", for smaller nets

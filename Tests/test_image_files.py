@@ -1,4 +1,4 @@
-"""Decode, Splits, ImageCache, ImageFiles: kinds of image, bad input, the cache, and streaming against memory."""
+"""Images: kinds of image, bad input, the cache, and streaming against memory."""
 
 import json
 import os
@@ -17,12 +17,11 @@ import torch.distributed as dist
 from helpers import one_line, save
 from PIL import Image
 
-import Decode
-import ImageCache
-import ImageFiles
-from Decode import decode
-from ImageFiles import check_same_classes, holds_images, list_folder, load_folder
-from Splits import Split, StreamedSplit
+import Utils
+from Images import Cache, Decode, Folders
+from Images.Decode import decode
+from Images.Folders import Options, check_same_classes, holds_images, list_folder, load_folder
+from Images.Split import Split, StreamedSplit
 from Utils import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -45,10 +44,9 @@ def folder(tmp_path):
 
 @pytest.fixture
 def load(folder, tmp_path):
-    """load_folder of that folder at 8 pixels, in process, its cache in tmp_path."""
-    return lambda **options: load_folder(
-        folder, **{"size": 8, "n_workers": 0, "storage": "memory", "cache_dir": tmp_path / "cache", **options}
-    )
+    """load_folder of that folder at 8 pixels, in process, its cache in tmp_path/.cache."""
+    usual = {"n_workers": 0, "storage": "memory", "data_dir": tmp_path}
+    return lambda size=8, **options: load_folder(folder, size, Options(**(usual | options)))
 
 
 def pixel(path, size=4):
@@ -252,9 +250,8 @@ def test_skip_bad_when_streaming(load, folder, capsys, n_workers):
 def test_only_bad_files(tmp_path):
     (tmp_path / "images/a").mkdir(parents=True)
     (tmp_path / "images/a/1.png").touch()
-    one_line(
-        lambda: load_folder(tmp_path / "images", 8, skip_bad=True, n_workers=0, cache_dir=tmp_path), "none of its 1"
-    )
+    options = Options(skip_bad=True, n_workers=0, data_dir=tmp_path)
+    one_line(lambda: load_folder(tmp_path / "images", 8, options), "none of its 1")
 
 
 def test_bad_files_leave_the_listing_as_it_is(tmp_path):
@@ -282,7 +279,7 @@ def test_unlabelled_and_one_class(folder, tmp_path):
     assert flat.labels.tolist() == [-1] and flat.classes == [] and flat.labels.dtype == torch.int64
     one = list_folder(folder / "é/..//é/../a b/deep")
     assert one.labels.tolist() == [0] and one.classes == ["er"]
-    split = load_folder(folder / "a b/deep/er", 8, n_workers=0, cache_dir=tmp_path / "cache")
+    split = load_folder(folder / "a b/deep/er", 8, Options(n_workers=0, data_dir=tmp_path))
     assert split.labels.tolist() == [-1] and split.classes == []
 
 
@@ -292,10 +289,10 @@ def test_a_folder_of_every_class(folder, tmp_path):
     assert listing.labels.tolist() == [0, 0, 0] and listing.classes == ["images"]
     one_line(lambda: list_folder(folder, "deep"), "class folders without an image in deep: é", "remove or fill")
     one_line(lambda: list_folder(folder, "none"), str(folder), "no image in its CLASS/none", "fill")
-    cache = {"size": 8, "storage": "memory", "n_workers": 0, "cache_dir": tmp_path / ".cache"}  # hidden: no class
+    options = Options(storage="memory", n_workers=0, data_dir=tmp_path)  # its .cache is hidden: no class
     for split, n in (("a b", 3), ("é", 3), ("a b", 3)):
         images = torch.stack([decode(path, 8) for path in list_folder(tmp_path, split).paths])
-        assert len(images) == n and torch.equal(load_folder(tmp_path, split=split, **cache).images, images)
+        assert len(images) == n and torch.equal(load_folder(tmp_path, 8, options, split=split).images, images)
     assert len([*(tmp_path / ".cache").glob("*.npy")]) == 2
 
 
@@ -332,13 +329,17 @@ def test_a_pipe_is_no_image_and_odd_names_are_shown(folder):
     one_line(lambda: decode(path, 8), "empty file").encode()
 
 
-def test_class_sets(load, folder):
-    train = load(name="train")
-    check_same_classes(train, load(storage="stream", classes=["a b", "é"]))
+def test_class_sets(load):
+    train = load()
+    check_same_classes(train, load(storage="stream"))
     other = Split(train.images[:0], train.labels[:0], ["a b", *"cdefg"], "test")
-    one_line(lambda: check_same_classes(train, other), "test", "only in train: é", "c, d, e and 2 more", "give both")
-    one_line(lambda: load(classes=["a b"]), str(folder), "é")
-    one_line(lambda: load(classes=["é", "a b"]), "another order")
+    one_line(
+        lambda: check_same_classes(train, other), "test", f"only in {train.name}: é", "c, d, e and 2 more", "give both"
+    )
+    fewer = Split(train.images[:0], train.labels[:0], ["a b"])
+    one_line(lambda: check_same_classes(train, fewer), "the other images", "é")
+    turned = Split(train.images[:0], train.labels[:0], ["é", "a b"])
+    one_line(lambda: check_same_classes(train, turned), "another order")
 
 
 # the cache
@@ -350,7 +351,7 @@ def no_decode(*_):
 
 def test_the_second_call_reads_the_cache(load, tmp_path, monkeypatch):
     first = load()
-    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".json", ".npy"]
+    assert sorted(path.suffix for path in (tmp_path / ".cache").iterdir()) == [".json", ".npy"]
     monkeypatch.setattr(Decode, "decode", no_decode)
     second = load()
     assert torch.equal(first.images, second.images) and torch.equal(first.labels, second.labels)
@@ -377,7 +378,7 @@ def test_a_change_decodes_again(load, folder, monkeypatch, change):
 @pytest.mark.parametrize("damage", ["short", "garbage", "record", "missing"])
 def test_a_damaged_cache_is_made_again(load, tmp_path, capsys, damage):
     expected = load().images.clone()
-    (array,), (record,) = (list((tmp_path / "cache").glob(f"*{suffix}")) for suffix in (".npy", ".json"))
+    (array,), (record,) = (list((tmp_path / ".cache").glob(f"*{suffix}")) for suffix in (".npy", ".json"))
     if damage == "short":
         os.truncate(array, array.stat().st_size - 1)
     elif damage == "garbage":
@@ -396,9 +397,10 @@ def test_a_kill_while_decoding(tmp_path):
     first = save(tmp_path / "images/a/000.png", pixels)
     for index in range(1, 400):
         (tmp_path / f"images/a/{index:03}.png").hardlink_to(first)
-    cache = tmp_path / "cache"
-    code = f"from ImageFiles import load_folder; load_folder({str(tmp_path / 'images')!r}, 16, n_workers=0, storage="
-    code += f"'memory', cache_dir={str(cache)!r})"
+    cache = tmp_path / ".cache"
+    code = "from pathlib import Path; from Images.Folders import Options, load_folder; "
+    code += f"options = Options(data_dir=Path({str(tmp_path)!r}), n_workers=0, storage='memory'); "
+    code += f"load_folder({str(tmp_path / 'images')!r}, 16, options)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     limit = time.monotonic() + 60
     while not any(path.stat().st_size for path in cache.glob("*.tmp")):
@@ -409,7 +411,7 @@ def test_a_kill_while_decoding(tmp_path):
     assert [path.suffix for path in cache.iterdir()] == [".tmp"]
     for path in list((tmp_path / "images/a").iterdir())[20:]:
         path.unlink()
-    split = load_folder(tmp_path / "images", 16, n_workers=0, cache_dir=cache)
+    split = load_folder(tmp_path / "images", 16, Options(n_workers=0, data_dir=tmp_path))
     assert len(split) == 20 and sorted(path.suffix for path in cache.iterdir()) == [".json", ".npy"]
 
 
@@ -420,35 +422,35 @@ def test_an_interrupt_leaves_nothing(load, tmp_path, monkeypatch):
     monkeypatch.setattr(Decode, "decode", interrupt)
     with pytest.raises(KeyboardInterrupt):
         load()
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert list((tmp_path / ".cache").iterdir()) == []
 
 
 def test_others_temporaries_stay(load, tmp_path):
-    (tmp_path / "cache").mkdir()
-    names = [f"k~{ImageCache.socket.gethostname()}~{os.getpid()}~0.tmp", "k~elsewhere~1~0.tmp", "k~elsewhere~2~0.tmp"]
+    (tmp_path / ".cache").mkdir()
+    names = [f"k~{Cache.socket.gethostname()}~{os.getpid()}~0.tmp", "k~elsewhere~1~0.tmp", "k~elsewhere~2~0.tmp"]
     for name in names:
-        (tmp_path / "cache" / name).touch()
-    os.utime(tmp_path / "cache" / names[2], (1, 1))
+        (tmp_path / ".cache" / name).touch()
+    os.utime(tmp_path / ".cache" / names[2], (1, 1))
     load()
-    assert sorted(path.name for path in (tmp_path / "cache").glob("*.tmp")) == sorted(names[:2])
+    assert sorted(path.name for path in (tmp_path / ".cache").glob("*.tmp")) == sorted(names[:2])
 
 
 def test_no_room(load, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(ImageCache.shutil, "disk_usage", lambda folder: ImageCache.shutil._ntuple_diskusage(9, 9, 0))
-        one_line(load, str(tmp_path / "cache"), "1,152 bytes", "No space left", "--storage stream")
+        patch.setattr(Cache.shutil, "disk_usage", lambda folder: Cache.shutil._ntuple_diskusage(9, 9, 0))
+        one_line(load, str(tmp_path / ".cache"), "1,152 bytes", "No space left", "--storage stream")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))  # as a disk that fills up on the way
     try:
-        one_line(load, str(tmp_path / "cache"), "File too large")
+        one_line(load, str(tmp_path / ".cache"), "File too large")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert list((tmp_path / ".cache").iterdir()) == []
 
 
 def test_a_cache_folder_that_cannot_be(load, tmp_path):
     (tmp_path / "file").touch()
-    one_line(lambda: load(cache_dir=tmp_path / "file/cache"), str(tmp_path / "file/cache"), "Not a directory")
+    one_line(lambda: load(data_dir=tmp_path / "file"), str(tmp_path / "file/.cache"), "Not a directory")
 
 
 # batches
@@ -489,12 +491,12 @@ def test_on_the_gpu(load):
 
 
 def test_auto(load, monkeypatch, capsys):
-    assert ImageFiles.free_memory("cpu") > 2**20
+    assert Utils.free_memory("cpu") > 2**20
     n_bytes = 6 * 3 * 8 * 8
-    monkeypatch.setattr(ImageFiles, "free_memory", lambda device: 2 * n_bytes)
+    monkeypatch.setattr(Utils, "free_memory", lambda device: 2 * n_bytes)
     assert isinstance(load(storage="auto"), Split) and capsys.readouterr().err == ""
-    monkeypatch.setattr(ImageFiles, "free_memory", lambda device: 2 * n_bytes - 1)
-    assert isinstance(load(storage="auto", cache_dir="/dev/null"), StreamedSplit)
+    monkeypatch.setattr(Utils, "free_memory", lambda device: 2 * n_bytes - 1)
+    assert isinstance(load(storage="auto", data_dir=Path("/dev/null")), StreamedSplit)
     (line,) = capsys.readouterr().err.splitlines()
     assert "stream" in line and "1,152" in line
     assert isinstance(load(storage="memory"), Split)
@@ -503,24 +505,25 @@ def test_auto(load, monkeypatch, capsys):
 
 def test_auto_counts_the_gpu(monkeypatch):
     for free, chosen in ((2000, "memory"), (1999, "stream"), (10**9, "memory")):
-        monkeypatch.setattr(ImageFiles, "free_memory", lambda device, free=free: free if device == "cuda" else 2000)
-        assert ImageFiles._storage("auto", 1000, "cuda", "") == chosen
+        monkeypatch.setattr(Utils, "free_memory", lambda device, free=free: free if device == "cuda" else 2000)
+        assert Folders._storage("auto", 1000, "cuda", "") == chosen
 
 
-def _rank(rank, folder, cache, address):
+def _rank(rank, folder, data_dir, address):
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     if rank == 1:
         Decode.decode = no_decode
-    assert len(load_folder(folder, 8, storage="memory", n_workers=0, cache_dir=cache)) == 6
+    options = Options(storage="memory", n_workers=0, data_dir=data_dir)
+    assert len(load_folder(folder, 8, options)) == 6
     with pytest.raises(UserError, match="skip_bad"):
-        load_folder(folder / "../bad", 8, storage="memory", n_workers=0, cache_dir=cache)
+        load_folder(folder / "../bad", 8, options)
     dist.destroy_process_group()
 
 
 def test_rank_0_decodes(folder, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/1.png").touch()
-    arguments = (folder, tmp_path / "cache", f"file://{tmp_path}/meeting")
+    arguments = (folder, tmp_path, f"file://{tmp_path}/meeting")
     torch.multiprocessing.start_processes(_rank, arguments, nprocs=2, start_method="fork")
 
 
@@ -536,7 +539,7 @@ def test_photographs(tmp_path):
     with tarfile.open(PHOTOS) as tar:
         tar.extractall(tmp_path, filter="data")
     folder = tmp_path / "imagenet-mini-18/train"
-    split = load_folder(folder, 64, n_workers=2, cache_dir=tmp_path / "cache")
+    split = load_folder(folder, 64, Options(n_workers=2, data_dir=tmp_path))
     assert split.images.shape == (294, 3, 64, 64) and len(split.classes) == 9
     show = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(64), transforms.PILToTensor()])
     theirs = torch.stack([show(default_loader(path)) for path in list_folder(folder).paths])

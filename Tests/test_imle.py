@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import Shapes
 from CamNet.Codes import make_keys
 from CamNet.Corruptions import pyramid
 from CamNet.Distances import Pixels
 from CamNet.Generator import Generator
 from CamNet.IMLE import NONE, Search, codes_of, loss
+from Images import Shapes
 
 
 def task(n=4, corrupt="gray+down2", size=16, seed=0, net="tiny", **changes):

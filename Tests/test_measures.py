@@ -7,7 +7,6 @@ import pytest
 import scipy.stats
 import torch
 
-import Shapes
 from CamNet.Codes import make_keys
 from CamNet.Corruptions import Corruption
 from CamNet.Distances import Pixels
@@ -22,6 +21,7 @@ from CamNet.Measures import (
     pixel_diversity,
     sample_grid,
 )
+from Images import Shapes
 
 KEYS = torch.tensor([3, -1, 2**62])
 

@@ -195,7 +195,7 @@ def test_a_run_logs_every_step_and_measures_every_period(whole):
 
 
 def test_a_run_shows_held_out_images_and_their_samples(whole, tree):
-    split = Data.get_train_split(str(tree), size=16, data_dir=tree.parent / "cache", n_workers=0)
+    split = Data.get_train_split(str(tree), Data.Options(size=16, data_dir=tree.parent / "cache", n_workers=0))
     held_out = torch.randperm(80, generator=torch.Generator().manual_seed(0))[:8]
     corruption = Corruption("gray+down2", 16)
     condition = corruption(split.images[held_out])

@@ -109,7 +109,7 @@ def source(pair="gen_gen", k=5, n=6, **more):
     values = {"p_gen": 1.0, "gen_warmup": 0, "num_pos": 3, "pick": "random", "loss": "lout", "gen_weight": 1.0}
     args = SimpleNamespace(pair=pair, seed=0, temp=0.5, **{**values, **more})
     content = (10 * torch.arange(n)[:, None] + torch.arange(k) + 1).byte()[:, :, None, None, None].expand(n, k, 3, 8, 8)
-    bank = TrainISICLE.Bank(content.contiguous().numpy(), "cpu")
+    bank = TrainISICLE.Bank(content.contiguous().numpy(), "cpu", on_device=True)
     positives = TrainISICLE.Restored(args, lambda epoch: bank)
     positives.start_epoch(0)
     return positives
@@ -231,7 +231,8 @@ def test_farthest_takes_the_least_alike():
             return torch.stack([angle.cos(), angle.sin()], dim=1)
 
     values = torch.tensor([[10, 20, 30, 250], [200, 5, 190, 195]])
-    bank = TrainISICLE.Bank(values.byte()[:, :, None, None, None].expand(2, 4, 3, 8, 8).contiguous().numpy(), "cpu")
+    content = values.byte()[:, :, None, None, None].expand(2, 4, 3, 8, 8)
+    bank = TrainISICLE.Bank(content.contiguous().numpy(), "cpu", on_device=True)
     net = SimpleNamespace(encoder=Angle(), training=True)
     columns = TrainISICLE.farthest(bank, torch.arange(2), 2, None, SimpleNamespace(net=net))
     assert [sorted(pair) for pair in columns.tolist()] == [[0, 3], [0, 1]]

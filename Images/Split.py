@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from Decode import BadFile, Files, shown
+from Images.Decode import BadFile, Files, shown
 from Utils import UserError
 
 

@@ -158,7 +158,7 @@ def main():
     images, labels = make_split("train")
     rows = torch.cat([images[labels == k][:20] for k in range(len(CLASSES))]).float() / 255
     grid = make_grid(rows, nrow=20, padding=2, pad_value=1)
-    save_image(grid, Path(__file__).parent / "Results" / "shapes.png")
+    save_image(grid, Path(__file__).parents[1] / "Results" / "shapes.png")
 
 
 if __name__ == "__main__":

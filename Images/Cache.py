@@ -12,7 +12,6 @@ import os
 import secrets
 import shutil
 import socket
-import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,22 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from Decode import BadFile, Files, shown
+from Distributed import notice
+from Images.Decode import BadFile, Files, shown
 from Utils import UserError
 
 FORMAT = 1  # of the cache: raise it when decode() gives other pixels or the files get another layout
-
-
-def distributed():
-    return dist.is_available() and dist.is_initialized()
-
-
-def notice(text):
-    if not distributed() or dist.get_rank() == 0:
-        print(text, file=sys.stderr)
 
 
 @contextmanager

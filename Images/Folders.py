@@ -1,21 +1,33 @@
 """Images of ImageFolder trees as uint8 splits: decoded once into a cache and held in memory, or streamed."""
 
 import os
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from CamNet.Bank import free_memory
-from Decode import BadFile, shown
-from ImageCache import Cache, distributed, notice
-from Splits import Split, StreamedSplit
+import Utils
+from Distributed import first_rank_only, notice
+from Images.Cache import Cache
+from Images.Decode import BadFile, shown
+from Images.Split import Split, StreamedSplit
 from Utils import UserError
 
-CACHE = Path(__file__).parent / "Data" / ".cache"
+DATA_DIR = Path(__file__).resolve().parents[1] / "Data"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How image files are found and read: see the flags of the same names."""
+
+    data_dir: Path = DATA_DIR  # holds the data sets, and .cache/ of decoded images
+    size: int | None = None  # None: the size of the data set's row
+    storage: str = "auto"
+    n_workers: int = 2
+    skip_bad: bool = False
+    device: str = "cpu"
 
 
 class Listing(NamedTuple):
@@ -85,99 +97,62 @@ def list_folder(folder, split=""):
     return Listing(paths, torch.tensor([numbers[name] for name in tops]), classes)
 
 
-def _compare(reference, classes, reference_name, name):
-    if classes == reference:
-        return
-    sides = {reference_name: {*reference} - {*classes}, name: {*classes} - {*reference}}
-    parts = [f"only in {side}: {some(sorted(only))}" for side, only in sides.items() if only]
-    found = "; ".join(parts) or "the same in another order"
-    raise UserError(f"{name}: not the classes of {reference_name} ({found}): give both the same class folders")
-
-
 def check_same_classes(train, other):
     """Raise UserError unless both splits have the same classes, that is, their labels mean the same."""
-    _compare(train.classes, other.classes, train.name or "the training images", other.name or "the other images")
+    if train.classes == other.classes:
+        return
+    train_name = train.name or "the training images"
+    other_name = other.name or "the other images"
+    only_in_train = sorted({*train.classes} - {*other.classes})
+    only_in_other = sorted({*other.classes} - {*train.classes})
+    found = []
+    if only_in_train:
+        found.append(f"only in {train_name}: {some(only_in_train)}")
+    if only_in_other:
+        found.append(f"only in {other_name}: {some(only_in_other)}")
+    reason = "; ".join(found) or "the same in another order"
+    raise UserError(f"{other_name}: not the classes of {train_name} ({reason}): give both the same class folders")
 
 
 def _storage(asked, n_bytes, device, name):
     """Return "memory" or "stream", with a notice where "auto" takes "stream"."""
     if asked != "auto":
         return asked
-    free = {"memory": free_memory("cpu")}
-    if torch.device(device).type == "cuda":
-        free[f"memory of {device}"] = free_memory(device)
-    place = min(free, key=free.get)
-    if n_bytes <= free[place] / 2:
-        return "memory"
-    notice(f"{name}: streamed: {n_bytes:,} bytes of images are more than half of the free {place}, {free[place]:,}")
-    return "stream"
+    places = ["cpu"] if torch.device(device).type == "cpu" else ["cpu", device]  # a cache is read through main memory
+    for place in places:
+        if not Utils.fits(n_bytes, place):
+            free = f"{Utils.free_memory(place):,} bytes that are free on {place}"
+            notice(f"{name}: streamed: its images, {n_bytes:,} bytes, take more than half of the {free}")
+            return "stream"
+    return "memory"
 
 
-def first_rank_only(work):
-    """Return what work() returns, or raise its UserError; of several processes rank 0 works while the others wait."""
-    if not distributed():
-        return work()
-    # decoding may take longer than the time that the training's own group waits
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-    answer = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = work()
-        except UserError as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0, group=group)
-    dist.destroy_process_group(group)
-    if answer[1]:
-        raise UserError(answer[1])
-    return answer[0]
-
-
-def first_rank_first(work):
-    """Return what work() returns; of several processes rank 0 works first, and the others find what it has fetched."""
-    if distributed():
-        first_rank_only(lambda: (work(), None)[1])
-    return work()
-
-
-def load_folder(
-    folder,
-    size,
-    *,
-    split="",
-    classes=None,
-    storage="auto",
-    n_workers=2,
-    skip_bad=False,
-    cache_dir=None,
-    device="cpu",
-    name="",
-):
+def load_folder(folder, size, options, *, split="", name=""):
     """Return the images of a folder (see list_folder) as size x size: a Split on the device, or a StreamedSplit.
 
-    split: see list_folder. classes: names that the folder must have, for example those of the training images.
-    storage: "memory" (through a cache in cache_dir), "stream", or "auto": memory where they take at most half of what
-    is free. UserError: see list_folder; bad files without skip_bad; other classes; no room for the cache or on the
-    device.
+    options: see `Options`. storage: "memory" (through a cache in data_dir/.cache), "stream", or "auto": memory where
+    the images take at most half of what is free. split: see list_folder. name: what messages call the folder.
+    UserError: see list_folder; bad files without skip_bad; no room for the cache or on the device.
     """
-    if storage not in ("auto", "memory", "stream"):
-        raise UserError(f"--storage {storage}: not known: choose auto, memory or stream")
-    listing, name = list_folder(folder, split), name or shown(folder)
-    if classes is not None:
-        _compare(list(classes), listing.classes, "the training images", name)
-    cache = Cache(Path(folder), listing.paths, size, Path(cache_dir or CACHE), n_workers, name)
+    if options.storage not in ("auto", "memory", "stream"):
+        raise UserError(f"--storage {options.storage}: not known: choose auto, memory or stream")
+    listing = list_folder(folder, split)
+    name = name or shown(folder)
+    cache = Cache(Path(folder), listing.paths, size, options.data_dir / ".cache", options.n_workers, name)
 
     def prepare():
-        chosen = _storage(storage, cache.n_bytes, device, name)
+        chosen = _storage(options.storage, cache.n_bytes, options.device, name)
         if chosen == "memory" and cache.read() is None:
-            cache.write(skip_bad)
+            cache.write(options.skip_bad)
         return chosen
 
     if first_rank_only(prepare) == "stream":
-        return StreamedSplit(listing, size, n_workers, skip_bad, name)
-    if (found := cache.read()) is None:  # another machine's rank, with a cache folder of its own
-        cache.write(skip_bad)
+        return StreamedSplit(listing, size, options.n_workers, options.skip_bad, name)
+    found = cache.read()
+    if found is None:  # the first process is on another machine, with a cache folder of its own
+        cache.write(options.skip_bad)
         found = cache.read()
-    return _as_split(found, listing, skip_bad, name).to(device)
+    return _as_split(found, listing, options.skip_bad, name).to(options.device)
 
 
 def _as_split(found, listing, skip_bad, name):
