@@ -21,7 +21,7 @@ class ResNet8(nn.Module):
             self._down(width, 2 * width),
             self._down(2 * width, 4 * width),
         )
-        self.features = 4 * width
+        self.num_features = 4 * width
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
@@ -39,7 +39,7 @@ class ResNet8(nn.Module):
 def _torchvision(build):
     def make(small_stem):
         encoder = build(weights=None)
-        encoder.features = encoder.fc.in_features
+        encoder.num_features = encoder.fc.in_features
         encoder.fc = nn.Identity()
         if small_stem:
             encoder.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from CamNet.Codes import make_keys
+from CamNet.Codes import Purpose, make_keys
 
 SAVED_EVERY = 20.0  # seconds between two notes of how far the filling is
-PURPOSE = 3  # of the random numbers drawn here: a part of their keys
 
 
 def fingerprint(state):
@@ -104,11 +103,12 @@ def fill(file, generator, split, k, seed, device, autocast=contextlib.nullcontex
 @torch.inference_mode()
 def restore(generator, images, rows, k, seed, autocast=contextlib.nullcontext):
     """Return uint8 (b, k, 3, S, S): k restorations of images uint8 (b, 3, S, S), the `rows` (b,) of the train split."""
-    keys = make_keys(seed, PURPOSE, rows).to(images.device)
-    condition, columns = generator.corruption(images, keys), []
-    for number in range(k):
+    keys = make_keys(seed, Purpose.BANK, rows).to(images.device)
+    condition = generator.corruption(images, keys)
+    columns = []
+    for index in range(k):
         with autocast():
-            sample = generator.sample(condition, make_keys(keys, number))
+            sample = generator.sample(condition, make_keys(keys, index))
         columns.append(to_uint8(sample))
     return torch.stack(columns, dim=1)
 
