@@ -76,7 +76,7 @@ class BankSchedule:
                 f"bank: {k} restorations of {len(self.split)} images, {gib:.2f} GiB, about {seconds:.0f} s", flush=True
             )
         started = time.perf_counter()
-        with Utils.as_user_error(), Utils.locked(file, f"filling {file}"):
+        with Utils.as_user_error(), Utils.locked(file.with_name(f".{file.name}.lock"), f"filling {file}"):
             made = fill(file, self.generator, self.split, k, seed, self.device, self.autocast, quiet=Utils.quiet())
         outcome = f"made in {time.perf_counter() - started:.0f} s" if made else "found"
         print(f"bank: {file}, {outcome}", flush=True)

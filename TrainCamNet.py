@@ -9,10 +9,12 @@ c(x), samples), generator.json; and single_code/, the training of the net that l
 the best codes of some images, then train on them.
 """
 
+import Signals  # first: see TrainSimCLR.py
+
+# isort: split
 import argparse
 import contextlib
 import copy
-import json
 import sys
 import time
 import warnings
@@ -147,6 +149,7 @@ class Trainer:
         self.split = split
         self.distance = distance
         self.device = device
+        self.data_fingerprint = split.fingerprint()
 
         # the net, and the average of its weights, which samples are made with
         self.net = generator.to(device, memory_format=torch.channels_last)
@@ -197,6 +200,8 @@ class Trainer:
             args=Utils.plain(self.args),
             config=self.net.config,
             step=self.step,
+            data_n=len(self.split),
+            data_fingerprint=self.data_fingerprint,
             chosen=self.chosen,
             total=self.total,
             seconds=self.seconds,
@@ -208,14 +213,10 @@ class Trainer:
 
     def load(self, file):
         """Continue from what `save` wrote."""
-        state = Utils.load_(file, generator=self.ema, net=self.net, optimizer=self.optimizer)
-        before = len(state["chosen"])
-        now = len(self.chosen)
-        if before != now:  # other images would be held out than were
-            raise Utils.UserError(
-                f"{file}: --data {self.args.data} had {before} images and has {now}: make it what it was, or begin "
-                "another run with --suffix NAME"
-            )
+        state = Utils.load_(file)
+        Utils.check_run(file, state)
+        Runs.check_data(file, state, self.split, self.args.data)
+        Utils.load_(file, generator=self.ema, net=self.net, optimizer=self.optimizer)
         self.step = state["step"]
         self.chosen = state["chosen"]
         self.seconds = state["seconds"]
@@ -450,16 +451,17 @@ def is_complete(args, folder, checkpoint):
             f"--resume {args.resume}: the net that learns from one code continues with its run: give a checkpoint of "
             f"{folder.parent}"
         )
-    return checkpoint is not None and checkpoint.stem == str(args.periods) and (folder / "generator.json").exists()
+    is_trained = checkpoint is not None and checkpoint.stem == str(args.periods)
+    return is_trained and "fit" in (Utils.read_json(folder / "generator.json") or {})
 
 
-def show_result(folder):
-    """Print generator.json, and warn of a generator that is not fit for positives."""
-    result = json.loads((folder / "generator.json").read_text())
+def show_result(folder, result):
+    """Print the measures of a generator, warn if it is not fit for positives, and say where everything is."""
     print(fitness_table(result))
     reason = unfit(result)
     if reason:
         print(f"warning: this generator is not fit for positives: {reason}")
+    Runs.farewell(folder)
 
 
 @contextlib.contextmanager
@@ -492,46 +494,51 @@ def describe(args, trainer, folder):
 
 
 def main(args):
-    """Train, train again on one code, measure; return the exit code."""
-    # where: device, run folder, checkpoint to continue from
+    """Train, train again on one code, measure. A signal ends the program after what there is has been saved."""
     device = Utils.pick_device(args.device)
     row = Data.get_row(args.data, args.size)
-    folder, checkpoint = Runs.find_run(args, Flags.hyper_parameters(args), row.name, Path(__file__).stem)
-    if is_complete(args, folder, checkpoint):
-        print(f"this run is complete: measures from {folder / 'generator.json'}")
-        show_result(folder)
-        return 0
+    usual = Flags.hyper_parameters(build_parser(args.data).parse_args([]))
+    folder = Runs.find_run(args, Path(__file__).stem, row.name, Flags.hyper_parameters(args), usual)
+    with Runs.claimed(folder), warnings_in_one_line():
+        checkpoint = Runs.checkpoint_for(args, folder)
+        if is_complete(args, folder, checkpoint):
+            print(f"this run is complete: measures from {folder / 'generator.json'}")
+            show_result(folder, Utils.read_json(folder / "generator.json"))
+            return
 
-    # what: images, and a trainer for each of the two trainings
-    split, generator, distance = build(args, device)
-    single = None
-    if args.single_code:
-        single = Trainer(args, split, copy.deepcopy(generator), distance, [1], device)
-    trainer = Trainer(args, split, generator, distance, [int(count) for count in args.m.split(",")], device)
-    stages = [(trainer, folder, checkpoint, "period")]
-    if single:
-        single_checkpoint = Utils.newest_checkpoint(folder / SINGLE) if args.resume else None
-        stages.append((single, folder / SINGLE, single_checkpoint, "one code, period"))
+        # images, and a trainer for each of the two trainings
+        split, generator, distance = build(args, device)
+        single = None
+        if args.single_code:
+            single = Trainer(args, split, copy.deepcopy(generator), distance, [1], device)
+        trainer = Trainer(args, split, generator, distance, [int(count) for count in args.m.split(",")], device)
+        stages = [(trainer, folder, checkpoint, "period")]
+        if single:
+            single_checkpoint = Utils.newest_checkpoint(folder / SINGLE) if args.resume else None
+            stages.append((single, folder / SINGLE, single_checkpoint, "one code, period"))
 
-    # train to the end or to a signal, then measure
-    with Utils.Interruption() as interruption, warnings_in_one_line():
+        # train
         for stage, stage_folder, stage_checkpoint, title in stages:
             if stage_checkpoint:
                 stage.load(stage_checkpoint)
-            run = Runs.Run(stage_folder, args, device, resumed_step=stage.step if args.resume else None)
             if stage is trainer:
                 describe(args, trainer, folder)
-            with contextlib.closing(run):
-                if train(stage, run, interruption, title):
-                    run.interrupted(stage.save(stage_folder))
-                    return interruption.exit_code
+            run_stage(stage, args, stage_folder, title)
+
+        # measure
+        result = measure(trainer, single)
+        show_result(folder, result)  # first: there may be no room to write it
+        Utils.write_json(folder / "generator.json", result)
+
+
+def run_stage(trainer, args, folder, title):
+    """Train to the last period. After a signal: save, and end the program."""
+    run = Runs.Run(folder, args, trainer.device, resumed_step=trainer.step if args.resume else None)
+    with contextlib.closing(run), Signals.Deferred() as interruption:
+        if train(trainer, run, interruption, title):
+            run.interrupted(trainer.save(folder))
         if interruption.signal is not None:
-            print("interrupted: all is saved but the measures; --resume auto makes them", flush=True)
-            return interruption.exit_code
-        Utils.write_json(folder / "generator.json", measure(trainer, single))
-    show_result(folder)
-    Runs.farewell(folder)
-    return interruption.exit_code
+            raise SystemExit(interruption.exit_code)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ Finds the newest generator that TrainCamNet.py made for the data, or trains one;
 image; then trains by TrainSimCLR.py's loop, from which it differs in nothing but the source of positives below.
 """
 
+import Signals  # noqa: F401  first: see TrainSimCLR.py
+
+# isort: split
 import shlex
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -228,7 +230,7 @@ def farthest(bank, indices, count, images, encoder):
 
 
 def train_generator(args):
-    """Train a generator by the recipe of the data, or continue to; return its checkpoint. Exits if interrupted."""
+    """Train a generator by the recipe of the data, or continue to; return its checkpoint."""
     shared = ("data", "size", "device", "n_workers", "data_dir", "storage", "models_dir", "precision", "corrupt")
     argv = [f"--{name}={getattr(args, name)}" for name in shared if getattr(args, name) is not None]
     if args.skip_bad:
@@ -242,16 +244,14 @@ def train_generator(args):
         models.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Utils.UserError(f"--models_dir {models}: {error}: name another folder") from error
-    with Utils.locked(models / f"generator-{Data.get_row(args.data).name}", f"training a generator for {args.data}"):
+    lock = models / f".generator-{Data.get_row(args.data).name}.lock"
+    with Utils.locked(lock, f"training a generator for {args.data}"):
         found = Banks.newest_generator(args)
         if found:  # another process has trained it meanwhile
             return found
         print(f"no generator for {args.data} yet: {command}", flush=True)
-        code = TrainCamNet.main(TrainCamNet.get_args(argv))
-        found = Banks.newest_generator(args)
-    if code or not found:
-        sys.exit(code)
-    return found
+        TrainCamNet.main(TrainCamNet.get_args(argv))  # ends the program where a signal ends it
+        return Banks.newest_generator(args)
 
 
 def check_flags(args):
@@ -304,7 +304,7 @@ def make_positives(args, splits, device):
 
 def main(args):
     """Find or train the generator, fill the bank, train, save, score; return the exit code."""
-    return TrainSimCLR.main(args, make_positives, script=Path(__file__).stem)
+    return TrainSimCLR.main(args, make_positives, script=Path(__file__).stem, build_parser=build_parser)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,12 @@ Writes Models/RUN/: args.json, metrics.jsonl, TensorBoard events, EPOCH.pt, pair
 the script's name, the data and the flags that decide what is learnt.
 """
 
+import Signals  # first, so that a signal ends also the imports below in one line
+
+# isort: split
 import argparse
 import contextlib
-import json
+import math
 from pathlib import Path
 
 import torch
@@ -157,6 +160,7 @@ class Trainer:
         self.device = device
         self.rank = rank
         self.world = world
+        self.data_fingerprint = train_split.fingerprint()
 
         # views
         self.augmentation = Flags.augmentation_for(args)
@@ -200,6 +204,8 @@ class Trainer:
             random={"views": self.rng.get_state(), "torch": torch.get_rng_state()},
             epoch=self.epoch,
             step=self.step,
+            data_n=len(self.train_split),
+            data_fingerprint=self.data_fingerprint,
             positives=self.positives.fingerprint,
             encoder=self.net.encoder,
             head=self.net.head,
@@ -208,13 +214,16 @@ class Trainer:
         return file
 
     def load(self, file):
-        """Continue from what `save` wrote."""
-        state = Utils.load_(file, encoder=self.net.encoder, head=self.net.head, optimizer=self.optimizer)
+        """Continue from what `save` wrote. Raises UserError if that was another run."""
+        state = Utils.load_(file)
+        Utils.check_run(file, state)
+        Runs.check_data(file, state, self.train_split, self.args.data)
         if state.get("positives", "") != self.positives.fingerprint:
             raise Utils.UserError(
                 f"{file}: its positives came from another generator or bank: name that one by --generator or --bank, "
                 "or begin another run with --suffix NAME"
             )
+        Utils.load_(file, encoder=self.net.encoder, head=self.net.head, optimizer=self.optimizer)
         self.step = state["step"]
         self.rng.set_state(state["random"]["views"])
         torch.set_rng_state(state["random"]["torch"])
@@ -301,8 +310,7 @@ def train_epoch(trainer, run, interruption):
             if is_shown:
                 Reports.show_pairs(run, x, len(z), trainer.step)
                 meter.start(trainer.step)
-            if trainer.world == 1 or is_logged:  # several processes must agree, and that waits for the device
-                stopped = Distributed.any_process(interruption.signal is not None, trainer.device)
+            stopped = Distributed.any_process(interruption.signal is not None)
             if stopped:
                 break
 
@@ -343,8 +351,8 @@ def is_scored(args, epoch):
     return epoch == args.epochs or bool(args.eval_iter and epoch % args.eval_iter == 0)
 
 
-def finish_epoch(trainer, run, splits, loss):
-    """Save and score where it is due, and print the epoch's line."""
+def finish_epoch(trainer, run, splits, loss, interruption):
+    """Save and score where it is due, and print the epoch's line; return whether a signal has come."""
     args = trainer.args
     epoch = trainer.epoch
     is_last = trainer.step == trainer.steps
@@ -352,14 +360,30 @@ def finish_epoch(trainer, run, splits, loss):
         if is_last or (args.save_iter and epoch % args.save_iter == 0):
             trainer.save(run.folder)
         scores = {}
-        if not is_last and is_scored(args, epoch):
-            can_probe = Evaluate.can_probe(splits)
-            if can_probe:
-                scores = Evaluate.score(trainer.net.encoder, splits, trainer.device)
-            run.log(trainer.step, epoch, group="Pairs", **scores, **measure_pairs(trainer, can_probe))
+        if not is_last:
+            scores = interruption.cut_short(lambda: score_epoch(trainer, run, splits)) or {}
         text = "".join(f"  {name} {100 * value:.2f} %" for name, value in scores.items())
         tqdm.write(f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  {run.clock():.0f} s{text}")
     Distributed.barrier()
+    return Distributed.any_process(interruption.signal is not None)
+
+
+def score_epoch(trainer, run, splits):
+    """Score the epoch that has just ended if that is due; log and return its scores."""
+    if not is_scored(trainer.args, trainer.epoch):
+        return {}
+    can_probe = Evaluate.can_probe(splits)
+    scores = Evaluate.score(trainer.net.encoder, splits, trainer.device) if can_probe else {}
+    run.log(trainer.step, trainer.epoch, group="Pairs", **scores, **measure_pairs(trainer, can_probe))
+    return scores
+
+
+def is_unscored(trainer, folder):
+    """Return whether the checkpoint that was resumed lacks its scores: a kill came between saving and scoring."""
+    is_boundary = 0 < trainer.step < trainer.steps and trainer.step_in_epoch == 0
+    if not is_boundary or not is_scored(trainer.args, trainer.epoch):
+        return False
+    return Distributed.first_rank_only(lambda: not Runs.has_logged(folder, trainer.step, "alignment"))
 
 
 def measure_pairs(trainer, labelled):
@@ -382,18 +406,17 @@ def finish_run(trainer, run, splits, again):
     """
     # data without labels: only the pairs can be measured
     if not Evaluate.can_probe(splits):
-        if not again:
+        if not Runs.has_logged(run.folder, trainer.step, "alignment"):
             run.log(trainer.step, trainer.epoch, group="Pairs", **measure_pairs(trainer, labelled=False))
-        print("one class or no labels: nothing to score")
+        print("fewer than two classes, or too few labels: nothing to score")
         return
 
     # a complete run that was resumed
     file = run.folder / "evaluation.json"
-    if again and file.exists():
-        result = json.loads(file.read_text())
-        if result["split"] == splits.eval:
-            print(f"this run is complete: scores from {file}\n{Evaluate.scores_table(result)}")
-            return
+    result = Utils.read_json(file) or {}
+    if again and result.get("split") == splits.eval and Runs.has_logged(run.folder, trainer.step, "knn"):
+        print(f"this run is complete: scores from {file}\n{Evaluate.scores_table(result)}")
+        return
 
     # scores
     encoder = trainer.net.encoder
@@ -402,37 +425,38 @@ def finish_run(trainer, run, splits, again):
         untrained = Flags.encoder_for(trainer.args).to(trainer.device, memory_format=torch.channels_last)
     result = Evaluate.evaluate(encoder, untrained, splits, trainer.augmentation, trainer.device, trainer.epoch)
     result["pairs"] = measure_pairs(trainer, labelled=True)
-    Utils.write_json(file, result)
+    print(Evaluate.scores_table(result))  # first: there may be no room to write them
 
-    # the log, and what TensorBoard shows
+    # files, the log, and what TensorBoard shows
+    Utils.write_json(file, result)
     scores = {name: result[name] for name in ("knn", "linear")}
     run.log(trainer.step, trainer.epoch, group="Pairs", **scores, **result["pairs"])
     final = {f"Final/{name}": result[name] for name in ("knn", "linear", "linear_aug") if name in result}
     run.board.add_hparams(Flags.hyper_parameters(trainer.args), final, run_name=".")
     Reports.show_embedding(run, encoder, splits.test, trainer.device)
-    print(Evaluate.scores_table(result))
 
 
 # ---------------------------------------------------------------------------------------------------- script
 
 
 def check_flags(args, world):
-    """Return the row of the data; set args.small_stem. Raises UserError on flags that do not go together."""
+    """Return the row of the data; fit what the user did not say. Raises UserError on flags that do not go together."""
     row = Data.get_row(args.data, args.size)
     args.small_stem = args.stem == "small" or (args.stem == "auto" and row.small_images)
-    if args.bs % world:
-        raise Utils.UserError(f"--bs {args.bs}: not divisible by {world} processes: choose a multiple of {world}")
     if args.n_ramp >= args.epochs:
-        raise Utils.UserError(f"--n_ramp {args.n_ramp:g}: nothing is left of --epochs {args.epochs} after it: lower it")
+        Flags.fit(args, "n_ramp", args.epochs / 10, f"--epochs {args.epochs} leaves nothing after it")
+    if args.bs % world:
+        Flags.fit(args, "bs", args.bs // world * world, f"it must be a multiple of the {world} processes")
     return row
 
 
-def check_images(args, row, train_split, positives):
-    """Raise UserError on flags that do not go together with the images or with the number of views."""
-    if len(train_split) < args.bs:
-        raise Utils.UserError(f"--bs {args.bs}: more than the {len(train_split)} images of {row.name}: lower it")
-    if args.loss == "align" and len(positives) == 2:
-        raise Utils.UserError("--loss align: it is for more than two views: choose lout, or a --pair of three")
+def check_images(args, row, n, world):
+    """Fit to the n training images what the user did not say. Raises UserError on flags that do not fit them."""
+    if n < args.bs:
+        half = 2 ** int(math.log2(max(2, n // 2)))  # at least two steps in an epoch
+        Flags.fit(args, "bs", half // world * world, f"{row.name} has {n} images")
+    if args.bs < max(2, world):
+        raise Utils.UserError(f"--data {args.data}: {n} images are too few for {world} processes: start fewer")
 
 
 def describe(args, row, trainer, folder):
@@ -448,37 +472,58 @@ def describe(args, row, trainer, folder):
     print(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {folder}", flush=True)
 
 
-def main(args, make_positives=None, script=Path(__file__).stem):
-    """Train, save, score; return the exit code. make_positives: (args, splits, device) -> a source like `SamePair`."""
-    # where: device, run folder, checkpoint to continue from
+def main(args, make_positives=None, script=Path(__file__).stem, build_parser=build_parser):
+    """Train, save, score; return the exit code.
+
+    make_positives: (args, splits, device) -> a source like `SamePair`; build_parser: the script's.
+    """
+    # device, images, run folder
     rank, world, device = Distributed.start(Utils.pick_device(args.device))
     row = check_flags(args, world)
-    folder, checkpoint = Runs.find_run(args, Flags.hyper_parameters(args), row.name, script)
-
-    # what: images, the source of positives, the trainer
     splits = Flags.splits_for(args, device)
-    positives = make_positives(args, splits, device) if make_positives else SamePair(args.num_views)
-    check_images(args, row, splits.train, positives)
-    trainer = Trainer(args, splits.train, positives, device, rank, world)
-    if checkpoint:
-        trainer.load(checkpoint)
-    positives.start_epoch(trainer.epoch)  # before the run folder is made: this can take long
-    first_step = trainer.step
-    Distributed.barrier()  # all have looked into the folder before the first one writes
-    run = Runs.Run(folder, args, device, resumed_step=first_step if args.resume else None, writes=rank == 0)
-    if run.writes:
-        describe(args, row, trainer, folder)
+    check_images(args, row, len(splits.train), world)
+    usual = Flags.hyper_parameters(build_parser(args.data).parse_args([]))
+    folder = Runs.find_run(args, script, row.name, Flags.hyper_parameters(args), usual)
 
-    # train to the end or to a signal, then score
-    stopped = False
-    with Utils.Interruption() as interruption, contextlib.closing(run):
-        while trainer.step < trainer.steps and not stopped:
-            loss, stopped = train_epoch(trainer, run, interruption)
-            if not stopped:
-                finish_epoch(trainer, run, splits, loss)
-        if run.writes and stopped:
-            run.interrupted(trainer.save(folder))
-        elif run.writes:
+    # only one process, or group of processes, works on a run
+    with Runs.claimed(folder):
+        checkpoint = Distributed.first_rank_only(lambda: Runs.checkpoint_for(args, folder))
+        positives = make_positives(args, splits, device) if make_positives else SamePair(args.num_views)
+        if args.loss == "align" and len(positives) == 2:
+            raise Utils.UserError("--loss align: it is for more than two views: choose lout, or a --pair of three")
+        trainer = Trainer(args, splits.train, positives, device, rank, world)
+        if checkpoint:
+            trainer.load(checkpoint)
+        return pretrain(args, row, folder, splits, trainer)
+
+
+def pretrain(args, row, folder, splits, trainer):
+    """Train to the end or to a signal, then score; return the exit code."""
+    # the bank of the epoch, before anything is written: making it can take long
+    first_step = trainer.step
+    unscored = is_unscored(trainer, folder)
+    trainer.positives.start_epoch(trainer.epoch - 1 if unscored else trainer.epoch)
+
+    resumed_step = first_step if args.resume else None
+    run = Runs.Run(folder, args, trainer.device, resumed_step, writes=trainer.rank == 0)
+    with contextlib.closing(run):
+        if run.writes:
+            describe(args, row, trainer, folder)
+        if run.writes and unscored:
+            score_epoch(trainer, run, splits)
+
+        # train
+        stopped = False
+        with Signals.Deferred() as interruption:
+            while trainer.step < trainer.steps and not stopped:
+                loss, stopped = train_epoch(trainer, run, interruption)
+                if not stopped:
+                    stopped = finish_epoch(trainer, run, splits, loss, interruption)
+            if run.writes and stopped:
+                run.interrupted(trainer.save(folder))
+
+        # score
+        if run.writes and not stopped:
             finish_run(trainer, run, splits, again=first_step == trainer.step)
             Runs.farewell(folder)
     Distributed.stop()

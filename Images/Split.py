@@ -1,5 +1,6 @@
 """The images of a split: uint8, in memory or decoded for every batch, with labels and the names of the classes."""
 
+import hashlib
 import sys
 
 import torch
@@ -8,7 +9,18 @@ from Images.Decode import BadFile, Files, shown
 from Utils import UserError
 
 
-class Split:
+class _Fingerprint:
+    def fingerprint(self, most=256):
+        """Return a hash of the number of images, of their labels and of the pixels of some, evenly spaced."""
+        rows = torch.arange(0, len(self), max(1, len(self) // most))
+        digest = hashlib.sha256(str(len(self)).encode())
+        digest.update(self.labels.numpy().tobytes())
+        for _, images in self.batches(rows.split(most), "cpu"):
+            digest.update(images.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+class Split(_Fingerprint):
     """Images in memory: images uint8 (N, 3, S, S), labels int64 (N,) with -1 = unlabelled, the classes' names."""
 
     def __init__(self, images, labels, classes, name=""):
@@ -51,7 +63,7 @@ class Split:
             yield indices, images.to(device, non_blocking=device.type == "cuda")
 
 
-class StreamedSplit:
+class StreamedSplit(_Fingerprint):
     """Image files decoded for every batch: a Split without .images. Its length counts the bad files as well."""
 
     def __init__(self, listing, size, n_workers=2, skip_bad=False, name=""):
