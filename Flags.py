@@ -269,4 +269,11 @@ def augmentation_for(args, aug=None):
 def encoder_for(args):
     """Return the encoder of a run's flags as it was before training: the seed decides."""
     torch.manual_seed(args.seed)
-    return build_encoder(args.backbone, args.small_stem)
+    with Utils.as_user_error():
+        return build_encoder(args.backbone, args.small_stem, image_size(args))
+
+
+def image_size(args):
+    """Return the side of a run's images in pixels, also where its folder of images is not there any more."""
+    row = Data.DATASETS.get(args.data, Data.DATASETS["folder"])
+    return args.size or row.size

@@ -28,7 +28,7 @@ import Losses
 import Reports
 import Runs
 import Utils
-from Backbones import BACKBONES, ContrastiveNet, build_head, count_parameters
+from Backbones import BACKBONES, ContrastiveNet, build_head, check_backbone, count_parameters, is_resnet, stem_text
 from Flags import bounded
 from Optimizers import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 
@@ -77,7 +77,8 @@ def add_num_views(group):
 
 def add_model_flags(group):
     add = group.add_argument
-    add("--backbone", choices=list(BACKBONES), help="encoder")
+    backbone = f"encoder: {', '.join(BACKBONES)}, or any other classification model of torchvision"
+    add("--backbone", metavar="NAME", help=backbone)
     stem = "first layer of a ResNet; small: 3x3, stride 1, no pooling; auto: small up to 64 pixels"
     add("--stem", choices=["auto", "small", "large"], default="auto", help=stem)
     add("--proj_dim", type=bounded(int, 1), metavar="D", help="length of a projection")
@@ -442,7 +443,10 @@ def finish_run(trainer, run, splits, again):
 def check_flags(args, world):
     """Return the row of the data; fit what the user did not say. Raises UserError on flags that do not go together."""
     row = Data.get_row(args.data, args.size)
-    args.small_stem = args.stem == "small" or (args.stem == "auto" and row.small_images)
+    can_be_small = args.backbone == "resnet8" or is_resnet(args.backbone)
+    args.small_stem = args.stem == "small" or (args.stem == "auto" and row.small_images and can_be_small)
+    with Utils.as_user_error():
+        check_backbone(args.backbone, args.small_stem, row.size)
     if args.n_ramp >= args.epochs:
         Flags.fit(args, "n_ramp", args.epochs / 10, f"--epochs {args.epochs} leaves nothing after it")
     if args.bs % world:
@@ -463,10 +467,11 @@ def describe(args, row, trainer, folder):
     """Print what is about to happen, in the values that count."""
     net = trainer.net
     precision = Utils.precision_name(args.precision, trainer.bf16)
-    stem = "" if args.backbone == "resnet8" else f", {'3x3 stem, no pooling' if args.small_stem else '7x7 stem'}"
+    stem = stem_text(net.encoder)
     optimizer = f"{args.opt}{' + LARS' if args.lars else ''}, lr {args.lr:g}"
     print(f"{row.name}: {len(trainer.train_split)} images of {row.size} px, on {trainer.device} in {precision}")
-    print(f"{args.backbone}{stem}: {count_parameters(net.encoder):,} weights, head {count_parameters(net.head):,}")
+    encoder = f"{args.backbone}, {stem}" if stem else args.backbone
+    print(f"{encoder}: {count_parameters(net.encoder):,} weights, head {count_parameters(net.head):,}")
     print(f"{trainer.augmentation}")
     print(f"{trainer.steps} steps of {args.bs} images x {len(trainer.positives)} views, {optimizer}")
     print(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {folder}", flush=True)
