@@ -116,6 +116,8 @@ def add_run_group(parser, unit):
     add("--suffix", default="", help="a word of your own in the run folder's name")
     resume = "continue from a checkpoint, with its flags; auto: from the newest one of this run, if there is one"
     add("--resume", metavar="FILE|auto", help=resume)
+    dry_run = "say what the run would do and take, from a few real steps; write nothing"
+    add("--dry_run", action="store_true", help=dry_run)
     add("--log_iter", type=bounded(int, 1), default=20, metavar="N", help="steps between logged lines")
     save = f"{unit} between checkpoints; 0: only at the end"
     add("--save_iter", type=bounded(int, 0), default=10, metavar=unit[0].upper(), help=save)
@@ -136,6 +138,7 @@ RUN_FLAGS = {
     "models_dir",
     "suffix",
     "resume",
+    "dry_run",
     "lpips_weights",
     "bank_storage",
     # what is scored, logged and saved
@@ -149,8 +152,9 @@ RUN_FLAGS = {
     "precision",
     "compile",
     "chunk",
-    # no flags: set by TrainSimCLR.check_flags from --stem and the size of the images, and by `parse`
+    # no flags: set by the scripts from the images, and by `parse`
     "small_stem",
+    "image_size",
     "given",
 }
 
@@ -270,10 +274,4 @@ def encoder_for(args):
     """Return the encoder of a run's flags as it was before training: the seed decides."""
     torch.manual_seed(args.seed)
     with Utils.as_user_error():
-        return build_encoder(args.backbone, args.small_stem, image_size(args))
-
-
-def image_size(args):
-    """Return the side of a run's images in pixels, also where its folder of images is not there any more."""
-    row = Data.DATASETS.get(args.data, Data.DATASETS["folder"])
-    return args.size or row.size
+        return build_encoder(args.backbone, args.small_stem, args.image_size)

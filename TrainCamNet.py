@@ -27,6 +27,7 @@ from tqdm import tqdm
 import Data
 import Distributed
 import Flags
+import Reports
 import Runs
 import Utils
 from Backbones import count_parameters
@@ -66,7 +67,7 @@ def build_parser(data="shapes"):
     run = Flags.add_run_group(parser, "periods")
     sample = "periods between pictures; 0: only at the end"
     run.add_argument("--sample_iter", type=bounded(int, 0), default=5, metavar="P", help=sample)
-    parser.set_defaults(**Data.get_row(data).generator)
+    parser.set_defaults(**Data.get_row(data).generator_recipe)
     return parser
 
 
@@ -90,6 +91,11 @@ def add_generator_flags(group):
 def counts(text):
     """Check --m: integers of at least 1, joined by commas."""
     return ",".join(str(bounded(int, 1)(part)) for part in text.split(","))
+
+
+def codes_per_level(args):
+    """Return --m as a list."""
+    return [int(count) for count in args.m.split(",")]
 
 
 def add_search_flags(group):
@@ -264,6 +270,9 @@ class Trainer:
         found = []
         for part in tqdm(parts, f"{title}: search", leave=False, disable=quiet):
             found.append(period.search(self, part, keys))
+            seconds = (time.perf_counter() - started) * len(parts)
+            if self.step == 0 and len(found) == 1 and seconds > 30:
+                tqdm.write(f"the search of a period takes about {Reports.duration(seconds)}")
             if interruption.signal is not None:
                 return None
         period.keys = torch.cat([each.keys for each in found])
@@ -337,6 +346,7 @@ class Period:
 def train(trainer, run, interruption, title):
     """Train to the last period or to an interruption; return whether it was interrupted."""
     args = trainer.args
+    pace = Reports.Pace(trainer.step, trainer.steps)
     while trainer.step < trainer.steps:
         # search
         started = time.perf_counter()
@@ -356,7 +366,11 @@ def train(trainer, run, interruption, title):
         parts = list(trainer.parts(len(period.condition)))
         for part in tqdm(parts, f"{bar}: train", leave=False, disable=run.quiet):
             loss = trainer.update(period, part)
-            if trainer.step % args.log_iter == 0:
+            if pace.tick(trainer.step):
+                seconds = pace.left(trainer.step) + (args.periods - 1 - trainer.period) * (searched - started)
+                memory = Utils.peak_memory(trainer.device) / 2**30
+                tqdm.write(f"{title}s: about {Reports.duration(seconds)} in all; memory {memory:.1f} GiB")
+            if trainer.step % args.log_iter == 0 or trainer.step == 1:
                 value = check_loss(trainer, run, loss)
                 lr = trainer.optimizer.param_groups[0]["lr"]
                 speed = (trainer.step - logged_step) * len(part) / (time.perf_counter() - logged_at)
@@ -406,6 +420,17 @@ def finish_period(trainer, run, title, loss, seconds):
 # ---------------------------------------------------------------------------------------------------- script
 
 
+def fit_distance(args):
+    """Use the distance of pixels where the weights of LPIPS would have to be downloaded and the user did not ask."""
+    is_lpips = args.distance != "pixels"
+    if is_lpips and "distance" not in args.given and not args.lpips_weights and not Distances.is_at_hand(args.distance):
+        Distributed.say(
+            f"--distance {args.distance} becomes pixels: the weights of {args.distance} are not on this machine "
+            f"(--distance {args.distance} downloads them)"
+        )
+        args.distance = "pixels"
+
+
 def build(args, device):
     """Return (train split, generator as it begins, distance), all of which fit together. Raises UserError."""
     row = Data.get_row(args.data, args.size)
@@ -438,6 +463,7 @@ def measure(trainer, single):
     result["seconds_search_per_1000"] = 1000 * trainer.seconds["search"] / n_searched
     result["seconds_train_per_1000"] = 1000 * trainer.seconds["train"] / n_trained
     result["peak_memory_bytes"] = Utils.peak_memory(trainer.device)
+    result["data_fingerprint"] = trainer.data_fingerprint
     result["distance"] = args.distance
     result["corrupt"] = trainer.net.corruption.spec
     result["fit"] = not unfit(result)
@@ -497,8 +523,14 @@ def main(args):
     """Train, train again on one code, measure. A signal ends the program after what there is has been saved."""
     device = Utils.pick_device(args.device)
     row = Data.get_row(args.data, args.size)
+    args.image_size = row.size
+    fit_distance(args)
     usual = Flags.hyper_parameters(build_parser(args.data).parse_args([]))
     folder = Runs.find_run(args, Path(__file__).stem, row.name, Flags.hyper_parameters(args), usual)
+    if args.dry_run:
+        split, generator, distance = build(args, device)
+        try_out(args, Trainer(args, split, generator, distance, codes_per_level(args), device), folder)
+        return
     with Runs.claimed(folder), warnings_in_one_line():
         checkpoint = Runs.checkpoint_for(args, folder)
         if is_complete(args, folder, checkpoint):
@@ -511,7 +543,7 @@ def main(args):
         single = None
         if args.single_code:
             single = Trainer(args, split, copy.deepcopy(generator), distance, [1], device)
-        trainer = Trainer(args, split, generator, distance, [int(count) for count in args.m.split(",")], device)
+        trainer = Trainer(args, split, generator, distance, codes_per_level(args), device)
         stages = [(trainer, folder, checkpoint, "period")]
         if single:
             single_checkpoint = Utils.newest_checkpoint(folder / SINGLE) if args.resume else None
@@ -529,6 +561,29 @@ def main(args):
         result = measure(trainer, single)
         show_result(folder, result)  # first: there may be no room to write it
         Utils.write_json(folder / "generator.json", result)
+
+
+def try_out(args, trainer, folder):
+    """Say what the run would do, and what it would take by a part of a search and a few real steps; write nothing."""
+    describe(args, trainer, folder)
+    rows, images = trainer.images(trainer.rows_of(0)[:AT_ONCE])
+    keys = make_keys(args.seed, Purpose.CODE, 0, rows).to(trainer.device)
+    period = Period(trainer, rows, images, keys)
+    everything = torch.arange(len(rows), device=trainer.device)
+
+    started = time.perf_counter()
+    period.keys = period.search(trainer, everything, keys).keys
+    period.keys.cpu()  # waits for the device
+    search = (time.perf_counter() - started) * trainer.visited / len(rows)
+
+    pace = Reports.Pace(0, trainer.steps)
+    while not pace.tick(trainer.step):
+        trainer.update(period, everything[: args.bs]).item()
+    seconds = args.periods * search + trainer.steps * pace.seconds
+    memory = Utils.peak_memory(trainer.device) / 2**30
+    twice = ", and as much for the net of one code" if args.single_code else ""
+    print(f"generator: about {Reports.duration(seconds)}{twice}; memory {memory:.1f} GiB")
+    print("dry run: nothing was written")
 
 
 def run_stage(trainer, args, folder, title):

@@ -182,6 +182,7 @@ class Trainer:
         self.step = 0
 
         # speed
+        self.pace = Reports.Pace(self.step, self.steps)
         self.bf16 = Utils.set_precision(args.precision, device)
         if args.compile == "yes" or (args.compile == "auto" and device.type == "cuda" and self.steps >= 2000):
             self.forward = torch.compile(self.forward)
@@ -226,6 +227,7 @@ class Trainer:
             )
         Utils.load_(file, encoder=self.net.encoder, head=self.net.head, optimizer=self.optimizer)
         self.step = state["step"]
+        self.pace = Reports.Pace(self.step, self.steps)
         self.rng.set_state(state["random"]["views"])
         torch.set_rng_state(state["random"]["torch"])
 
@@ -291,6 +293,7 @@ def train_epoch(trainer, run, interruption):
     trainer.net.train()
     trainer.positives.start_epoch(trainer.epoch)
     meter = Reports.Meter(trainer.device, trainer.step)
+    pace = trainer.pace
     title = f"epoch {trainer.epoch + 1}/{args.epochs}"
     count = trainer.steps_per_epoch
     bar = tqdm(desc=title, total=count, initial=trainer.step_in_epoch, unit="step", leave=False, disable=run.quiet)
@@ -305,7 +308,13 @@ def train_epoch(trainer, run, interruption):
             steps += 1
             bar.update()
 
-            is_logged = trainer.step % args.log_iter == 0
+            if pace.tick(trainer.step) and run.writes:
+                tqdm.write(estimate(trainer))
+            if pace.seconds is not None:
+                bar.set_postfix_str(f"run: {Reports.duration(pace.left(trainer.step))} left", refresh=False)
+
+            # the first step, the last one of an epoch, and every --log_iter
+            is_logged = trainer.step % args.log_iter == 0 or trainer.step == 1 or trainer.step_in_epoch == 0
             if is_logged:
                 log_step(trainer, run, loss, z, meter)
             if is_shown:
@@ -320,6 +329,19 @@ def train_epoch(trainer, run, interruption):
     finite = Utils.all_finite(trainer.net.state_dict().values())
     check_health(trainer, run, mean if finite else float("nan"))
     return mean, stopped
+
+
+def estimate(trainer):
+    """Return how long the training takes, in words."""
+    left = trainer.pace.left(trainer.step)
+    save_iter = trainer.args.save_iter or trainer.args.epochs
+    to_checkpoint = min(
+        save_iter * trainer.steps_per_epoch - trainer.step % (save_iter * trainer.steps_per_epoch),
+        trainer.steps - trainer.step,
+    )
+    checkpoint = Reports.duration(to_checkpoint * trainer.pace.seconds)
+    memory = Utils.peak_memory(trainer.device) / 2**30
+    return f"training takes about {Reports.duration(left)}; next checkpoint in {checkpoint}; memory {memory:.1f} GiB"
 
 
 def log_step(trainer, run, loss, z, meter):
@@ -444,6 +466,7 @@ def check_flags(args, world):
     """Return the row of the data; fit what the user did not say. Raises UserError on flags that do not go together."""
     row = Data.get_row(args.data, args.size)
     can_be_small = args.backbone == "resnet8" or is_resnet(args.backbone)
+    args.image_size = row.size
     args.small_stem = args.stem == "small" or (args.stem == "auto" and row.small_images and can_be_small)
     with Utils.as_user_error():
         check_backbone(args.backbone, args.small_stem, row.size)
@@ -469,12 +492,29 @@ def describe(args, row, trainer, folder):
     precision = Utils.precision_name(args.precision, trainer.bf16)
     stem = stem_text(net.encoder)
     optimizer = f"{args.opt}{' + LARS' if args.lars else ''}, lr {args.lr:g}"
-    print(f"{row.name}: {len(trainer.train_split)} images of {row.size} px, on {trainer.device} in {precision}")
+    n = Reports.plural(len(trainer.train_split), "image")
+    steps = Reports.plural(trainer.steps, "step")
+    print(f"{row.name}: {n} of {row.size} px, on {trainer.device} in {precision}")
     encoder = f"{args.backbone}, {stem}" if stem else args.backbone
     print(f"{encoder}: {count_parameters(net.encoder):,} weights, head {count_parameters(net.head):,}")
-    print(f"{trainer.augmentation}")
-    print(f"{trainer.steps} steps of {args.bs} images x {len(trainer.positives)} views, {optimizer}")
+    print(f"views: {views_text(trainer.augmentation)}")
+    print(f"{steps} of {args.bs} images x {len(trainer.positives)} views, {optimizer}")
     print(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {folder}", flush=True)
+
+
+def views_text(views):
+    """Return what an `Augmentation` does, in words."""
+    parts = []
+    if views.crop_scale:
+        parts.append(f"crop from {views.crop_scale[0]:g} of the area")
+    if views.flip_p:
+        parts.append("flip")
+    if views.jitter_p and views.jitter:
+        parts.append(f"colour jitter {', '.join(f'{amount:g}' for amount in views.jitter)}")
+    for name, p in (("grey", views.gray_p), ("blur", views.blur_p), ("solarise", views.solarize_p)):
+        if p:
+            parts.append(f"{name} with probability {p:g}")
+    return ", ".join(parts) or "the images as they are"
 
 
 def main(args, make_positives=None, script=Path(__file__).stem, build_parser=build_parser):
@@ -489,6 +529,9 @@ def main(args, make_positives=None, script=Path(__file__).stem, build_parser=bui
     check_images(args, row, len(splits.train), world)
     usual = Flags.hyper_parameters(build_parser(args.data).parse_args([]))
     folder = Runs.find_run(args, script, row.name, Flags.hyper_parameters(args), usual)
+    if args.dry_run:
+        positives = make_positives(args, splits, device) if make_positives else SamePair(args.num_views)
+        return try_out(args, row, folder, Trainer(args, splits.train, positives, device, rank, world))
 
     # only one process, or group of processes, works on a run
     with Runs.claimed(folder):
@@ -500,6 +543,23 @@ def main(args, make_positives=None, script=Path(__file__).stem, build_parser=bui
         if checkpoint:
             trainer.load(checkpoint)
         return pretrain(args, row, folder, splits, trainer)
+
+
+def try_out(args, row, folder, trainer):
+    """Say what the run would do, and what it would take by a few real steps; write nothing."""
+    trainer.positives.start_epoch(0)
+    describe(args, row, trainer, folder)
+    trainer.net.train()
+    while trainer.pace.seconds is None and trainer.step < trainer.steps:
+        for indices, images in trainer.batches():
+            trainer.update(indices, images)[0].item()  # waits for the device
+            if trainer.pace.tick(trainer.step):
+                break
+    if trainer.pace.seconds is not None:  # else that was all of it
+        print(estimate(trainer))
+    print("dry run: nothing was written")
+    Distributed.stop()
+    return 0
 
 
 def pretrain(args, row, folder, splits, trainer):
