@@ -1,42 +1,47 @@
-"""The banks of restorations that TrainISICLE.py trains on, and the generator that fills them: found, or trained."""
+"""The banks of restorations that TrainISICLE.py trains on, and the generator that fills them."""
 
 import contextlib
 import json
-import shlex
-import sys
 import time
 from pathlib import Path
 
 import torch
 
 import Data
-import Fitness
-import TrainCamNet
 import Utils
-from CamNet import Generator
 from CamNet.Bank import Bank, fill, fingerprint, read, restore
 from CamNet.Corruptions import Corruption
-from Distributed import first_rank_only, is_launched, say
+from CamNet.Generator import Generator
+from CamNet.Measures import unfit
+from Distributed import first_rank_only, say
 
 
-class Banks:
+class BankSchedule:
     """epoch -> Bank: made by a generator and kept in its run's folder; a new one every --refresh epochs."""
 
-    def __init__(self, args, split, device):
-        self.args, self.split, self.device = args, split, device
-        self.checkpoint = find_generator(args) or train_generator(args)
-        state = load_generator(self.checkpoint, args)
+    def __init__(self, args, split, device, checkpoint):
+        """split: the train split; checkpoint: the generator's file, of a run of TrainCamNet.py."""
+        self.args = args
+        self.split = split
+        self.device = device
+        self.checkpoint = checkpoint
+        state = load_generator(checkpoint, args)
         self.generator = Generator(**state["config"]).to(device, memory_format=torch.channels_last)
-        Utils.load_(self.checkpoint, generator=self.generator)
+        Utils.load_(checkpoint, generator=self.generator)
         self.fingerprint = fingerprint(self.generator.state_dict())[:8]
-        self.bf16, self.number, self.bank = Utils.set_precision(args.precision, device), None, None
+        self.bf16 = Utils.set_precision(args.precision, device)
+        self.index = None  # of the bank at hand
+        self.bank = None
 
-    def file(self, number):
-        """Return where a bank lies: beside the generator; generator, K and seed are in its name, and --refresh, since
-        such banks are removed after their use."""
+    def file(self, index):
+        """Return where a bank lies: in the generator's folder.
+
+        Its name holds generator, K and seed; and --refresh, since such banks are removed after their use.
+        """
         name = f"bank-{self.fingerprint}-k{self.args.num_codes}-s{self.args.seed}"
-        name += f"-refresh{self.args.refresh}" if self.args.refresh else ""
-        return self.checkpoint.parent / f"{name}-{number}.npy"
+        if self.args.refresh:
+            name += f"-refresh{self.args.refresh}"
+        return self.checkpoint.parent / f"{name}-{index}.npy"
 
     def autocast(self):
         """Return the context of the run's precision."""
@@ -44,35 +49,37 @@ class Banks:
 
     def __call__(self, epoch):
         last = self.args.epochs - 1  # a complete run, scored again, needs no further bank
-        number = min(epoch, last) // self.args.refresh if self.args.refresh else 0
-        if number != self.number:
-            first_rank_only(lambda: self.make(number))
-            if self.number is not None:
-                first_rank_only(lambda: self.remove(self.number))
-            try:
-                images = read(self.file(number), len(self.split), self.split.size)
-            except ValueError as error:
-                raise Utils.UserError(f"{error}; or delete it") from error
-            self.bank = None  # room for the next one
-            self.number = number
-            self.bank = Bank(images, self.device, Utils.is_held(self.args.bank_storage, images.nbytes, self.device))
+        index = min(epoch, last) // self.args.refresh if self.args.refresh else 0
+        if index == self.index:
+            return self.bank
+        first_rank_only(lambda: self.make(index))
+        if self.index is not None:
+            first_rank_only(lambda: self.remove(self.index))
+        try:
+            images = read(self.file(index), len(self.split), self.split.size)
+        except ValueError as error:
+            raise Utils.UserError(f"{error}; or delete it") from error
+        self.bank = None  # room for the next one
+        self.bank = Bank(images, self.device, Utils.is_held(self.args.bank_storage, images.nbytes, self.device))
+        self.index = index
         return self.bank
 
-    def make(self, number):
-        """Fill the bank, with a word of how much and how long; an interrupted filling goes on."""
-        file, k, seed = self.file(number), self.args.num_codes, make_seed(self.args.seed, number)
+    def make(self, index):
+        """Fill the bank, saying how much it is and how long it takes; an interrupted filling continues."""
+        file = self.file(index)
+        k = self.args.num_codes
+        seed = Utils.derived_seed(self.args.seed, index)
         if not file.exists():
-            gib, seconds = len(self.split) * k * 3 * self.split.size**2 / 2**30, self.estimate(seed)
+            gib = len(self.split) * k * 3 * self.split.size**2 / 2**30
+            seconds = self.estimate(seed)
             print(
                 f"bank: {k} restorations of {len(self.split)} images, {gib:.2f} GiB, about {seconds:.0f} s", flush=True
             )
         started = time.perf_counter()
-        try:
-            with Utils.locked(file, f"filling {file}"):
-                made = fill(file, self.generator, self.split, k, seed, self.device, self.autocast, quiet=Utils.quiet())
-        except ValueError as error:
-            raise Utils.UserError(str(error)) from error
-        print(f"bank: {file}, {f'made in {time.perf_counter() - started:.0f} s' if made else 'found'}", flush=True)
+        with Utils.as_user_error(), Utils.locked(file.with_name(f".{file.name}.lock"), f"filling {file}"):
+            made = fill(file, self.generator, self.split, k, seed, self.device, self.autocast, quiet=Utils.quiet())
+        outcome = f"made in {time.perf_counter() - started:.0f} s" if made else "found"
+        print(f"bank: {file}, {outcome}", flush=True)
 
     def estimate(self, seed, most=64):
         """Return the seconds that the filling may take, from a few images."""
@@ -84,16 +91,11 @@ class Banks:
             seconds = time.perf_counter() - started
         return seconds * self.args.num_codes * len(self.split) / len(rows)
 
-    def remove(self, number):
+    def remove(self, index):
         """Remove a bank that is not used any more."""
-        file = self.file(number)
+        file = self.file(index)
         file.unlink(missing_ok=True)
         file.with_name(file.name + ".json").unlink(missing_ok=True)
-
-
-def make_seed(seed, number):
-    """Return the seed of the codes of a bank."""
-    return 1_000_003 * seed + number
 
 
 def find_generator(args):
@@ -101,7 +103,8 @@ def find_generator(args):
     if not args.generator:
         return newest_generator(args)
     file = Path(args.generator)
-    file = Utils.newest_checkpoint(file) if file.is_dir() else file
+    if file.is_dir():
+        file = Utils.newest_checkpoint(file)
     if file is None:
         raise Utils.UserError(f"--generator {args.generator}: no checkpoint there: give a run of TrainCamNet.py")
     return file
@@ -115,43 +118,26 @@ def newest_generator(args):
             flags = json.loads((file.parent / "args.json").read_text())["args"]
             if not differences(flags, args):
                 found.append((file.stat().st_mtime, file.parent))
-    whole = (Utils.newest_checkpoint(folder) for _, folder in sorted(found, reverse=True))
-    return next((checkpoint for checkpoint in whole if checkpoint), None)
+    for _, folder in sorted(found, reverse=True):
+        checkpoint = Utils.newest_checkpoint(folder)
+        if checkpoint:
+            return checkpoint
+    return None
 
 
 def differences(flags, args):
     """Return in what a generator, made with these flags of TrainCamNet.py, is not the one that is asked for."""
-    size, theirs = (Data.get_row(args.data, each).size for each in (args.size, flags["size"]))
-    corrupt = args.corrupt and Corruption(args.corrupt, size).spec
-    wanted = {
-        "--data": (flags["data"], args.data, Path(flags["data"]).resolve() == Path(args.data).resolve()),
-        "--size": (theirs, size, theirs == size),
-        "--corrupt": (flags["corrupt"], corrupt, corrupt in (None, Corruption(flags["corrupt"], theirs).spec)),
-    }
-    return [f"{flag} {theirs} (here {ours})" for flag, (theirs, ours, same) in wanted.items() if not same]
-
-
-def train_generator(args):
-    """Train a generator by the recipe of the data, or go on doing so; return its checkpoint. Exits if interrupted."""
-    shared = ("data", "size", "device", "n_workers", "data_dir", "storage", "models_dir", "precision", "corrupt")
-    argv = [f"--{name}={value}" for name in shared if (value := getattr(args, name)) is not None]
-    argv += ["--skip_bad"] * args.skip_bad + ["--resume=auto"]
-    if is_launched():
-        command = shlex.join(["python", "TrainCamNet.py", *argv])
-        raise Utils.UserError(f"--generator: none for {args.data} yet, and torchrun trains none: first run {command}")
-    models = Path(args.models_dir)
-    try:
-        models.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Utils.UserError(f"--models_dir {models}: {error}: name another folder") from error
-    with Utils.locked(models / f"generator-{Data.get_row(args.data).name}", f"training a generator for {args.data}"):
-        if found := newest_generator(args):  # another process has trained it meanwhile
-            return found
-        print(f"no generator for {args.data} yet: python TrainCamNet.py {' '.join(argv)}", flush=True)
-        code = TrainCamNet.main(TrainCamNet.get_args(argv))
-        found = newest_generator(args)
-    if code or not found:
-        sys.exit(code)
+    found = []
+    if Path(flags["data"]).resolve() != Path(args.data).resolve():
+        found.append(f"--data {flags['data']} (here {args.data})")
+    size = Data.get_row(args.data, args.size).size
+    its_size = Data.get_row(args.data, flags["size"]).size
+    if its_size != size:
+        found.append(f"--size {its_size} (here {size})")
+    if args.corrupt:
+        asked = Corruption(args.corrupt, size).spec
+        if asked != Corruption(flags["corrupt"], its_size).spec:
+            found.append(f"--corrupt {flags['corrupt']} (here {asked})")
     return found
 
 
@@ -160,11 +146,13 @@ def load_generator(file, args):
     state = Utils.load_(file)
     if not {"config", "generator", "args"} <= state.keys():
         raise Utils.UserError(f"--generator {file}: it holds no generator: give a run of TrainCamNet.py")
-    if different := differences(state["args"], args):
+    different = differences(state["args"], args)
+    if different:
         raise Utils.UserError(f"--generator {file}: trained for {', '.join(different)}: give another, or none")
     say(f"generator: {file}")
     measures = file.parent / "generator.json"
-    if measures.exists() and (reason := Fitness.unfit(json.loads(measures.read_text()))):
+    reason = unfit(json.loads(measures.read_text())) if measures.exists() else None
+    if reason:
         say(f"warning: this generator is not fit for positives: {reason}")
     return state
 
@@ -174,4 +162,6 @@ def corruption_for(args):
     if args.corrupt:
         return args.corrupt
     file = find_generator(args)
-    return load_generator(file, args)["config"]["corrupt"] if file else Data.get_row(args.data).generator["corrupt"]
+    if file:
+        return load_generator(file, args)["config"]["corrupt"]
+    return Data.get_row(args.data).generator["corrupt"]

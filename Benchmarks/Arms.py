@@ -37,7 +37,6 @@ from Backbones import build_head
 from Benchmarks.Collect import arms_table, by_arm, title_of
 from CamNet.Distances import build_distance
 from CamNet.IMLE import Search
-from Fitness import HELD_OUT
 
 EQUAL = "simclr_full_equal_compute"
 ALONE = "--p_gen 1 --aug crop"  # the restorations are all that tells the views apart
@@ -64,11 +63,11 @@ def get_args(argv=None):
     add = parser.add_argument
     add("--data", default="shapes", help="as of TrainSimCLR.py")
     add("--arms", default=",".join(ARMS), metavar="A,..", help="which of them")
-    add("--seeds", type=Flags.number(int, 1), default=3, metavar="N", help="seeds 0 to N - 1, one after another")
+    add("--seeds", type=Flags.bounded(int, 1), default=3, metavar="N", help="seeds 0 to N - 1, one after another")
     add("--eval", choices=["test", "val", "cv"], default="test", help="what is scored; choose flags by val or cv only")
     add("--isicle", default="", metavar="FLAGS", help="flags for the arms of TrainISICLE.py alone, in one string")
     jobs = "runs at a time, each on an equal share of the cores; a GPU takes one"
-    add("--jobs", type=Flags.number(int, 1), default=1, metavar="N", help=jobs)
+    add("--jobs", type=Flags.bounded(int, 1), default=1, metavar="N", help=jobs)
     add("--models_dir", default=str(Utils.ROOT / "Models"), metavar="DIR", help="folder of the run folders")
     add(
         "--out",
@@ -105,10 +104,10 @@ def encoder_macs(flags, steps):
     """Return the MACs of training the encoder by these flags, that many steps."""
     encoder = Flags.encoder_for(flags).eval()
     size = Data.get_row(flags.data, flags.size).size
-    head = build_head(encoder.features, flags.proj_hidden, flags.proj_dim, flags.proj_norm).eval()
+    head = build_head(encoder.num_features, flags.proj_hidden, flags.proj_dim, flags.proj_norm).eval()
     forward = count_macs(encoder, torch.rand(1, 3, size, size))
-    views = flags.num_views if "num_views" in flags else len(TrainISICLE.Restored(flags, None))
-    per_image = 3 * views * (forward + count_macs(head, torch.rand(1, encoder.features)))
+    views = flags.num_views if "num_views" in flags else len(TrainISICLE.Restored(flags))
+    per_image = 3 * views * (forward + count_macs(head, torch.rand(1, encoder.num_features)))
     if getattr(flags, "pick", "random") == "farthest":  # all restorations are looked at
         per_image += (flags.num_codes + (flags.pair != "gen_gen")) * forward
     return steps * flags.bs * per_image
@@ -126,7 +125,7 @@ def generator_macs(flags, n, k, banks=1):
     search = Search([int(count) for count in flags.m.split(",")])
     candidates = [search.count(level) for level in range(len(codes))]
     searched = sum(m * (b - a + d) for m, a, b, d in zip(candidates, upto, upto[1:], seen))
-    visited = min(flags.period, n - min(HELD_OUT, n // 10))
+    visited = min(flags.period, n - min(TrainCamNet.HELD_OUT, n // 10))
     return flags.periods * visited * (searched + flags.visits * 3 * (upto[-1] + sum(seen))) + banks * n * k * upto[-1]
 
 
@@ -212,7 +211,7 @@ def plot(records, file):
 def write(file, records):
     """Write the records, whole, and draw them."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    Utils.write_atomically(file, lambda scratch: scratch.write_text(json.dumps(records, indent=1) + "\n"))
+    Utils.write_json(file, records)
     plot(records, file.with_suffix(".png"))
 
 

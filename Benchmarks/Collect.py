@@ -15,8 +15,8 @@ import textwrap
 from pathlib import Path
 
 import Evaluate
-import Fitness
 import Flags
+from CamNet.Measures import fitness_table
 
 ROOT = Path(__file__).resolve().parent.parent
 SCORES = ("knn", "linear", "linear_aug", "pixels_knn", "untrained_knn", "untrained_linear")
@@ -122,13 +122,13 @@ def speed_table(content):
 
 def shown(records):
     """Return what the first of some runs printed at its end, as a block of code."""
-    return textwrap.indent(Evaluate.table(records[0]["evaluation"]), "    ")
+    return textwrap.indent(Evaluate.scores_table(records[0]["evaluation"]), "    ")
 
 
 def generator_table(records):
     """Return what a run of TrainCamNet.py printed at its end, as a block of code, with its command and time."""
     record = records[0]
-    table = textwrap.indent(Fitness.table(record["generator"]), "    ")
+    table = textwrap.indent(fitness_table(record["generator"]), "    ")
     return (
         f"{table}\n\n`{record['command']}`, {record['minutes']} minutes without the last measures, {record['device']}"
     )

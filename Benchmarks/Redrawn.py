@@ -27,7 +27,7 @@ def get_args(argv=None):
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=form)
     parser.add_argument("out", help="file to write, .npy")
-    parser.add_argument("--num_codes", type=Flags.number(int, 1), default=8, metavar="K", help="of every image")
+    parser.add_argument("--num_codes", type=Flags.bounded(int, 1), default=8, metavar="K", help="of every image")
     return parser.parse_args(argv)
 
 

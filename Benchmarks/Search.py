@@ -11,7 +11,6 @@ search the same codes by the same weights, and take turns; `same` is the share o
 
 import argparse
 import contextlib
-import json
 import shlex
 import statistics
 import sys
@@ -27,11 +26,12 @@ if find_spec("TrainCamNet") is None:  # started by its path, Python looks for mo
     sys.exit(2)
 
 import Flags
+import Runs
 import TrainCamNet
 import Utils
 from CamNet.Codes import make_keys
 from CamNet.Corruptions import pyramid
-from CamNet.IMLE import codes_of
+from CamNet.Measures import AT_ONCE
 
 REFERENCE_CHUNK = 20  # codes of one image in a forward of the published code
 
@@ -43,8 +43,8 @@ def get_args(argv=None):
     add = parser.add_argument
     add("run", help="folder of a run of TrainCamNet.py, or one of its checkpoints")
     add("--device", default="auto", help="torch device, as cpu or cuda:1; auto: cuda if there is one")
-    add("--images", type=Flags.number(int, 1), default=64, metavar="N", help="images of the train split to search")
-    add("--rounds", type=Flags.number(int, 1), default=3, metavar="N", help="turns that every measurement takes")
+    add("--images", type=Flags.bounded(int, 1), default=64, metavar="N", help="images of the train split to search")
+    add("--rounds", type=Flags.bounded(int, 1), default=3, metavar="N", help="turns that every measurement takes")
     add("--out", metavar="FILE", help="JSON to write; None: Results/search-DEVICE.json")
     return parser.parse_args(argv)
 
@@ -65,7 +65,7 @@ def plain_search(generator, distance, condition, targets, keys, counts, images, 
             for part in candidates.split(codes, dim=1):
                 k = part.shape[1]
                 whole = torch.cat([chosen[rows].repeat_interleave(k, 0), part.reshape(-1, 1)], dim=1)
-                image = generator(condition[rows].repeat_interleave(k, 0), codes_of(generator, whole))[-1]
+                image = generator(condition[rows].repeat_interleave(k, 0), generator.codes(whole))[-1]
                 features = wanted if cached else distance.features(target[rows])
                 d.append(distance.between(distance.features(image), features).view(-1, k))
             best = torch.cat(d, dim=1).argmin(dim=1, keepdim=True)
@@ -87,7 +87,7 @@ class Bench:
             raise Utils.UserError(f"{file} holds no generator: give a run of TrainCamNet.py")
         same = {"device": str(device), "reject": 0.0, "keep_previous": False}  # the plain searches know neither
         self.flags = argparse.Namespace(**{**stored, **same})
-        split, generator, distance = TrainCamNet.resolve(self.flags, device)
+        split, generator, distance = TrainCamNet.build(self.flags, device)
         self.counts = [int(count) for count in self.flags.m.split(",")]
         self.trainer = TrainCamNet.Trainer(self.flags, split, generator, distance, self.counts, device)
         self.trainer.load(file)
@@ -137,7 +137,7 @@ class Bench:
         variants = {("search", ours): partial(self.ours, bf16), ("search", "ours, fp32"): partial(self.ours, False)}
         variants["search", f"prefix run again, {ours[-4:]}"] = partial(self.plain, batch, m, True, bf16)
         variants["search", "as published"] = partial(self.plain, 1, REFERENCE_CHUNK, False, False)
-        variants["sampling", ours] = partial(self.sample, TrainCamNet.Fitness.AT_ONCE, bf16)
+        variants["sampling", ours] = partial(self.sample, AT_ONCE, bf16)
         variants["sampling", "one by one, fp32"] = partial(self.sample, 1, False)
         variants["training", ours] = partial(self.train, self.flags.bs, bf16)  # last: it changes the weights
         variants["training", "one by one, fp32"] = partial(self.train, 1, False)
@@ -175,7 +175,7 @@ def measure(bench, rounds, device):
 def main(args):
     """Measure, print a table, write it; return the exit code."""
     device = Utils.pick_device(args.device)
-    made = Utils.provenance(device) | {"command": shlex.join(["python", "-m", "Benchmarks.Search", *sys.argv[1:]])}
+    made = Runs.provenance(device) | {"command": shlex.join(["python", "-m", "Benchmarks.Search", *sys.argv[1:]])}
     bench = Bench(args, device)
     rows = measure(bench, args.rounds, device)
     print(f"{'part':10}{'variant':28}{'images/s':>10}{'ours / it':>11}{'same codes':>12}")
@@ -185,7 +185,7 @@ def main(args):
     flags = {key: getattr(bench.flags, key) for key in ("data", "net", "corrupt", "distance", "m", "bs", "chunk")}
     made |= {"images": len(bench.keys), "rounds": args.rounds, "generator": flags, "rows": rows}
     out = Path(args.out or Utils.ROOT / "Results" / f"search-{device.type}.json")
-    Utils.write_atomically(out, lambda scratch: scratch.write_text(json.dumps(made, indent=1) + "\n"))
+    Utils.write_json(out, made)
     print(f"written: {out}")
     return 0
 

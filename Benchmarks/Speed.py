@@ -11,7 +11,6 @@ other load hits them all.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import shlex
@@ -35,6 +34,7 @@ if find_spec("TrainSimCLR") is None:  # started by its path, Python looks for mo
     sys.exit(2)
 
 import Flags
+import Runs
 import TrainISICLE
 import TrainSimCLR
 import Utils
@@ -57,12 +57,12 @@ def get_args(argv=None):
     add = parser.add_argument
     add("--device", default="auto", help="torch device, as cpu or cuda:1; auto: cuda if there is one")
     add("--backbone", default="resnet8", choices=list(BACKBONES), help="encoder")
-    add("--bs", type=Flags.number(int, 2, Shapes.SIZES["train"]), default=256, metavar="N", help="images in a batch")
-    add("--size", type=Flags.number(int, 8), default=32, metavar="PX", help="side of the images")
-    add("--threads", type=Flags.number(int, 0), default=0, metavar="N", help="of torch in a step; 0: torch's own")
-    add("--workers", type=Flags.number(int, 0), default=0, metavar="N", help="of the plain loop; 0: one for each core")
-    add("--seconds", type=Flags.number(float, 0), default=10.0, metavar="S", help="per measurement, over all rounds")
-    add("--rounds", type=Flags.number(int, 1), default=5, metavar="N", help="turns that every measurement takes")
+    add("--bs", type=Flags.bounded(int, 2, Shapes.SIZES["train"]), default=256, metavar="N", help="images in a batch")
+    add("--size", type=Flags.bounded(int, 8), default=32, metavar="PX", help="side of the images")
+    add("--threads", type=Flags.bounded(int, 0), default=0, metavar="N", help="of torch in a step; 0: torch's own")
+    add("--workers", type=Flags.bounded(int, 0), default=0, metavar="N", help="of the plain loop; 0: one for each core")
+    add("--seconds", type=Flags.bounded(float, 0), default=10.0, metavar="S", help="per measurement, over all rounds")
+    add("--rounds", type=Flags.bounded(int, 1), default=5, metavar="N", help="turns that every measurement takes")
     add("--out", metavar="FILE", help="JSON to write; None: Results/speed-DEVICE.json or, with --quick, nothing")
     add("--quick", action="store_true", help="to see that it works: --bs 32 --seconds 0.2 --rounds 2")
     if parser.parse_args(argv).quick:
@@ -74,7 +74,7 @@ def prepare(args, device):
     """Return TrainSimCLR.py's flags, with the recipe of the generated shapes, and those shapes."""
     given = ["--backbone", args.backbone, "--bs", str(args.bs), "--size", str(args.size), "--compile", "no"]
     flags = TrainSimCLR.get_args([*given, "--device", str(device), "--epochs", "1000000"])
-    TrainSimCLR.resolve(flags, 1)
+    TrainSimCLR.check_flags(flags, 1)
     return flags, Flags.splits_for(flags, torch.device("cpu")).train
 
 
@@ -135,17 +135,17 @@ def isicle_step(flags, split, device, pair=("--pair", "gen_gen", "--p_gen", "1")
     bank = torch.randint(256, (len(split), own.num_codes, 3, split.size, split.size), dtype=torch.uint8)
     bank = Bank(bank.numpy(), device, on_device=True)
     flags = argparse.Namespace(**{**vars(own), **vars(flags)})  # with SimCLR's augmentation
-    positives = TrainISICLE.Restored(flags, lambda epoch: bank)
-    positives.start_epoch(0)
+    positives = TrainISICLE.Restored(flags)
+    positives.bank = bank
     return our_step(flags, split, device, positives=positives)
 
 
 def plain_step(flags, split, device, workers):
     """Return begin() of the plain loop: it starts the workers and passes over what they prefetch meanwhile."""
     encoder = Flags.encoder_for(flags)
-    net = ContrastiveNet(encoder, build_head(encoder.features, flags.proj_hidden, flags.proj_dim, flags.proj_norm))
+    net = ContrastiveNet(encoder, build_head(encoder.num_features, flags.proj_hidden, flags.proj_dim, flags.proj_norm))
     optimizer = torch.optim.SGD(net.to(device).parameters(), lr=0.06)
-    collate = partial(two_views, transform=torchvision_transform(v1, Flags.views_for(flags), v1.ToTensor()))
+    collate = partial(two_views, transform=torchvision_transform(v1, Flags.augmentation_for(flags), v1.ToTensor()))
     pictures = [v1.functional.to_pil_image(image) for image in split.images]
     order = RandomSampler(pictures, replacement=True, num_samples=2**31)  # one epoch without an end
     loader = DataLoader(pictures, flags.bs, sampler=order, num_workers=workers, collate_fn=collate, drop_last=True)
@@ -215,7 +215,7 @@ def measure_all(args, device):
             memory[name] = pool.submit(peak_memory, args, device, name).result()
     (flags, split), threads = prepare(args, device), args.threads or torch.get_num_threads()
     torch.set_num_threads(1)
-    augmentations = augmentation_variants(Flags.views_for(flags), split.images[: args.bs], device)
+    augmentations = augmentation_variants(Flags.augmentation_for(flags), split.images[: args.bs], device)
     rows = measure("augmentation", augmentations, args.bs, args, device)
     torch.set_num_threads(threads)
     variants = {name: build(flags, split, device) for name, build in builders.items()}
@@ -234,7 +234,7 @@ def main(args):
     """Measure, print a table, write it; return the exit code."""
     device = Utils.pick_device(args.device)
     args.workers = args.workers or len(os.sched_getaffinity(0))
-    load, made, (rows, ratios) = os.getloadavg(), Utils.provenance(device), measure_all(args, device)
+    load, made, (rows, ratios) = os.getloadavg(), Runs.provenance(device), measure_all(args, device)
     print(f"{'part':14}{'variant':32}{'views/s':>10}{'ours / it':>11}{'peak MiB':>10}")
     for row, ratio in zip(rows, ratios.values()):
         memory = f"{row['peak_memory_bytes'] / 2**20:,.0f}" if row["peak_memory_bytes"] else ""
@@ -247,7 +247,7 @@ def main(args):
     if args.out or not args.quick:
         out = Path(args.out or Utils.ROOT / "Results" / f"speed-{device.type}.json")
         out.parent.mkdir(parents=True, exist_ok=True)
-        Utils.write_atomically(out, lambda scratch: scratch.write_text(json.dumps(made, indent=1) + "\n"))
+        Utils.write_json(out, made)
         print(f"written: {out}")
     return 0
 

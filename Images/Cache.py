@@ -67,6 +67,7 @@ class Cache:
         key = self._key()
         self.array = folder / f"{key}.npy"
         self.record = folder / f"{key}.json"
+        self.lock = folder / f".{key}.lock"
         self._found = None
 
     def _key(self):
@@ -95,7 +96,7 @@ class Cache:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 if not os.access(self.folder, os.W_OK):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            with Utils.locked(self.array, f"decoding {self.name}"):
+            with Utils.locked(self.lock, f"decoding {self.name}"):
                 self._found = self._read()  # another process may have made it in the meantime
                 if self._found is None:
                     self._found = self._write(skip_bad)

@@ -3,6 +3,7 @@
 import errno
 import signal
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ FORMATS = {
 }
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
+warnings.filterwarnings("ignore", module="PIL")  # of EXIF blocks, mostly: what makes a file bad is raised
 Image.init()
 READABLE = [name for name in FORMATS if name in Image.OPEN]  # an older Pillow lacks some
 

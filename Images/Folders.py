@@ -197,8 +197,7 @@ def load_folder(folder, size, options, *, split="", name=""):
     listing = list_folder(folder, split)
     name = name or shown(folder)
     if listing.left_out:
-        n = listing.left_out.total()
-        notice(f"{name}: left out {n} files, since their endings are not those of images: {_endings(listing.left_out)}")
+        notice(f"{name}: left out, since their endings are not those of images: {_endings(listing.left_out)}")
     cache = Cache(Path(folder), listing.paths, size, options.data_dir / ".cache", options.n_workers, name)
 
     def prepare():

@@ -10,21 +10,24 @@ from Utils import UserError
 FINGERPRINTED = 256  # images, at most, whose pixels a fingerprint covers
 
 
-def _fingerprint(split):
-    """Return a hash of the number, size and labels of a split's images, and of the pixels of some, evenly spaced.
+class _Images:
+    """What splits in memory and streamed ones share."""
 
-    It is the same in memory and streamed, on every device, and wherever the files lie.
-    """
-    n_picked = min(len(split), FINGERPRINTED)
-    picked = torch.arange(n_picked) * len(split) // max(n_picked, 1)
-    digest = hashlib.sha256(f"{len(split)} {split.size}".encode())
-    digest.update(split.labels.numpy().tobytes())
-    for _, images in split.batches(picked.split(32)):
-        digest.update(images.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    def fingerprint(self):
+        """Return a hash of the number, size and labels of the images, and of the pixels of some, evenly spaced.
+
+        It is the same in memory and streamed, on every device, and wherever the files lie.
+        """
+        n_picked = min(len(self), FINGERPRINTED)
+        picked = torch.arange(n_picked) * len(self) // max(n_picked, 1)
+        digest = hashlib.sha256(f"{len(self)} {self.size}".encode())
+        digest.update(self.labels.numpy().tobytes())
+        for _, images in self.batches(picked.split(32)):
+            digest.update(images.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
-class Split:
+class Split(_Images):
     """Images in memory: images uint8 (N, 3, S, S), labels int64 (N,) with -1 = unlabelled, the classes' names."""
 
     def __init__(self, images, labels, classes, name=""):
@@ -48,10 +51,6 @@ class Split:
         """Return the height of the images in pixels."""
         return self.images.shape[2]
 
-    def fingerprint(self):
-        """Return a hash that tells these images and labels from others: see `_fingerprint`."""
-        return _fingerprint(self)
-
     def to(self, device):
         """Return the split with its images on the device. UserError where its memory does not hold them."""
         try:
@@ -72,7 +71,7 @@ class Split:
             yield indices, images.to(device, non_blocking=device.type == "cuda")
 
 
-class StreamedSplit:
+class StreamedSplit(_Images):
     """Image files decoded for every batch: a Split without .images. All its files could be decoded when it was made."""
 
     def __init__(self, listing, size, n_workers=2, name=""):
@@ -85,10 +84,6 @@ class StreamedSplit:
 
     def __len__(self):
         return len(self.labels)
-
-    def fingerprint(self):
-        """Return a hash that tells these images and labels from others: see `_fingerprint`."""
-        return _fingerprint(self)
 
     def to(self, device):
         """Return itself: images are decoded for each batch, so there is nothing to move."""

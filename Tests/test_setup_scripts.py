@@ -193,7 +193,7 @@ def test_lists_that_share_classes_only_name_the_images(tmp_path):
     assert not (dest / "miniImagenetFewShot").exists()
     for name in ("train", "val", "test"):
         (tmp_path / f"{name}.csv").write_bytes(files[f"mini/{name}.csv"])
-    assert "list too" in setup(tmp_path / "a.zip", dest, "--csv_dir", tmp_path, ok=False)
+    assert "is in train.csv too" in setup(tmp_path / "a.zip", dest, "--csv_dir", tmp_path, ok=False)
 
 
 def test_a_second_run_changes_nothing_and_force_rebuilds(tmp_path):
