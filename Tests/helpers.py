@@ -1,5 +1,6 @@
 """What several test files use: image files, folders of them, and the check of a user's error."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,17 @@ def save_shapes(folder, each, size=32, seed=0, classes=Shapes.CLASSES):
     for index, (image, label) in enumerate(zip(images, labels.tolist())):
         save(Path(folder) / classes[label] / f"{index:04}.png", image.permute(1, 2, 0).numpy())
     return Path(folder)
+
+
+def real_file(name):
+    """Return the path of a file in the folder that ISICLE_REAL_DATA names; skip the test where there is none."""
+    folder = os.environ.get("ISICLE_REAL_DATA")
+    if not folder:
+        pytest.skip("needs real data: set ISICLE_REAL_DATA to a folder that holds data/ and weights/")
+    path = Path(folder) / name
+    if not path.exists():
+        pytest.skip(f"needs {path}")
+    return path
 
 
 def one_line(function, *parts):
