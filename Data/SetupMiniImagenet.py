@@ -336,14 +336,18 @@ def advise(left_out):
     return "give an archive of CLASS/IMAGE, {train,val,test}/CLASS/IMAGE, or images/IMAGE with lists"
 
 
-def read_list(path):
-    """Return [(file name, label), ...] of a list with the columns filename and label, without blanks around them."""
+def read_list(path, flag="", own=False):
+    """Return [(file name, label), ...] of a list with the columns filename and label.
+
+    Blanks around the values are removed, except in a list that this script wrote (own): there they are part of a name.
+    """
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(f, skipinitialspace=True)]
-    rows = [row for row in rows if any(row)]
+        rows = [row for row in csv.reader(f, skipinitialspace=not own) if row]
+    if not own:
+        rows = [[cell.strip() for cell in row] for row in rows if "".join(row).strip()]
     header = [cell.lower() for cell in rows[0]] if rows else []
     if not {"filename", "label"} <= set(header):
-        raise NoList(f"{path}: is no few-shot list; its first line must name the columns filename,label")
+        raise NoList(f"{flag}{path}: is not a few-shot list; its first line must name the columns filename,label")
     name_column = header.index("filename")
     label_column = header.index("label")
     pairs = []
@@ -351,9 +355,9 @@ def read_list(path):
         row += [""] * (len(header) - len(row))
         pair = (row[name_column], row[label_column])
         for value in pair:
-            if not value or value.startswith(".") or "\0" in value or len(PureWindowsPath(value).parts) != 1:
+            if not value or is_hidden(value) or "\0" in value or len(PureWindowsPath(value).parts) != 1:
                 hint = "correct the list: one file name and one class name a line, without folders"
-                raise UserError(f"{path}: {','.join(pair)} are not a plain file and class name; {hint}")
+                raise UserError(f"{flag}{path}: {','.join(pair)} are not a plain file and class name; {hint}")
         pairs.append(pair)
     return pairs
 
@@ -368,7 +372,7 @@ def read_lists(folder, flag=""):
     for split in SPLITS:
         path = folder / f"{split}.csv"
         try:
-            lists[split] = read_list(path)
+            lists[split] = read_list(path, flag)
         except (OSError, csv.Error) as e:
             reason = getattr(e, "strerror", None) or e
             raise NoList(f"{flag}{folder}: {path.name} cannot be used ({reason}); give all three lists") from None
@@ -565,7 +569,7 @@ def verify(args, main):
 
 def make_few_shot(main, few, partial):
     """Make the class-disjoint split from the lists in main, as hard links to its images or, failing that, copies."""
-    lists = {split: read_list(main / f"few_shot_{split}.csv") for split in SPLITS}
+    lists = {split: read_list(main / f"few_shot_{split}.csv", own=True) for split in SPLITS}
     if few.exists():
         if count_tree(few) != {split: Counter(label for _, label in rows) for split, rows in lists.items()}:
             raise UserError(f"{few}: differs from the few_shot lists in {main}; rebuild with --force")
