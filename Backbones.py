@@ -124,6 +124,12 @@ def find_classifier(model):
     return found
 
 
+def classifier_name(name, size):
+    """Return the name of the layer that is Identity in an encoder, "fc" or "classifier.2" for example."""
+    with _without_values():
+        return find_classifier(models.get_model(name, weights=None, **model_options(name, size)))
+
+
 def _check_name(name):
     names = list_backbones()
     if name in names:
