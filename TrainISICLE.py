@@ -61,9 +61,9 @@ def get_args(argv=None):
     return Flags.parse(argv, build_parser)
 
 
-def build_parser(data="shapes"):
+def build_parser(data="shapes", device_type="cpu"):
     """Return the parser: SimCLR's, with the flags of where the positives come from."""
-    return TrainSimCLR.build_parser(data, __doc__, add_positives)
+    return TrainSimCLR.build_parser(data, device_type, __doc__, add_positives)
 
 
 def add_positives(group):

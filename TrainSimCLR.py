@@ -43,8 +43,8 @@ def get_args(argv=None):
     return Flags.parse(argv, build_parser)
 
 
-def build_parser(data="shapes", doc=__doc__, add_positives=None):
-    """Return the parser of a contrastive script; the defaults are the recipe of the row of `data`.
+def build_parser(data="shapes", device_type="cpu", doc=__doc__, add_positives=None):
+    """Return the parser of a contrastive script; the defaults are the recipe of the row of `data` on the device.
 
     add_positives: adds the flags of where the views come from to an argument group; None: SimCLR's.
     """
@@ -54,7 +54,7 @@ def build_parser(data="shapes", doc=__doc__, add_positives=None):
     add_model_flags(parser.add_argument_group("model and loss"))
     add_optimisation_flags(parser.add_argument_group("optimisation"))
     add_run_flags(Flags.add_run_group(parser, "epochs"))
-    parser.set_defaults(**Data.get_row(data).recipe)
+    parser.set_defaults(**Data.get_row(data).recipe_for(device_type))
     return parser
 
 
@@ -247,7 +247,7 @@ class Trainer:
         views = []
         for images in batches:
             params = self.augmentation.draw(self.args.bs, *images.shape[2:], self.rng)
-            mine = slice(start, start + len(images))  # --skip_bad can shorten a streamed batch
+            mine = slice(start, start + len(images))
             params = {name: value[mine] for name, value in params.items()}
             views.append(self.augmentation.apply(images, params))
         return torch.cat(views).contiguous(memory_format=torch.channels_last)
@@ -470,20 +470,29 @@ def check_flags(args, world):
     args.small_stem = args.stem == "small" or (args.stem == "auto" and row.small_images and can_be_small)
     with Utils.as_user_error():
         check_backbone(args.backbone, args.small_stem, row.size)
-    if args.n_ramp >= args.epochs:
-        Flags.fit(args, "n_ramp", args.epochs / 10, f"--epochs {args.epochs} leaves nothing after it")
     if args.bs % world:
         Flags.fit(args, "bs", args.bs // world * world, f"it must be a multiple of the {world} processes")
     return row
 
 
-def check_images(args, row, n, world):
+def check_images(args, row, n, world, device):
     """Fit to the n training images what the user did not say. Raises UserError on flags that do not fit them."""
-    if n < args.bs:
-        half = 2 ** int(math.log2(max(2, n // 2)))  # at least two steps in an epoch
+    # a batch of at most half of the images, with a learning rate for it
+    if n < args.bs or (n < 2 * args.bs and "bs" not in args.given):
+        before = args.bs
+        half = 2 ** int(math.log2(max(2, n // 2)))
         Flags.fit(args, "bs", half // world * world, f"{row.name} has {n} images")
+        if "lr" not in args.given:
+            Flags.fit(args, "lr", args.lr * args.bs / before, f"it was for --bs {before}")
     if args.bs < max(2, world):
         raise Utils.UserError(f"--data {args.data}: {n} images are too few for {world} processes: start fewer")
+
+    # as many epochs as a CPU does within the hour
+    epochs = max(1, int(Data.CPU_PIXELS / (n * row.size**2)))
+    if device.type == "cpu" and "epochs" not in args.given and epochs < args.epochs:
+        Flags.fit(args, "epochs", epochs, f"{n:,} images of {row.size} px on a CPU; give --epochs for more")
+    if args.n_ramp >= args.epochs:
+        Flags.fit(args, "n_ramp", args.epochs / 10, f"--epochs {args.epochs} leaves nothing after it")
 
 
 def describe(args, row, trainer, folder):
@@ -526,8 +535,8 @@ def main(args, make_positives=None, script=Path(__file__).stem, build_parser=bui
     rank, world, device = Distributed.start(Utils.pick_device(args.device))
     row = check_flags(args, world)
     splits = Flags.splits_for(args, device)
-    check_images(args, row, len(splits.train), world)
-    usual = Flags.hyper_parameters(build_parser(args.data).parse_args([]))
+    check_images(args, row, len(splits.train), world, device)
+    usual = Flags.hyper_parameters(build_parser(args.data, device.type).parse_args([]))
     folder = Runs.find_run(args, script, row.name, Flags.hyper_parameters(args), usual)
     if args.dry_run:
         positives = make_positives(args, splits, device) if make_positives else SamePair(args.num_views)

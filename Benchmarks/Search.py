@@ -91,7 +91,8 @@ class Bench:
         self.counts = [int(count) for count in self.flags.m.split(",")]
         self.trainer = TrainCamNet.Trainer(self.flags, split, generator, distance, self.counts, device)
         self.trainer.load(file)
-        rows, self.images = self.trainer.images(torch.arange(min(args.images, len(split))))
+        rows = torch.arange(min(args.images, len(split)))
+        self.images = self.trainer.images(rows)
         self.keys = make_keys(self.flags.seed, rows).to(device)
         self.period = TrainCamNet.Period(self.trainer, rows, self.images, self.keys)
         self.period.keys = self.ours(bf16=False)  # what the training steps learn from
