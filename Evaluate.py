@@ -6,6 +6,9 @@
 Writes RUN/evaluation.json (fractions of 1, with the protocol) and prints the same as a table.
 """
 
+import Signals  # noqa: F401  first: see TrainSimCLR.py
+
+# isort: split
 import argparse
 import contextlib
 import copy
@@ -17,9 +20,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+import Data
 import Flags
 import Utils
 from Augmentations import to_float
+from Images.Folders import DATA_DIR
 
 PROTOCOL = {
     "features": "encoder output before the projection head, float32, evaluation mode, images without augmentation",
@@ -152,8 +157,11 @@ def mean_accuracy(probe, splits, train, test, passes=1):
 
 
 def can_probe(splits):
-    """Return whether labels of at least two classes are there to score with."""
-    return len(splits.train.classes) > 1
+    """Return whether there are labels of at least two classes, and enough of them to score with."""
+    n_labelled = int((splits.train.labels >= 0).sum())
+    n_scored = int((splits.test.labels >= 0).sum())
+    enough = n_labelled >= PROTOCOL["folds"] if splits.eval == "cv" else n_labelled > 0 and n_scored > 0
+    return len(splits.train.classes) > 1 and enough
 
 
 def score(encoder, splits, device):
@@ -202,13 +210,16 @@ def fine_tune(encoder, splits, device, views, epochs, bs=256, lr=0.05, seed=0):
         linear = nn.Linear(encoder.num_features, len(splits.train.classes))
         net = nn.Sequential(copy.deepcopy(encoder), linear).to(device)
         optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(rows) // bs))
+        n_batches = -(-len(rows) // bs)
+        if n_batches > 1 and len(rows) % bs == 1:  # batch normalisation needs two images
+            n_batches -= 1
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * n_batches)
 
         # trained
         net.train()
         for _ in tqdm(range(epochs), "fine-tuning", unit="epoch", disable=Utils.quiet()):
             order = rows[torch.randperm(len(rows), generator=rng)]
-            for indices, images in splits.train.batches(order.split(bs), device):
+            for indices, images in splits.train.batches(order.split(bs)[:n_batches], device):
                 logits = embed(net, views(images, rng))
                 loss = F.cross_entropy(logits, train_labels[indices.to(device, non_blocking=True)])
                 optimizer.zero_grad()
@@ -299,8 +310,9 @@ def main(args):
     state = Utils.load_(file)
     if not {"args", "encoder", "epoch"} <= state.keys():
         raise Utils.UserError(f"{file} holds no encoder: give a checkpoint of TrainSimCLR.py")
+    Utils.check_run(file, state)
     given = {key: value for key, value in vars(args).items() if value is not None}
-    run = argparse.Namespace(**(state["args"] | given))
+    run = argparse.Namespace(**(usual_flags(file, state["args"]) | state["args"] | given))
 
     # the encoder, as it was before training and as it is
     device = Utils.pick_device(args.device)
@@ -323,6 +335,19 @@ def main(args):
     print(f"{file}\n{scores_table(result)}")
     Utils.write_json(out, result)
     print(f"written to {out}")
+
+
+def usual_flags(file, stored):
+    """Return the defaults of flags that a checkpoint of another version lacks; say which of them are used."""
+    row = Data.get_row(stored.get("data", "shapes"), stored.get("size"))
+    usual = {"data": "shapes", "size": None, "eval": "val", "aug": "full", "seed": 0, "small_stem": row.small_images}
+    usual["image_size"] = row.size
+    usual |= {"n_workers": 2, "data_dir": str(DATA_DIR), "storage": "auto", "skip_bad": False}
+    usual |= row.recipe
+    missing = [f"--{key} {value}" for key, value in usual.items() if key not in stored]
+    if missing:
+        print(f"{Utils.shown(file)} is of another version: it lacks {', '.join(missing)}: these defaults are used")
+    return usual
 
 
 def measured_by_training(file, epoch):

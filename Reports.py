@@ -59,6 +59,49 @@ class Meter:
         return numbers | {f"time_{stage}": share for stage, share in shares.items()}
 
 
+class Pace:
+    """How long a training will take, from its first steps."""
+
+    SKIPPED = 1  # steps that are slower than the others
+    MEASURED = 4
+
+    def __init__(self, step, steps):
+        """step: the one that comes next; steps: of the whole training."""
+        self.first = step
+        self.steps = steps
+        self.started = None
+        self.seconds = None  # of a step
+
+    def tick(self, step):
+        """Note that `step` steps are done. Return whether the pace is now known for the first time."""
+        if self.started is None and step - self.first >= self.SKIPPED:
+            self.started = time.perf_counter()
+            self.started_at = step
+        done = step - self.started_at if self.started else 0
+        if self.seconds is not None or done < self.MEASURED:
+            return False
+        self.seconds = (time.perf_counter() - self.started) / done
+        return True
+
+    def left(self, step):
+        """Return the seconds that the training still takes."""
+        return (self.steps - step) * self.seconds
+
+
+def duration(seconds):
+    """Return a duration in words."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def plural(count, noun):
+    """Return a count with its noun."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def show_pairs(run, x, num_views, step=0, images=8):
     """Write pairs.png: a row per view, a column per image: what the loss compares."""
     if not run.writes:

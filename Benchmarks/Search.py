@@ -31,7 +31,6 @@ import TrainCamNet
 import Utils
 from CamNet.Codes import make_keys
 from CamNet.Corruptions import pyramid
-from CamNet.IMLE import codes_of
 from CamNet.Measures import AT_ONCE
 
 REFERENCE_CHUNK = 20  # codes of one image in a forward of the published code
@@ -66,7 +65,7 @@ def plain_search(generator, distance, condition, targets, keys, counts, images, 
             for part in candidates.split(codes, dim=1):
                 k = part.shape[1]
                 whole = torch.cat([chosen[rows].repeat_interleave(k, 0), part.reshape(-1, 1)], dim=1)
-                image = generator(condition[rows].repeat_interleave(k, 0), codes_of(generator, whole))[-1]
+                image = generator(condition[rows].repeat_interleave(k, 0), generator.codes(whole))[-1]
                 features = wanted if cached else distance.features(target[rows])
                 d.append(distance.between(distance.features(image), features).view(-1, k))
             best = torch.cat(d, dim=1).argmin(dim=1, keepdim=True)

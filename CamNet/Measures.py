@@ -14,6 +14,9 @@ SHOWN = 8  # rows, and samples in a row, of a picture
 AT_ONCE = 64  # images in a forward
 DIVERSITIES = ("pixels", "histogram", "distance")
 BINS = 16  # of a colour histogram, per channel
+# Distance of the best of 16 samples over that of one, above which codes are of no use. Measured: generators 0.35 to
+# 0.51, the same nets after training on one code 0.64 to 0.75 (Results/camnet-*.json).
+BEST_SHARE = 0.6
 
 
 # ---------------------------------------------------------------------------------------------------- measures
@@ -172,9 +175,16 @@ def unfit(result):
         return f"the best of 16 samples ({best:.4f}) is no nearer to the image than bicubic upsampling ({bicubic:.4f})"
     if not diversity > 0:
         return "its samples do not differ from code to code"
-    single = result.get("single_code_diversity_pixels", 0.0)
-    if not diversity > single:
-        return f"its samples differ by {diversity:.4f}, no more than after training on one code ({single:.4f})"
+
+    # a net that was trained on one code also makes samples that differ, but without a use
+    if "single_code_diversity_pixels" in result:
+        single = result["single_code_diversity_pixels"]
+        if not diversity > single:
+            return f"its samples differ by {diversity:.4f}, no more than after training on one code ({single:.4f})"
+        return None
+    share = best / result["best_of_1"]
+    if not share < BEST_SHARE:
+        return f"the best of 16 samples is at {share:.0%} of the distance of one sample: more than {BEST_SHARE:.0%}"
     return None
 
 

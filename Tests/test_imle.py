@@ -14,7 +14,7 @@ from CamNet.Codes import make_keys
 from CamNet.Corruptions import pyramid
 from CamNet.Distances import Pixels
 from CamNet.Generator import Generator
-from CamNet.IMLE import NONE, Search, codes_of, loss
+from CamNet.IMLE import NONE, Search, loss
 from Images import Shapes
 
 
@@ -44,7 +44,7 @@ def all_distances(at, image, chosen, candidates):
     level, found = len(chosen), []
     for candidate in candidates:
         keys = torch.tensor([[*chosen, candidate]])
-        x = at.generator(at.condition[image : image + 1], codes_of(at.generator, keys))[-1]
+        x = at.generator(at.condition[image : image + 1], at.generator.codes(keys))[-1]
         found.append(at.distance(x, at.targets[level][image : image + 1]).item())
     return found
 
@@ -159,7 +159,7 @@ def test_property_6_chunk_and_other_images_play_no_part(corrupt):
 def test_property_7_training_sees_the_distances_that_the_search_found(corrupt):
     at = task(5, corrupt)
     found = search((6, 4), at)
-    images = at.generator(at.condition, codes_of(at.generator, found.keys))
+    images = at.generator(at.condition, at.generator.codes(found.keys))
     distances = torch.stack([at.distance(x, y) for x, y in zip(images, at.targets, strict=True)], dim=1)
     torch.testing.assert_close(distances.detach(), found.distances, rtol=0, atol=1e-5)
     value = loss(at.generator, at.distance, at.condition, at.wanted, found.keys)
