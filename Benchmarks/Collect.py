@@ -78,14 +78,22 @@ def generator_flags(place):
     return Flags.hyper_parameters(argparse.Namespace(**args))
 
 
+def newest_generator(models):
+    """Return the newest finished run folder of TrainCamNet.py. Raises UserError if there is none."""
+    found = sorted(models.glob("TrainCamNet-*/generator.json"), key=lambda file: file.stat().st_mtime)
+    if not found:
+        raise Utils.UserError(f"no generator in {models}: run python TrainCamNet.py, or name its run folder")
+    return found[-1].parent
+
+
 # ---------------------------------------------------------------------------------------------------- blocks of text
 
 
 def fill(text, results):
     """Return the text with its blocks made anew.
 
-    <!-- MAKER NAME --> ... <!-- end -->: a table of Results/NAME.json by `Tables.MAKERS`. <!-- pairs --> ... <!-- end -->,
-    in one line: the choices of --pair.
+    <!-- MAKER NAME --> ... <!-- end -->: a table of Results/NAME.json, by `Tables.MAKERS`.
+    <!-- pairs --> ... <!-- end -->, in one line: the choices of --pair.
     """
 
     def block(match):

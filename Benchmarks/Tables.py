@@ -1,5 +1,6 @@
 """The tables of README.md and Results/README.md, as Markdown, made from the records in Results/."""
 
+import re
 import shlex
 import statistics
 import string
@@ -28,6 +29,11 @@ def markdown(head, rows, *below):
     lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
     lines.insert(1, "|---" * len(head) + "|")
     return "\n\n".join(["\n".join(lines), *below])
+
+
+def device_of(record):
+    """Return what a record was measured on, as text."""
+    return re.sub(r"\b1 threads", "1 thread", record["device"])
 
 
 def pairs():
@@ -85,7 +91,7 @@ def encoder_table(records):
     """Return a table of runs of TrainSimCLR.py: a row per command, mean ± standard deviation over its seeds."""
     groups = {}
     for record in records:
-        key = (shown_command(record["command"], leave_out=["seed"]), record["device"])
+        key = (shown_command(record["command"], leave_out=["seed"]), device_of(record))
         groups.setdefault(key, []).append(record)
     rows = []
     for (command, device), runs in groups.items():
@@ -120,8 +126,9 @@ def choice_table(records):
         rows.append([f"`{command}`", letter, *scores])
     generators = "\n".join(f"* {letter}: `{command}`" for command, letter in letters.items())
     first = records[0]
-    split = f"Split {first['evaluation']['split']}, seed {first['seed']}, one run each, {first['device']}."
-    return markdown(["command", "generator", "kNN", "linear"], rows, split, f"Generators, trained first:\n\n{generators}")
+    where = f"Split {first['evaluation']['split']}, seed {first['seed']}, one run each, {device_of(first)}."
+    below = f"{where} Generators, trained before:\n\n{generators}"
+    return markdown(["command", "generator", "kNN", "linear"], rows, below)
 
 
 def varying(records):
@@ -175,7 +182,7 @@ def arms_table(records):
     head = ["arm", "seeds", "kNN", "linear", "steps", "compute", "of it generator", "minutes"]
     first = records[0]
     below = f"Split {first['split']}, {first['n_test']:,} images; compute in 10^12 multiply-accumulates; "
-    return markdown(head, rows, below + f"each run on {first['device']}.")
+    return markdown(head, rows, below + f"each run on {device_of(first)}.")
 
 
 # ---------------------------------------------------------------------------------------------------- generators
@@ -186,7 +193,7 @@ def generator_block(records):
     record = records[0]
     table = textwrap.indent(fitness_table(record["generator"]), "    ")
     command = shown_command(record["command"])
-    return f"{table}\n\n`{command}`: {record['minutes']} minutes without the measures at its end, {record['device']}"
+    return f"{table}\n\n`{command}`: {record['minutes']} minutes without the measures at its end, {device_of(record)}"
 
 
 # ---------------------------------------------------------------------------------------------------- speed
@@ -198,7 +205,7 @@ def speed_table(content):
     for row in content["rows"]:
         memory = f"{row['peak_memory_bytes'] / 2**20:,.0f}" if row.get("peak_memory_bytes") else ""
         rows.append([row["part"], row["variant"], f"{row['views_per_second']:,.0f}", memory])
-    below = f"`{content['command']}`, {content['device']}"
+    below = f"`{content['command']}`, {device_of(content)}"
     return markdown(["what", "variant", "views/s", "peak memory, MiB"], rows, below)
 
 
@@ -210,7 +217,7 @@ def search_table(content):
         rows.append([row["part"], row["variant"], f"{row['images_per_second']:,.1f}", f"{row['ratio']:.2f}", same])
     generator = command_of("TrainCamNet.py", content["generator"])
     measured = f"python -m Benchmarks.Search --images {content['images']} --rounds {content['rounds']}"
-    below = f"`{generator}`, then `{measured}`, {content['device']}"
+    below = f"`{generator}`, then `{measured}`, {device_of(content)}"
     return markdown(["what", "variant", "images/s", "ours / it", "same codes"], rows, below)
 
 
