@@ -11,6 +11,7 @@ from torchvision.utils import make_grid
 import Evaluate
 from Augmentations import to_float
 from Losses import view_statistics
+from Utils import shown
 
 MEASURED = 512  # images whose pairs are measured
 LEAST_WIDTH = 600  # of a picture with captions, in pixels
@@ -106,13 +107,13 @@ def plural(count, noun):
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def show_pairs(run, x, num_views, step=0, images=8):
-    """Write pairs.png: a row per view, a column per image: what the loss compares."""
+def show_pairs(run, x, captions, step=0, images=8):
+    """Write pairs.png: a row per view, with its caption, and a column per image: what the loss compares."""
     if not run.writes:
         return
-    rows = x.view(num_views, -1, *x.shape[1:])[:, :images].flatten(0, 1).float().clamp(0, 1)
-    grid = make_grid(rows.cpu(), nrow=min(images, len(rows) // num_views), padding=1, pad_value=1)
-    run.picture("pairs", grid, step)
+    rows = x.view(len(captions), -1, *x.shape[1:])[:, :images].flatten(0, 1).float().clamp(0, 1)
+    grid = make_grid(rows.cpu(), nrow=len(rows) // len(captions), padding=1, pad_value=1)
+    run.picture("pairs", captioned(grid, rows=captions), step)
 
 
 @torch.no_grad()
@@ -191,7 +192,7 @@ def show_embedding(run, encoder, split, device, most=1000):
     pictures = to_float(images)
     with torch.no_grad(), Evaluate.frozen(encoder):
         features = Evaluate.embed(encoder, pictures).cpu()
-    names = [split.classes[label] if label >= 0 else "?" for label in split.labels[rows].tolist()]
+    names = [shown(split.classes[label]) if label >= 0 else "?" for label in split.labels[rows].tolist()]
     run.board.add_embedding(features, names, pictures.cpu(), global_step=0)
 
 

@@ -35,7 +35,7 @@ from CamNet import IMLE, Distances
 from CamNet.Codes import Purpose, make_keys, uniforms
 from CamNet.Corruptions import pyramid
 from CamNet.Generator import NETS, Generator
-from CamNet.Measures import AT_ONCE, HeldOut, fitness_table, unfit
+from CamNet.Measures import AT_ONCE, SHOWN, HeldOut, fitness_table, unfit
 from Flags import bounded
 from Optimizers import learning_rate
 
@@ -407,10 +407,13 @@ def finish_period(trainer, run, title, loss, seconds):
     few = trainer.held_out_images(FEW)
     values = {"period_loss": loss, **few.quality(few.samples(trainer.ema, 4), (1, 4))}
     run.log(trainer.step, period, **values)
+    if is_last:
+        run.show_flags(Flags.hyper_parameters(args), ["Train/best_of_1", "Train/diversity_pixels"])
     if is_last or (args.save_iter and period % args.save_iter == 0):
         trainer.save(run.folder)
     if is_last or (args.sample_iter and period % args.sample_iter == 0):
-        run.picture("samples", few.picture(trainer.ema), period)
+        columns = ["x", "c(x)", *(f"sample {index + 1}" for index in range(SHOWN))]
+        run.picture("samples", Reports.captioned(few.picture(trainer.ema), columns), period)
     text = "  ".join(f"{name.removeprefix('period_')} {value:.4f}" for name, value in values.items())
     tqdm.write(f"{title} {period}/{args.periods}  {seconds:.0f} s  {text}")
 

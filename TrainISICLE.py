@@ -118,6 +118,12 @@ class Restored:
     def __len__(self):
         return (self.pair.real + self.made) * self.pair.times
 
+    @property
+    def captions(self):
+        """What each view shows, in words."""
+        restored = "restored" if self.args.p_gen == 1 else "restored or image"
+        return (["image"] * self.pair.real + [restored] * self.made) * self.pair.times
+
     def start_epoch(self, epoch):
         """Take the bank of an epoch; see TrainSimCLR.SamePair."""
         if self.bank_of_epoch:
@@ -176,6 +182,11 @@ class Corrupted(Restored):
         super().__init__(args)
         self.corruption = corruption
         self.synthetic_share = 1.0
+
+    @property
+    def captions(self):
+        """What each view shows, in words."""
+        return ["c(x)"] * 2
 
     def __call__(self, indices, images, step):
         """Return c(x), uint8 (b, 3, H, W), twice; see TrainSimCLR.SamePair."""

@@ -29,6 +29,7 @@ import Reports
 import Runs
 import Utils
 from Backbones import BACKBONES, ContrastiveNet, build_head, check_backbone, count_parameters, is_resnet, stem_text
+from EncoderFiles import encoder_metadata, save_encoder
 from Flags import bounded
 from Optimizers import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 
@@ -129,6 +130,11 @@ class SamePair:
 
     def __len__(self):
         return self.num_views
+
+    @property
+    def captions(self):
+        """What each view shows, in words."""
+        return ["image"] * self.num_views
 
     def start_epoch(self, epoch):
         """Prepare for an epoch; all processes call this at the same time."""
@@ -318,7 +324,7 @@ def train_epoch(trainer, run, interruption):
             if is_logged:
                 log_step(trainer, run, loss, z, meter)
             if is_shown:
-                Reports.show_pairs(run, x, len(z), trainer.step)
+                Reports.show_pairs(run, x, trainer.positives.captions, trainer.step)
                 meter.start(trainer.step)
             stopped = Distributed.any_process(interruption.signal is not None)
             if stopped:
@@ -423,7 +429,8 @@ def measure_pairs(trainer, labelled):
 
 
 def finish_run(trainer, run, splits, again):
-    """Score the last epoch next to its baselines; write evaluation.json and what TensorBoard shows of it.
+    """Score the last epoch next to its baselines; write evaluation.json and what TensorBoard shows of it; return
+    the scores.
 
     again: the run was complete when this start resumed it; what it scored then is shown if it scored the same split.
     """
@@ -431,15 +438,16 @@ def finish_run(trainer, run, splits, again):
     if not Evaluate.can_probe(splits):
         if not Runs.has_logged(run.folder, trainer.step, "alignment"):
             run.log(trainer.step, trainer.epoch, group="Pairs", **measure_pairs(trainer, labelled=False))
+            run.show_flags(Flags.hyper_parameters(trainer.args), ["Pairs/alignment"])
         print("fewer than two classes, or too few labels: nothing to score")
-        return
+        return {}
 
     # a complete run that was resumed
     file = run.folder / "evaluation.json"
     result = Utils.read_json(file) or {}
     if again and result.get("split") == splits.eval and Runs.has_logged(run.folder, trainer.step, "knn"):
         print(f"this run is complete: scores from {file}\n{Evaluate.scores_table(result)}")
-        return
+        return result
 
     # scores
     encoder = trainer.net.encoder
@@ -454,9 +462,13 @@ def finish_run(trainer, run, splits, again):
     Utils.write_json(file, result)
     scores = {name: result[name] for name in ("knn", "linear")}
     run.log(trainer.step, trainer.epoch, group="Pairs", **scores, **result["pairs"])
-    final = {f"Final/{name}": result[name] for name in ("knn", "linear", "linear_aug") if name in result}
-    run.board.add_hparams(Flags.hyper_parameters(trainer.args), final, run_name=".")
+    run.show_flags(Flags.hyper_parameters(trainer.args), scores)
+    run.baseline("chance", {"knn": result["chance"], "linear": result["chance"]}, trainer.step)
+    if untrained:
+        run.baseline("untrained", {name: result[f"untrained_{name}"] for name in scores}, trainer.step)
+        run.baseline("pixels", {"knn": result["pixels_knn"]}, trainer.step)
     Reports.show_embedding(run, encoder, splits.test, trainer.device)
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------- script
@@ -598,7 +610,9 @@ def pretrain(args, row, folder, splits, trainer):
 
         # score
         if run.writes and not stopped:
-            finish_run(trainer, run, splits, again=first_step == trainer.step)
+            result = finish_run(trainer, run, splits, again=first_step == trainer.step)
+            metadata = encoder_metadata(trainer.net.encoder, args, trainer.epoch, result)
+            save_encoder(folder / "encoder.pt", trainer.net.encoder, metadata)
             Runs.farewell(folder)
     Distributed.stop()
     return interruption.exit_code if stopped else 0

@@ -355,7 +355,9 @@ def test_a_collapse_stops_the_run_after_its_first_epoch(quick, tmp_path, cli, mo
     monkeypatch.setattr(Losses, "view_statistics", collapsed)
     done = cli(quick(tmp_path))
     (saved,) = tmp_path.rglob("*.pt")
-    one_error(done, "collapsed", "0.0010", "epoch 2, step", "--temp 0.5", "--aug full", f"last good checkpoint: {saved}")
+    one_error(
+        done, "collapsed", "0.0010", "epoch 2, step", "--temp 0.5", "--aug full", f"last good checkpoint: {saved}"
+    )
     assert len(lines(only_run(tmp_path))) == 31
 
 
