@@ -6,8 +6,10 @@ import difflib
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torchvision import models
-from torchvision.models.resnet import BasicBlock
+
+from Lazy import lazy_import
+
+torchvision = lazy_import("torchvision")
 
 # Suggestions for --help: any other classification model of torchvision works as well.
 BACKBONES = ("resnet8", "resnet18", "resnet34", "resnet50", "convnext_tiny", "vit_b_16", "efficientnet_b0")
@@ -27,7 +29,7 @@ class ResNet8(nn.Module):
             nn.ReLU(inplace=True),
         )
         self.stages = nn.Sequential(
-            BasicBlock(width, width),
+            torchvision.models.resnet.BasicBlock(width, width),
             self._down(width, 2 * width),
             self._down(2 * width, 4 * width),
         )
@@ -38,7 +40,7 @@ class ResNet8(nn.Module):
     @staticmethod
     def _down(width, out):
         shortcut = nn.Sequential(nn.Conv2d(width, out, 1, stride=2, bias=False), nn.BatchNorm2d(out))
-        return BasicBlock(width, out, stride=2, downsample=shortcut)
+        return torchvision.models.resnet.BasicBlock(width, out, stride=2, downsample=shortcut)
 
     def forward(self, x):
         """Return features (B, 4 width) of images (B, 3, H, W)."""
@@ -83,14 +85,14 @@ def check_backbone(name, small_stem, size):
 
 def is_resnet(name):
     """Return whether a model is one of torchvision's ResNets, which can have the small stem."""
-    if name not in models.list_models(module=models):
+    if name not in torchvision.models.list_models(module=torchvision.models):
         return False
-    return models.get_model_builder(name).__module__ == models.resnet.__name__
+    return torchvision.models.get_model_builder(name).__module__ == torchvision.models.resnet.__name__
 
 
 def stem_text(encoder):
     """Return what the stem of one of torchvision's ResNets is, in words; "" for other encoders."""
-    if not isinstance(encoder, models.ResNet):
+    if not isinstance(encoder, torchvision.models.ResNet):
         return ""
     if isinstance(encoder.maxpool, nn.Identity):
         return "3x3 stem, stride 1, no pooling"
@@ -98,8 +100,8 @@ def stem_text(encoder):
 
 
 def list_backbones():
-    """Return the names of all backbones: resnet8, then torchvision's classification models."""
-    return ["resnet8", *models.list_models(module=models)]
+    """Return the names of all backbones: resnet8, then torchvision's classification torchvision.models."""
+    return ["resnet8", *torchvision.models.list_models(module=torchvision.models)]
 
 
 def model_options(name, size):
@@ -127,7 +129,7 @@ def find_classifier(model):
 def classifier_name(name, size):
     """Return the name of the layer that is Identity in an encoder, "fc" or "classifier.2" for example."""
     with _without_values():
-        return find_classifier(models.get_model(name, weights=None, **model_options(name, size)))
+        return find_classifier(torchvision.models.get_model(name, weights=None, **model_options(name, size)))
 
 
 def _check_name(name):
@@ -159,7 +161,7 @@ def _without_values():
 def _build(name, small_stem, size):
     if name == "resnet8":
         return ResNet8()
-    encoder = models.get_model(name, weights=None, **model_options(name, size))
+    encoder = torchvision.models.get_model(name, weights=None, **model_options(name, size))
     encoder.set_submodule(find_classifier(encoder), nn.Identity())
     if small_stem:
         encoder.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)

@@ -413,7 +413,7 @@ def finish_period(trainer, run, title, loss, seconds):
         trainer.save(run.folder)
     if is_last or (args.sample_iter and period % args.sample_iter == 0):
         columns = ["x", "c(x)", *(f"sample {index + 1}" for index in range(SHOWN))]
-        run.picture("samples", Reports.captioned(few.picture(trainer.ema), columns), period)
+        run.picture("samples", Reports.captioned(Reports.grid(few.shown(trainer.ema)), columns), period)
     text = "  ".join(f"{name.removeprefix('period_')} {value:.4f}" for name, value in values.items())
     tqdm.write(f"{title} {period}/{args.periods}  {seconds:.0f} s  {text}")
 
