@@ -1,5 +1,6 @@
 """What several test files use: image files, folders of them, and the check of a user's error."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,17 @@ def save_shapes(folder, each, size=32, seed=0, classes=Shapes.CLASSES):
     return Path(folder)
 
 
+def real_file(name):
+    """Return the path of a file in the folder that ISICLE_REAL_DATA names; skip the test where there is none."""
+    folder = os.environ.get("ISICLE_REAL_DATA")
+    if not folder:
+        pytest.skip("needs real data: set ISICLE_REAL_DATA to a folder that holds data/ and weights/")
+    path = Path(folder) / name
+    if not path.exists():
+        pytest.skip(f"needs {path}")
+    return path
+
+
 def one_line(function, *parts):
     """Return the message of the UserError that the call raises, a single line with these parts."""
     with pytest.raises(UserError) as caught:
@@ -34,3 +46,14 @@ def one_line(function, *parts):
     for part in parts:
         assert part in str(caught.value)
     return str(caught.value)
+
+
+def refuses(function, *parts):
+    """Return the message of the ValueError that a call into CamNet raises, a single line with these parts."""
+    with pytest.raises(ValueError) as caught:
+        function()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+    return message
