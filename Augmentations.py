@@ -26,7 +26,7 @@ def _check_images(images):
     _require(images.dtype == torch.uint8 or images.is_floating_point(), "images.dtype", images.dtype, "uint8 or float")
 
 
-def _to_float(images):
+def to_float(images):
     """float32 in [0, 1] from uint8 or from float in [0, 1]; float32 comes back as it is."""
     return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
 
@@ -77,7 +77,7 @@ def resized_crop(images, top, left, height, width, size, flip=None, interpolatio
     upright = torch.zeros_like(top, dtype=torch.bool)
     rows = _resize_weights(top, height, images.shape[2], size, upright, interpolation)
     columns = _resize_weights(left, width, images.shape[3], size, upright if flip is None else flip, interpolation)
-    return _separable(_to_float(images), rows, columns)
+    return _separable(to_float(images), rows, columns)
 
 
 def resize(images, size, interpolation="bilinear"):
@@ -286,7 +286,7 @@ class Augmentation:
     def _view(self, images, host, local, hue_round):
         """Views of images that turn their hue in one round (4: no jitter); host, local: parameters there and here."""
         if self.crop_scale is None and images.shape[2:] == (self.size, self.size):
-            x = _on_rows(_to_float(images), host["flip"], lambda x: x.flip(3))
+            x = _on_rows(to_float(images), host["flip"], lambda x: x.flip(3))
         else:
             box = (local[key] for key in ("top", "left", "height", "width"))
             x = resized_crop(images, *box, self.size, local["flip"], self.interpolation)

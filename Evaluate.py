@@ -1,4 +1,4 @@
-"""Score an encoder: kNN, linear probes, fine-tuning; beside chance, raw pixels and the untrained encoder.
+"""Score an encoder: kNN, linear probes, fine-tuning; next to chance, raw pixels and the untrained encoder.
 
     python Evaluate.py Models/RUN/40.pt                       # all it needs is in the file
     python Evaluate.py Models/RUN --eval test --finetune 20   # the newest checkpoint of a run
@@ -6,6 +6,10 @@
 Writes RUN/evaluation.json (fractions of 1, with the protocol) and prints the same as a table.
 """
 
+import Signals  # noqa: F401  first: see TrainSimCLR.py
+
+# isort: split
+import argparse
 import contextlib
 import copy
 import json
@@ -19,6 +23,8 @@ from tqdm import tqdm
 import Data
 import Flags
 import Utils
+from Augmentations import to_float
+from Images.Folders import DATA_DIR
 
 PROTOCOL = {
     "features": "encoder output before the projection head, float32, evaluation mode, images without augmentation",
@@ -37,7 +43,8 @@ PROTOCOL = {
 @contextlib.contextmanager
 def frozen(encoder):
     """Switch to evaluation mode and back, and prove that not one bit of weights and statistics changed in between."""
-    before, mode = copy.deepcopy(encoder.state_dict()), encoder.training
+    before = copy.deepcopy(encoder.state_dict())
+    mode = encoder.training
     encoder.eval()
     try:
         yield
@@ -48,16 +55,23 @@ def frozen(encoder):
         raise AssertionError(f"evaluation changed the encoder: {', '.join(changed)}")
 
 
-@torch.no_grad()
-def extract(encoder, split, device, views=None, generator=None, bs=512):
-    """Return features (N, F), float32 on `device`, of all images of a split; 0 where --skip_bad leaves one out.
+def embed(net, x):
+    """Return the features float32 (B, F) of views x, float (B, 3, H, W)."""
+    return net(x.contiguous(memory_format=torch.channels_last)).float()
 
-    views: an `Augmentation` with its `generator`; None: the images as they are.
+
+@torch.no_grad()
+def extract(encoder, split, device, views=None, rng=None, bs=512):
+    """Return features (N, F), float32 on `device`, of all images of a split.
+
+    views: an `Augmentation`, drawn with `rng`, a torch.Generator; None: the images as they are.
     """
-    views, generator, features = views or Data.plain_views(split.size), generator or torch.Generator(), None
+    features = None
     for rows, images in split.batches(torch.arange(len(split)).split(bs), device):
-        part = encoder(views(images, generator).contiguous(memory_format=torch.channels_last)).float()
-        features = part.new_zeros(len(split), part.shape[1]) if features is None else features
+        x = views(images, rng) if views else to_float(images)
+        part = embed(encoder, x)
+        if features is None:
+            features = part.new_zeros(len(split), part.shape[1])
         features[rows.to(device)] = part
     return features
 
@@ -73,8 +87,10 @@ def knn_accuracy(train, train_labels, test, test_labels, k=PROTOCOL["knn_k"], te
 
     train, test: features (N, F) and (M, F); labels int64 (N,) and (M,). k is cut to N.
     """
-    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
-    classes, right = int(train_labels.max()) + 1, 0
+    train = F.normalize(train, dim=1)
+    test = F.normalize(test, dim=1)
+    classes = int(train_labels.max()) + 1
+    right = 0
     for x, y in zip(test.split(1024), test_labels.split(1024)):  # bounds the memory to 1024 N similarities
         nearest, rows = (x @ train.T).topk(min(k, len(train)), dim=1)  # (1024, k)
         votes = torch.zeros(len(x), classes, device=x.device)
@@ -104,9 +120,11 @@ def fit_linear(train, train_labels, l2=PROTOCOL["linear_l2"], iterations=PROTOCO
 
 def linear_accuracy(train, train_labels, test, test_labels):
     """Return the accuracy, in [0, 1], of `fit_linear` on features standardised by train: (N, F), (M, F)."""
-    mean, std = train.mean(dim=0), train.std(dim=0, correction=0) + 1e-6
+    mean = train.mean(dim=0)
+    std = train.std(dim=0, correction=0) + 1e-6
     weight, bias = fit_linear((train - mean) / std, train_labels)
-    return (((test - mean) / std @ weight.T + bias).argmax(dim=1) == test_labels).sum().item() / len(test)
+    predicted = ((test - mean) / std @ weight.T + bias).argmax(dim=1)
+    return (predicted == test_labels).sum().item() / len(test)
 
 
 def folds(splits):
@@ -126,33 +144,42 @@ def folds(splits):
 
 def mean_accuracy(probe, splits, train, test, passes=1):
     """Return a probe's accuracy, averaged over `folds`. train: (passes * N, F), pass after pass; test: (M, F)."""
-    n, total, pairs = len(splits.train), 0.0, folds(splits)
-    train_labels, test_labels = splits.train.labels.to(train.device), splits.test.labels.to(train.device)
+    n = len(splits.train)
+    train_labels = splits.train.labels.to(train.device)
+    test_labels = splits.test.labels.to(train.device)
+    pairs = folds(splits)
+    total = 0.0
     for rows, test_rows in pairs:
-        all_rows = torch.cat([rows + k * n for k in range(passes)]).to(train.device)
+        rows = torch.cat([rows + index * n for index in range(passes)]).to(train.device)
         test_rows = test_rows.to(train.device)
-        total += probe(train[all_rows], train_labels[all_rows % n], test[test_rows], test_labels[test_rows])
+        total += probe(train[rows], train_labels[rows % n], test[test_rows], test_labels[test_rows])
     return total / len(pairs)
 
 
 def can_probe(splits):
-    """Return whether labels of at least two classes are there to score with."""
-    return len(splits.train.classes) > 1
+    """Return whether there are labels of at least two classes, and enough of them to score with."""
+    n_labelled = int((splits.train.labels >= 0).sum())
+    n_scored = int((splits.test.labels >= 0).sum())
+    enough = n_labelled >= PROTOCOL["folds"] if splits.eval == "cv" else n_labelled > 0 and n_scored > 0
+    return len(splits.train.classes) > 1 and enough
 
 
 def score(encoder, splits, device):
     """Return {"knn", "linear"}, fractions of 1: what is measured during training."""
     with frozen(encoder):
-        features = extract_both(encoder, splits, device)
-    probes = {"knn": knn_accuracy, "linear": linear_accuracy}
-    return {name: mean_accuracy(probe, splits, *features) for name, probe in probes.items()}
+        train, test = extract_both(encoder, splits, device)
+    return {
+        "knn": mean_accuracy(knn_accuracy, splits, train, test),
+        "linear": mean_accuracy(linear_accuracy, splits, train, test),
+    }
 
 
 def score_augmented(encoder, splits, device, views, seed=0):
     """Return the accuracy of a linear probe that learns from random views, and is scored on images as they are."""
-    generator, passes = torch.Generator().manual_seed(seed), PROTOCOL["linear_aug_passes"]
+    rng = torch.Generator().manual_seed(seed)
+    passes = PROTOCOL["linear_aug_passes"]
     with frozen(encoder):
-        train = torch.cat([extract(encoder, splits.train, device, views, generator) for _ in range(passes)])
+        train = torch.cat([extract(encoder, splits.train, device, views, rng) for _ in range(passes)])
         test = extract(encoder, splits.test, device)
     return mean_accuracy(linear_accuracy, splits, train, test, passes)
 
@@ -174,61 +201,84 @@ def fine_tune(encoder, splits, device, views, epochs, bs=256, lr=0.05, seed=0):
 
     SGD with Nesterov momentum .9, weight decay 5e-4, a cosine per step; views: the augmentation.
     """
-    generator, total, pairs = torch.Generator().manual_seed(seed), 0.0, folds(splits)
+    rng = torch.Generator().manual_seed(seed)
+    train_labels = splits.train.labels.to(device)
+    pairs = folds(splits)
+    total = 0.0
     for rows, test_rows in pairs:
-        net = nn.Sequential(copy.deepcopy(encoder), nn.Linear(encoder.features, len(splits.train.classes))).to(device)
+        # a fresh copy
+        linear = nn.Linear(encoder.num_features, len(splits.train.classes))
+        net = nn.Sequential(copy.deepcopy(encoder), linear).to(device)
         optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(rows) // bs))
+        n_batches = -(-len(rows) // bs)
+        if n_batches > 1 and len(rows) % bs == 1:  # batch normalisation needs two images
+            n_batches -= 1
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * n_batches)
+
+        # trained
         net.train()
         for _ in tqdm(range(epochs), "fine-tuning", unit="epoch", disable=Utils.quiet()):
-            order = rows[torch.randperm(len(rows), generator=generator)]
-            for indices, images in splits.train.batches(order.split(bs), device):
-                x = views(images, generator).contiguous(memory_format=torch.channels_last)
-                loss = F.cross_entropy(net(x), splits.train.labels[indices.cpu()].to(device))
+            order = rows[torch.randperm(len(rows), generator=rng)]
+            for indices, images in splits.train.batches(order.split(bs)[:n_batches], device):
+                logits = embed(net, views(images, rng))
+                loss = F.cross_entropy(logits, train_labels[indices.to(device, non_blocking=True)])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+
+        # scored
         net.eval()
         logits = extract(net, splits.test, device)[test_rows.to(device)]
-        total += (logits.argmax(dim=1).cpu() == splits.test.labels[test_rows].cpu()).sum().item() / len(test_rows)
+        is_right = logits.argmax(dim=1).cpu() == splits.test.labels[test_rows].cpu()
+        total += is_right.sum().item() / len(test_rows)
     return total / len(pairs)
 
 
 def evaluate(encoder, untrained, splits, views, device, epoch):
-    """Return the content of evaluation.json: every score with its protocol and with what it is to be compared to.
+    """Return the content of evaluation.json: every score with its protocol and with what it is to be compared with.
 
     untrained: the encoder as it was before training; None leaves out all but kNN, linear probe and chance.
     """
-    beside = {}
+    result = score(encoder, splits, device)
     if untrained:
-        beside = {f"untrained_{name}": value for name, value in score(untrained, splits, device).items()}
-        beside |= {"linear_aug": score_augmented(encoder, splits, device, views)}
-        beside |= {"pixels_knn": score_pixels(splits, device)}
-    return {
-        **score(encoder, splits, device),
-        **beside,
-        "chance": chance(splits),
-        **{"n_test": int((splits.test.labels >= 0).sum()), "split": splits.eval, "epoch": epoch, "protocol": PROTOCOL},
-    }
+        result |= {f"untrained_{name}": value for name, value in score(untrained, splits, device).items()}
+        result["linear_aug"] = score_augmented(encoder, splits, device, views)
+        result["pixels_knn"] = score_pixels(splits, device)
+    result["chance"] = chance(splits)
+    result["n_test"] = int((splits.test.labels >= 0).sum())
+    result["split"] = splits.eval
+    result["epoch"] = epoch
+    result["protocol"] = PROTOCOL
+    return result
 
 
-def table(result):
+ROWS = {  # of the printed table: {name in evaluation.json: title}
+    "knn": "kNN",
+    "linear": "linear probe",
+    "linear_aug": "linear probe on augmented images",
+    "finetune": "fine-tuned",
+    "chance": "chance (commonest class)",
+    "pixels_knn": "kNN on raw pixels",
+    "untrained_knn": "kNN, untrained encoder",
+    "untrained_linear": "linear probe, untrained encoder",
+    "label_real": "label kept? probe on real train images",
+    "label_synthetic": "label kept? probe on their restorations",
+}
+
+
+def scores_table(result):
     """Return the scores of `evaluate` as text."""
-    rows = [
-        *[("kNN", "knn"), ("linear probe", "linear"), ("linear probe, learnt from augmented images", "linear_aug")],
-        *[("fine-tuned", "finetune"), ("chance (commonest class)", "chance"), ("kNN on raw pixels", "pixels_knn")],
-        *[("kNN, untrained encoder", "untrained_knn"), ("linear probe, untrained encoder", "untrained_linear")],
-    ]
-    rows += [("linear probe, other half of the train images", "label_real")]
-    rows += [("the same, their synthetic views", "label_synthetic")]
     pairs = result.get("pairs", {})
     shown = result | pairs
-    lines = [f"{title:44}{100 * shown[key]:6.2f} %" for title, key in rows if key in shown]
+    lines = [f"epoch {result['epoch']}, split {result['split']}, {result['n_test']} images"]
+    for name, title in ROWS.items():
+        if name in shown:
+            lines.append(f"{title:44}{100 * shown[name]:6.2f} %")
     if pairs:
-        numbers = (f"{name.replace('_', ' ')} {value:.2f}" for name, value in pairs.items() if name[:5] != "label")
-        lines.append(f"pairs: {', '.join(numbers)}")
-    return "\n".join([f"epoch {result['epoch']}, split {result['split']}, {result['n_test']} images", *lines])
+        values = [f"{name.replace('_', ' ')} {value:.2f}" for name, value in pairs.items() if name not in ROWS]
+        lines.append(f"pairs: {', '.join(values)}")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------- script
@@ -236,41 +286,68 @@ def table(result):
 
 def get_args(argv=None):
     """Parse the flags."""
-    parser = Flags.parser_for(__doc__)
-    parser.add_argument("checkpoint", help="a .pt file, or a run folder: its newest")
-    parser.add_argument("--eval", choices=["val", "cv", "test"], help="what is scored; if not given, as the run did")
-    parser.add_argument("--data", help="another place of the same data, where the run's own is gone")
-    epochs = {"type": Flags.number(int, 0), "default": 0, "metavar": "EPOCHS"}
-    parser.add_argument("--finetune", **epochs, help="also fine-tune a copy; 0: do not")
-    parser.add_argument("--out", help="where to write; if not given, evaluation.json beside the checkpoint")
-    parser.set_defaults(n_workers=None, data_dir=None, storage=None, skip_bad=None)  # as the run had them
+    parser = Flags.plain_parser(__doc__)
+    add = parser.add_argument
+    add("checkpoint", help="a .pt file, or a run folder: its newest checkpoint")
+    add("--eval", choices=["val", "cv", "test"], help="split that is scored; default: as in the run")
+    add("--data", help="another place of the same data, where the run's own is gone")
+    finetune = "also fine-tune a copy, for that many epochs"
+    add("--finetune", type=Flags.bounded(int, 0), default=0, metavar="EPOCHS", help=finetune)
+    add("--out", metavar="FILE", help="file to write; default: evaluation.json next to the checkpoint")
+    Flags.add_reading(parser.add_argument_group("reading images (default: as in the run)"))
+    parser.set_defaults(n_workers=None, data_dir=None, storage=None, skip_bad=None)
     return parser.parse_args(argv)
 
 
 def main(args):
     """Score one checkpoint."""
+    # the checkpoint, and the flags of its run with those that were given
     file = Path(args.checkpoint)
-    if file.is_dir() and (file := Utils.newest_checkpoint(args.checkpoint)) is None:
+    if file.is_dir():
+        file = Utils.newest_checkpoint(file)
+    if file is None:
         raise Utils.UserError(f"{args.checkpoint} holds no checkpoint: give a .pt file or another folder")
     state = Utils.load_(file)
     if not {"args", "encoder", "epoch"} <= state.keys():
         raise Utils.UserError(f"{file} holds no encoder: give a checkpoint of TrainSimCLR.py")
-    run = type(args)(**{**state["args"], **{key: value for key, value in vars(args).items() if value is not None}})
+    Utils.check_run(file, state)
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    run = argparse.Namespace(**(usual_flags(file, state["args"]) | state["args"] | given))
+
+    # the encoder, as it was before training and as it is
     device = Utils.pick_device(args.device)
-    untrained, encoder = Flags.encoder_for(run), Flags.encoder_for(run)
+    untrained = Flags.encoder_for(run).to(device, memory_format=torch.channels_last)
+    encoder = Flags.encoder_for(run)
     Utils.load_(file, encoder=encoder)
+    encoder.to(device, memory_format=torch.channels_last)
+
+    # scores
     splits = Flags.splits_for(run, device)
     if not can_probe(splits):
         raise Utils.UserError(f"--data {run.data}: one class or no labels: there is nothing to score")
-    encoder, untrained = (net.to(device, memory_format=torch.channels_last) for net in (encoder, untrained))
-    result = evaluate(encoder, untrained, splits, Flags.views_for(run), device, state["epoch"])
+    result = evaluate(encoder, untrained, splits, Flags.augmentation_for(run), device, state["epoch"])
     if args.finetune:
-        result["finetune"] = fine_tune(encoder, splits, device, Flags.views_for(run, "crop"), args.finetune)
+        crop = Flags.augmentation_for(run, aug="crop")
+        result["finetune"] = fine_tune(encoder, splits, device, crop, args.finetune)
         result["protocol"] = {**PROTOCOL, "finetune_epochs": args.finetune}
     out = Path(args.out) if args.out else file.parent / "evaluation.json"
     result |= measured_by_training(out, state["epoch"])
-    write_result(out, result)
-    print(f"{file}\n{table(result)}\nwritten to {out}")
+    print(f"{file}\n{scores_table(result)}")
+    Utils.write_json(out, result)
+    print(f"written to {out}")
+
+
+def usual_flags(file, stored):
+    """Return the defaults of flags that a checkpoint of another version lacks; say which of them are used."""
+    row = Data.get_row(stored.get("data", "shapes"), stored.get("size"))
+    usual = {"data": "shapes", "size": None, "eval": "val", "aug": "full", "seed": 0, "small_stem": row.small_images}
+    usual["image_size"] = row.size
+    usual |= {"n_workers": 2, "data_dir": str(DATA_DIR), "storage": "auto", "skip_bad": False}
+    usual |= row.recipe_for("cuda")
+    missing = [f"--{key} {value}" for key, value in usual.items() if key not in stored]
+    if missing:
+        print(f"{Utils.shown(file)} is of another version: it lacks {', '.join(missing)}: these defaults are used")
+    return usual
 
 
 def measured_by_training(file, epoch):
@@ -280,11 +357,6 @@ def measured_by_training(file, epoch):
         if before["epoch"] == epoch:
             return {"pairs": before["pairs"]}
     return {}
-
-
-def write_result(file, result):
-    """Write evaluation.json."""
-    Utils.write_atomically(file, lambda scratch: scratch.write_text(json.dumps(result, indent=1) + "\n"))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 """Contrastive losses: tensors in, a scalar out. The logarithms of sums are taken in float32 or better."""
 
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -35,18 +39,74 @@ def multi_positive(z, temperature=0.5, form="out"):
         itself = torch.eye(m * n, dtype=torch.bool, device=z.device)
         s = s.masked_fill(itself, float("-inf"))  # a view is neither its own positive nor its own negative
         log_all = s.logsumexp(dim=1).view(m, n)  # (M, N), over the MN - 1 others
-        positives = s.view(m, n, m, n).diagonal(
-            dim1=1, dim2=3
-        )  # (M, M, N): [a, p, i] = view a against view p of image i
+        # (M, M, N): [a, p, i] is the similarity of view a and view p of image i
+        positives = s.view(m, n, m, n).diagonal(dim1=1, dim2=3)
         if form == "in":
             return (log_all - positives.logsumexp(dim=1)).mean()
-        positives = positives.masked_fill(torch.eye(m, dtype=torch.bool, device=z.device)[..., None], 0.0)
+        same_view = torch.eye(m, dtype=torch.bool, device=z.device)[..., None]
+        positives = positives.masked_fill(same_view, 0.0)
         return (log_all - positives.sum(dim=1) / (m - 1)).mean()
+
+
+def squared_distance(z1, z2):
+    """Return the mean squared distance, 0 to 4, of the normalised projections z1, z2 (N, D) of the same images."""
+    return (2 - 2 * F.cosine_similarity(z1, z2, dim=1)).mean()
+
+
+def _first_pair_and(term, z, temperature, weight):
+    """NT-Xent of the first two views, plus weight times the mean of term(first view, each further view)."""
+    total = nt_xent(z[0], z[1], temperature)
+    for further in z[2:]:
+        total = total + weight * term(z[0], further) / (len(z) - 2)
+    return total
+
+
+def _lout(z, temperature, weight):
+    return multi_positive(z, temperature, "out")
+
+
+def _lin(z, temperature, weight):
+    return multi_positive(z, temperature, "in")
+
+
+def _ntxent(z, temperature, weight):
+    return _first_pair_and(lambda z1, z2: nt_xent(z1, z2, temperature), z, temperature, weight)
+
+
+def _align(z, temperature, weight):
+    return _first_pair_and(squared_distance, z, temperature, weight)
+
+
+class Form(NamedTuple):
+    """A way to compare the views of an image, and how --help describes it."""
+
+    function: Callable  # (z (M, N, D), temperature, weight) -> scalar
+    what: str
+
+
+FORMS = {  # --loss NAME
+    "lout": Form(_lout, "SupCon over all views"),
+    "lin": Form(_lin, "the same with the sum over positives inside the logarithm"),
+    "ntxent": Form(_ntxent, "NT-Xent of the first two views, plus that of the first with each further view"),
+    "align": Form(_align, "as ntxent, but further views are only pulled closer (CLSP, arXiv:2408.16965)"),
+}
+
+
+def contrastive(z, temperature=0.5, form="lout", weight=1.0):
+    """Return the loss of M views of N images: a scalar, float32 or better.
+
+    z: (M, N, D), M >= 2 projections of the same N images, not yet normalised. temperature: > 0. form: a key of FORMS;
+    with two views all of them are `nt_xent`. weight: >= 0, of the views after the second, with "ntxent" and "align".
+    Raises ValueError on another form.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form {form!r}: choose {', '.join(FORMS)}")
+    return FORMS[form].function(z, temperature, weight)
 
 
 @torch.no_grad()
 def view_statistics(z):
-    """Return what an embedding looks like, as a dictionary of scalar tensors: no gradient, no host synchronisation.
+    """Return what an embedding looks like, as a dictionary of scalar tensors: no gradient, no wait for the device.
 
     z: (M, N, D) projections as for `multi_positive`. On the unit sphere (Wang & Isola 2020, arXiv:2005.10242):
         embedding_std  mean over dimensions of the standard deviation over images, times sqrt(D): 1 when spread
@@ -58,8 +118,9 @@ def view_statistics(z):
     n, d = z.shape[1:]
     square = 2 - 2 * z[0] @ z[0].T  # (N, N) squared distances
     square.fill_diagonal_(float("inf"))
+    pairs = n * (n - 1)
     return {
         "embedding_std": z[0].std(dim=0, correction=0).mean() * d**0.5,
         "alignment": (z[0] - z[1]).square().sum(dim=1).mean(),
-        "uniformity": torch.logsumexp(-2 * square.flatten(), 0) - torch.log(z.new_tensor(float(n * (n - 1)))),
+        "uniformity": torch.logsumexp(-2 * square.flatten(), 0) - math.log(pairs),
     }

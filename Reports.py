@@ -4,13 +4,18 @@ import time
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import to_pil_image, to_tensor
 from torchvision.utils import make_grid
 
-import Data
 import Evaluate
+from Augmentations import to_float
 from Losses import view_statistics
+from Utils import shown
 
-LOOKED_AT = 512  # images whose pairs are measured
+MEASURED = 512  # images whose pairs are measured
+LEAST_WIDTH = 600  # of a picture with captions, in pixels
+FONT_SIZE = 13  # of its captions
 PROBED = 4000  # images that show how well the label is preserved: half to learn from, half to score
 
 
@@ -19,108 +24,222 @@ class Meter:
 
     STAGES = ("data", "views", "forward", "loss", "backward")  # backward: the optimizer's step included
 
-    def __init__(self, trainer):
-        self.trainer = trainer
-        self.start()
+    def __init__(self, device, step):
+        self.device = device
+        self.start(step)
 
-    def start(self):
-        """Begin anew."""
-        self.step, self.marks = self.trainer.step, [(None, self._now())]
+    def start(self, step):
+        """Begin anew at this step."""
+        self.step = step
+        self.marks = [(None, self._now())]
 
     def lap(self, stage):
         """Note that a stage has just ended."""
         self.marks.append((stage, self._now()))
 
     def _now(self):
-        if self.trainer.device.type != "cuda":
+        if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.trainer.device))
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def _between(self, one, other):
         return other - one if isinstance(one, float) else one.elapsed_time(other) / 1000
 
-    def read(self):
-        """Return {"views_per_second", and "data_wait" and "time_STAGE", shares of 1}; waits for the device."""
-        if self.trainer.device.type == "cuda":
+    def read(self, step, views_per_step):
+        """Return {"views_per_second", and "data_wait" and "time_STAGE", shares of 1} of the steps up to `step`.
+
+        Waits for the device.
+        """
+        if self.device.type == "cuda":
             self.marks[-1][1].synchronize()
         seconds = dict.fromkeys(self.STAGES, 0.0)
         for (_, before), (stage, after) in zip(self.marks, self.marks[1:]):
             seconds[stage] += self._between(before, after)
         total = sum(seconds.values())
-        views = (self.trainer.step - self.step) * self.trainer.args.bs * len(self.trainer.positives)
-        shares = {f"time_{stage}": round(value / total, 4) for stage, value in seconds.items()}
-        return {"views_per_second": round(views / total, 1), "data_wait": shares.pop("time_data"), **shares}
+        views = (step - self.step) * views_per_step
+        shares = {stage: round(value / total, 4) for stage, value in seconds.items()}
+        numbers = {"views_per_second": round(views / total, 1), "data_wait": shares.pop("data")}
+        return numbers | {f"time_{stage}": share for stage, share in shares.items()}
 
 
-def show_pairs(run, x, num_views, step=0, images=8):
-    """Write pairs.png: a row per view, a column per image: what the loss compares."""
+class Pace:
+    """How long a training will take, from its first steps."""
+
+    SKIPPED = 1  # steps that are slower than the others
+    MEASURED = 4
+
+    def __init__(self, step, steps):
+        """step: the one that comes next; steps: of the whole training."""
+        self.first = step
+        self.steps = steps
+        self.started = None
+        self.seconds = None  # of a step
+
+    def tick(self, step):
+        """Note that `step` steps are done. Return whether the pace is now known for the first time."""
+        if self.started is None and step - self.first >= self.SKIPPED:
+            self.started = time.perf_counter()
+            self.started_at = step
+        done = step - self.started_at if self.started else 0
+        if self.seconds is not None or done < self.MEASURED:
+            return False
+        self.seconds = (time.perf_counter() - self.started) / done
+        return True
+
+    def left(self, step):
+        """Return the seconds that the training still takes."""
+        return (self.steps - step) * self.seconds
+
+
+def duration(seconds):
+    """Return a duration in words."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def plural(count, noun):
+    """Return a count with its noun."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def show_pairs(run, x, captions, step=0, images=8):
+    """Write pairs.png: a row per view, with its caption, and a column per image: what the loss compares."""
     if not run.writes:
         return
-    rows = x.view(num_views, -1, *x.shape[1:])[:, :images].flatten(0, 1).float().clamp(0, 1)
-    grid = make_grid(rows.cpu(), nrow=min(images, len(rows) // num_views), padding=1, pad_value=1)
-    run.picture("pairs", grid, step)
+    rows = x.view(len(captions), -1, *x.shape[1:])[:, :images].flatten(0, 1).float().clamp(0, 1)
+    grid = make_grid(rows.cpu(), nrow=len(rows) // len(captions), padding=1, pad_value=1)
+    run.picture("pairs", captioned(grid, rows=captions), step)
 
 
 @torch.no_grad()
-def measure_pairs(trainer, labelled):
+def measure_pairs(net, positives, split, augmentation, step, device, labelled):
     """Return what the pairs are worth, by the net in evaluation mode; neither it nor training's random state changes.
 
+    net: a ContrastiveNet; positives: a source like TrainSimCLR.SamePair, at `step`; split: the train split;
+    augmentation: the random views. labelled: measure `label_preservation` as well.
     alignment, uniformity, embedding_std: of the pairs' projections, see `Losses.view_statistics`. cosine_real: of an
     augmented image to another view of itself; cosine_synthetic: to a view of what the generator made of it, if there is
-    a generator. labelled: measure `label_preservation` as well.
+    a generator.
     """
-    split, views, device = trainer.train_split, trainer.views, trainer.device
-    rows = torch.arange(0, len(split), -(-len(split) // LOOKED_AT))
+    rows = torch.arange(0, len(split), -(-len(split) // MEASURED))
     rows, images = next(iter(split.batches([rows], device)))
-    generator = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
 
     def project(batch):
-        return trainer.net(views(batch, generator).contiguous(memory_format=torch.channels_last)).float()
+        views = augmentation(batch, rng)
+        return net(views.contiguous(memory_format=torch.channels_last)).float()
 
-    with Evaluate.frozen(trainer.net):
-        batches = trainer.positives(rows, images, trainer)
-        numbers = view_statistics(torch.stack([project(batch) for batch in batches]))
+    with Evaluate.frozen(net):
+        # the pairs as the loss sees them
+        views = positives(rows, images, step)
+        numbers = view_statistics(torch.stack([project(batch) for batch in views]))
+
+        # an image against another view of it, and against a view of its restoration
         anchor = project(images)
         numbers["cosine_real"] = F.cosine_similarity(anchor, project(images)).mean()
-        if (synthetic := trainer.positives.synthetic(rows, images, trainer)) is not None:
+        synthetic = positives.synthetic(rows, images, step)
+        if synthetic is not None:
             numbers["cosine_synthetic"] = F.cosine_similarity(anchor, project(synthetic)).mean()
         numbers = {name: value.item() for name, value in numbers.items()}
+
         if labelled and synthetic is not None:
-            numbers |= label_preservation(trainer)
+            numbers |= label_preservation(net.encoder, positives, split, step, device)
     return numbers
 
 
 @torch.no_grad()
-def label_preservation(trainer):
-    """Return whether the generator leaves the label as it is: a linear probe, learnt from real images of the train
-    split, scored on other ones of it ("label_real") and on what was made of those ("label_synthetic"), fractions of 1.
+def label_preservation(encoder, positives, split, step, device):
+    """Return whether the generator leaves the label as it is, as fractions of 1.
+
+    A linear probe learns from real images of the train split. "label_real": its accuracy on other images of it;
+    "label_synthetic": on what was made of those.
     """
-    split, device = trainer.train_split, trainer.device
+    # a random part of the labelled images
     labelled = (split.labels >= 0).nonzero().flatten()
     order = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(0))
-    rows, images = zip(*split.batches(labelled[order[:PROBED]].split(256), device))  # --skip_bad can leave some out
-    plain, real, synthetic = Data.plain_views(split.size), [], []
-    for index, batch in zip(rows, images):
-        for kind, x in ((real, batch), (synthetic, trainer.positives.synthetic(index, batch, trainer))):
-            x = plain(x, torch.Generator()).contiguous(memory_format=torch.channels_last)
-            kind.append(trainer.net.encoder(x).float())
-    real, synthetic, labels = torch.cat(real), torch.cat(synthetic), split.labels[torch.cat(rows)].to(device)
+    chosen = labelled[order[:PROBED]]
+
+    # features of the images and of their restorations
+    real = []
+    synthetic = []
+    rows = []
+    for index, images in split.batches(chosen.split(256), device):
+        rows.append(index)
+        real.append(Evaluate.embed(encoder, to_float(images)))
+        synthetic.append(Evaluate.embed(encoder, to_float(positives.synthetic(index, images, step))))
+    real = torch.cat(real)
+    synthetic = torch.cat(synthetic)
+    labels = split.labels[torch.cat(rows)].to(device)
+
+    # the probe learns from the first half and is scored on the second
     half = len(labels) // 2
+    accuracies = {}
     with torch.enable_grad():
-        return {
-            f"label_{name}": Evaluate.linear_accuracy(real[:half], labels[:half], x[half:], labels[half:])
-            for name, x in (("real", real), ("synthetic", synthetic))
-        }
+        for name, features in (("label_real", real), ("label_synthetic", synthetic)):
+            accuracies[name] = Evaluate.linear_accuracy(real[:half], labels[:half], features[half:], labels[half:])
+    return accuracies
 
 
 def show_embedding(run, encoder, split, device, most=1000):
     """Put the features of up to `most` scored images, with labels and pictures, into TensorBoard's projector."""
     rows = torch.arange(0, len(split), -(-len(split) // most))
-    rows, images = next(iter(split.batches([rows], device)))  # --skip_bad can leave some out
-    plain = Data.plain_views(split.size)(images, torch.Generator())
+    rows, images = next(iter(split.batches([rows], device)))
+    pictures = to_float(images)
     with torch.no_grad(), Evaluate.frozen(encoder):
-        features = encoder(plain.contiguous(memory_format=torch.channels_last)).float().cpu()
-    names = [split.classes[label] if label >= 0 else "?" for label in split.labels[rows].tolist()]
-    run.board.add_embedding(features, names, plain.cpu(), global_step=0)
+        features = Evaluate.embed(encoder, pictures).cpu()
+    names = [shown(split.classes[label]) if label >= 0 else "?" for label in split.labels[rows].tolist()]
+    run.board.add_embedding(features, names, pictures.cpu(), global_step=0)
+
+
+# ---------------------------------------------------------------------------------------------------- captions
+
+
+def captioned(grid, columns=(), rows=()):
+    """Return a picture, enlarged by a whole number to at least 600 pixels, with a caption for each column and row.
+
+    grid: float (3, H, W) in [0, 1], from `make_grid`, of tiles of equal size. columns: texts above, which break between
+    words; rows: texts on the left; either may be empty. Returns float (3, H', W') in [0, 1].
+    """
+    # the picture, enlarged
+    scale = -(-LEAST_WIDTH // grid.shape[2])
+    tiles = to_pil_image(grid)
+    tiles = tiles.resize((tiles.width * scale, tiles.height * scale), Image.Resampling.NEAREST)
+
+    # room for the captions
+    font = ImageFont.load_default(FONT_SIZE)
+    tile_width = tiles.width / max(1, len(columns))
+    heads = [_wrapped(text, font, tile_width - 6) for text in columns]
+    top = (FONT_SIZE + 5) * max(text.count("\n") + 1 for text in heads) + 8 if heads else 0
+    left = round(max(font.getlength(text) for text in rows)) + 12 if rows else 0
+
+    # all of it on white
+    page = Image.new("RGB", (left + tiles.width, top + tiles.height), "white")
+    page.paste(tiles, (left, top))
+    draw = ImageDraw.Draw(page)
+    for index, text in enumerate(heads):
+        middle = left + (index + 0.5) * tile_width
+        draw.multiline_text((middle, top - 5), text, "black", font, anchor="md", align="center")
+    for index, text in enumerate(rows):
+        middle = top + (index + 0.5) * tiles.height / len(rows)
+        draw.text((left - 6, middle), text, "black", font, anchor="rm")
+    return to_tensor(page)
+
+
+def _wrapped(text, font, width):
+    """Return a text with a line break wherever the next word would not fit into the width, in pixels."""
+    lines = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split():
+            longer = f"{line} {word}".strip()
+            if line and font.getlength(longer) > width:
+                lines.append(line)
+                longer = word
+            line = longer
+        lines.append(line)
+    return "\n".join(lines)

@@ -9,12 +9,16 @@ c(x), samples), generator.json; and single_code/, the training of the net that l
 the best codes of some images, then train on them.
 """
 
+import Signals  # first: see TrainSimCLR.py
+
+# isort: split
+import argparse
 import contextlib
 import copy
-import json
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,24 +26,118 @@ from tqdm import tqdm
 
 import Data
 import Distributed
-import Fitness
 import Flags
+import Reports
+import Runs
 import Utils
 from Backbones import count_parameters
-from CamNet import IMLE, Generator
-from CamNet.Codes import make_keys, uniforms
+from CamNet import IMLE, Distances
+from CamNet.Codes import Purpose, make_keys, uniforms
 from CamNet.Corruptions import pyramid
-from CamNet.Distances import build_distance, check_side
+from CamNet.Generator import NETS, Generator
+from CamNet.Measures import AT_ONCE, SHOWN, HeldOut, fitness_table, unfit
+from Flags import bounded
 from Optimizers import learning_rate
 
-FEW = 32  # held-out images that are looked at after every period
+HELD_OUT = 256  # images that the generator is measured on, at most a tenth of the data
+FEW = 32  # of these, which are looked at after every period
 SINGLE = "single_code"  # the folder, in a run's, of the net that learns from one code
-FLIP, CODE = range(2)  # what random numbers are for: a part of their keys
+
+
+# ---------------------------------------------------------------------------------------------------- flags
 
 
 def get_args(argv=None):
-    """Parse the flags; see Flags.py for what they are."""
-    return Flags.parse(argv, lambda data: Flags.camnet_parser(__doc__, data))
+    """Parse the flags; the defaults are the generator's recipe of --data. Raises UserError under torchrun."""
+    if Distributed.is_launched():
+        raise Utils.UserError("torchrun: the generator is trained by one process: start it by python TrainCamNet.py")
+    return Flags.parse(argv, build_parser)
+
+
+def build_parser(data="shapes", device_type="cpu"):
+    """Return the parser; the defaults are the generator's recipe in the row of `data` on the device."""
+    parser = Flags.plain_parser(__doc__)
+    group = parser.add_argument_group("data")
+    Flags.add_data_place(group)
+    flip = "mirror half of the images, drawn anew in every period"
+    group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help=flip)
+    add_generator_flags(parser.add_argument_group("generator"))
+    add_search_flags(parser.add_argument_group("search and distance"))
+    add_optimisation_flags(parser.add_argument_group("optimisation"))
+    run = Flags.add_run_group(parser, "periods")
+    sample = "periods between pictures; 0: only at the end"
+    run.add_argument("--sample_iter", type=bounded(int, 0), default=5, metavar="P", help=sample)
+    parser.set_defaults(**Data.get_row(data).generator_recipe_for(device_type))
+    return parser
+
+
+def add_generator_flags(group):
+    add = group.add_argument
+    add("--net", choices=list(NETS), help="size of the generator: tiny for CPUs, small for a GPU, paper as published")
+    corrupt = "what the generator undoes: gray, detail<k> (without the k x k lowest frequencies), down<k> (1/k of the "
+    corrupt += "side), mask<f> (share hidden), joined by +"
+    add("--corrupt", metavar="SPEC", help=corrupt)
+    project = "make the corruption of every sample exactly c(x) (except where detail<k> has to clamp to [0, 1])"
+    add("--project", action=argparse.BooleanOptionalAction, default=True, help=project)
+    mapping = "cumulative: styles see those of coarser levels, so that the levels agree (CHIMLE); default: the net's"
+    add("--mapping", choices=["cumulative", "per_level"], help=mapping)
+    level_input = "both: finer levels see c(x) and the coarser output; output: that output alone, as published for "
+    level_input += "super-resolution; default: the net's"
+    add("--level_input", choices=["both", "output"], help=level_input)
+    init = "first weights of the style path; ref: as published, where styles change nothing at first"
+    add("--init", choices=["he", "ref"], default="he", help=init)
+
+
+def counts(text):
+    """Check --m: integers of at least 1, joined by commas."""
+    return ",".join(str(bounded(int, 1)(part)) for part in text.split(","))
+
+
+def codes_per_level(args):
+    """Return --m as a list."""
+    return [int(count) for count in args.m.split(",")]
+
+
+def add_search_flags(group):
+    add = group.add_argument
+    m = "codes tried per level, coarse to fine, for example 64,32,16; further levels use the last number"
+    add("--m", type=counts, metavar="M,..", help=m)
+    period = "images per period: their codes are searched, then trained on"
+    add("--period", type=bounded(int, 1), metavar="N", help=period)
+    add("--keep_previous", action="store_true", help="keep an image's last codes where no nearer ones are found")
+    chunk = "candidates in one forward of the search: bounds the memory, changes only rounding"
+    add("--chunk", type=bounded(int, 1), default=1024, metavar="N", help=chunk)
+    reject = "skip candidates that are nearer than D to the target (RS-IMLE), so that training sees codes like those "
+    reject += "of sampling; 0: none"
+    add("--reject", type=bounded(float, 0), default=0.0, metavar="D", help=reject)
+    distance = "pixels, which needs no download, or LPIPS with this backbone"
+    add("--distance", choices=list(Distances.NAMES), help=distance)
+    alpha = "weight of the pixels' squared error that is added to LPIPS, which hardly sees it (published: 0)"
+    add("--alpha", type=bounded(float, 0), default=0.1, help=alpha)
+    side = "LPIPS sees smaller images enlarged to this side; 0: as they are"
+    add("--lpips_side", type=bounded(int, 0), default=64, metavar="PX", help=side)
+    weights = "weights of the LPIPS backbone; default: torchvision's, downloaded once"
+    add("--lpips_weights", metavar="FILE", help=weights)
+
+
+def add_optimisation_flags(group):
+    add = group.add_argument
+    add("--periods", type=bounded(int, 1), metavar="P", help="how often codes are searched")
+    add("--visits", type=bounded(int, 1), metavar="V", help="how often each image of a period is trained on")
+    add("--bs", type=bounded(int, 1), metavar="N", help="images per step")
+    add("--lr", type=bounded(float, 0), help="peak learning rate of Adam; a cosine to 0")
+    map_lr = "the mapping network, through which all styles go, learns at C times --lr (published: .01)"
+    add("--map_lr", type=bounded(float, 0), default=0.1, metavar="C", help=map_lr)
+    add("--n_ramp", type=bounded(int, 0), default=100, metavar="N", help="steps of linear warm-up")
+    ema = "decay of the averaged weights, which samples are made with"
+    add("--ema", type=bounded(float, 0, 0.99999), metavar="D", help=ema)
+    seed = "seed of initial weights, order of images and codes"
+    add("--seed", type=bounded(int, 0, Flags.LARGEST_SEED), default=0, help=seed)
+    single = "also train the net on one code (m = 1), to compare with: takes as long as the training itself"
+    add("--single_code", action=argparse.BooleanOptionalAction, default=True, help=single)
+
+
+# ---------------------------------------------------------------------------------------------------- training
 
 
 def build_generator(args, size):
@@ -53,24 +151,42 @@ class Trainer:
     """All that a step changes, and how. Every random number follows from the seed, the period and the image."""
 
     def __init__(self, args, split, generator, distance, counts, device):
-        self.args, self.split, self.distance, self.device = args, split, distance, device
+        self.args = args
+        self.split = split
+        self.distance = distance
+        self.device = device
+        self.data_fingerprint = split.fingerprint()
+
+        # the net, and the average of its weights, which samples are made with
         self.net = generator.to(device, memory_format=torch.channels_last)
-        self.ema = copy.deepcopy(self.net).requires_grad_(False)  # the average of the weights: what is sampled
+        self.ema = copy.deepcopy(self.net).requires_grad_(False)
+
+        # optimizer: the mapping networks learn at a rate of their own
         style = self.net.style_parameters()
-        known = {id(parameter) for parameter in style}
-        others = [parameter for parameter in self.net.parameters() if id(parameter) not in known]
+        style_ids = {id(parameter) for parameter in style}
+        others = [parameter for parameter in self.net.parameters() if id(parameter) not in style_ids]
         groups = [{"params": others, "scale": 1.0}, {"params": style, "scale": args.map_lr}]
         self.optimizer = torch.optim.Adam(groups, args.lr, fused=True)
-        self.search = IMLE.Search(counts, args.chunk, args.reject)
+
+        # images: some are held out to be measured, the others are trained on
         shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(args.seed))
-        held_out = min(Fitness.HELD_OUT, len(split) // 10)
-        self.held_out, self.rows = shuffled[:held_out], shuffled[held_out:]
+        n_held_out = min(HELD_OUT, len(split) // 10)
+        self.held_out = shuffled[:n_held_out]
+        self.rows = shuffled[n_held_out:]
         self.visited = min(args.period, len(self.rows))  # images in a period
+
+        # position
         self.steps_per_period = args.visits * -(-self.visited // args.bs)
-        self.steps, self.step = args.periods * self.steps_per_period, 0
+        self.steps = args.periods * self.steps_per_period
+        self.step = 0
+
+        # search
+        self.search = IMLE.Search(counts, args.chunk, args.reject)
         self.bf16 = Utils.set_precision(args.precision, device)
         self.chosen = torch.full((len(split), len(self.net.sides)), IMLE.NONE)  # the last keys of every image
-        self.total = torch.zeros((), device=device)  # of the losses of the period at hand
+
+        # for the log
+        self.total = torch.zeros((), device=device)  # of the losses of the current period
         self.seconds = {"search": 0.0, "train": 0.0}
 
     @property
@@ -84,29 +200,33 @@ class Trainer:
 
     def save(self, folder):
         """Write PERIOD.pt, or PERIOD+STEP.pt inside a period; return its path."""
-        inside = self.step % self.steps_per_period
-        file = Path(folder) / (f"{self.period}+{inside}.pt" if inside else f"{self.period}.pt")
-        state = {"step": self.step, "chosen": self.chosen, "seconds": self.seconds, "config": self.net.config}
-        state["total"] = self.total
-        parts = {"generator": self.ema, "net": self.net, "optimizer": self.optimizer}
-        Utils.save_(file, args=Utils.plain(self.args), **state, **parts)
+        file = Path(folder) / Utils.checkpoint_name(self.period, self.step % self.steps_per_period)
+        Utils.save_(
+            file,
+            args=Utils.plain(self.args),
+            config=self.net.config,
+            step=self.step,
+            data_n=len(self.split),
+            data_fingerprint=self.data_fingerprint,
+            chosen=self.chosen,
+            total=self.total,
+            seconds=self.seconds,
+            generator=self.ema,
+            net=self.net,
+            optimizer=self.optimizer,
+        )
         return file
 
     def load(self, file):
-        """Go on from what `save` wrote."""
-        state = Utils.load_(file, generator=self.ema, net=self.net, optimizer=self.optimizer)
-        before, now = len(state["chosen"]), len(self.chosen)
-        if before != now:  # other images would be held out than were
-            raise Utils.UserError(
-                f"{file}: --data {self.args.data} had {before} images and has {now}: make it what it was, or begin "
-                "another run with --suffix NAME"
-            )
-        self.step, self.chosen, self.seconds = state["step"], state["chosen"], state["seconds"]
+        """Continue from what `save` wrote."""
+        state = Utils.load_(file)
+        Utils.check_run(file, state)
+        Runs.check_data(file, state, self.split, self.args.data)
+        Utils.load_(file, generator=self.ema, net=self.net, optimizer=self.optimizer)
+        self.step = state["step"]
+        self.chosen = state["chosen"]
+        self.seconds = state["seconds"]
         self.total = state["total"].to(self.device)
-
-    def is_finite(self):
-        """Return whether all weights are finite, and with them their averages; waits for the device."""
-        return bool(torch.stack([weights.isfinite().all() for weights in self.ema.parameters()]).all())
 
     def rows_of(self, period):
         """Return the images of a period, int64 (n,): the rows one after the other, in a new order each time round."""
@@ -114,81 +234,102 @@ class Trainer:
         for position in range(period * self.visited, (period + 1) * self.visited):
             lap, place = divmod(position, len(self.rows))
             if not rows or not place:
-                generator = torch.Generator().manual_seed(1_000_003 * self.args.seed + lap)
-                order = self.rows[torch.randperm(len(self.rows), generator=generator)]
+                rng = torch.Generator().manual_seed(Utils.derived_seed(self.args.seed, lap))
+                order = self.rows[torch.randperm(len(self.rows), generator=rng)]
             rows.append(order[place])
         return torch.stack(rows)
 
     def images(self, rows):
-        """Return (rows, their images uint8 (n, 3, S, S) on the device); --skip_bad can leave some out."""
-        found = list(self.split.batches(rows.split(512), self.device))
-        if not found:
-            raise Utils.UserError(f"--data {self.args.data}: too many bad images to train on: repair or remove them")
-        return torch.cat([rows for rows, _ in found]), torch.cat([images for _, images in found])
+        """Return images uint8 (n, 3, S, S) on the device; rows: int64 (n,)."""
+        return torch.cat([images for _, images in self.split.batches(rows.split(512), self.device)])
 
     def prepare(self, interruption, title, quiet):
-        """Return the `Period` at hand, its codes searched, or None if interrupted before they all were."""
-        args, number = self.args, self.period
-        rows, images = self.images(self.rows_of(number))
+        """Return the current `Period`, its codes searched, or None if interrupted before they all were."""
+        args = self.args
+        index = self.period
+
+        # images, half of them mirrored, and their keys
+        rows = self.rows_of(index)
+        images = self.images(rows)
         if args.flip:
-            flipped = uniforms(make_keys(args.seed, FLIP, number, rows), 1)[:, 0] < 0.5
-            images = torch.where(flipped.to(images.device)[:, None, None, None], images.flip(3), images)
-        keys = make_keys(args.seed, CODE, number, rows).to(self.device)
+            is_flipped = uniforms(make_keys(args.seed, Purpose.FLIP, index, rows), 1)[:, 0] < 0.5
+            images = torch.where(is_flipped.to(images.device)[:, None, None, None], images.flip(3), images)
+        keys = make_keys(args.seed, Purpose.CODE, index, rows).to(self.device)
         started = time.perf_counter()
         period = Period(self, rows, images, keys)
-        if self.step % self.steps_per_period:  # resumed inside: the codes were chosen by the weights of its start
+
+        # resumed inside a period: the codes were chosen by the weights of its start
+        if self.step % self.steps_per_period:
             period.keys = self.chosen[rows].to(self.device)
             return period
-        parts, found = torch.arange(len(rows), device=self.device).split(Fitness.AT_ONCE), []
+
+        # search
+        parts = torch.arange(len(rows), device=self.device).split(AT_ONCE)
+        found = []
         for part in tqdm(parts, f"{title}: search", leave=False, disable=quiet):
             found.append(period.search(self, part, keys))
+            seconds = (time.perf_counter() - started) * len(parts)
+            if self.step == 0 and len(found) == 1 and seconds > 30:
+                tqdm.write(f"the search of a period takes about {Reports.duration(seconds)}")
             if interruption.signal is not None:
                 return None
-        period.keys, distances = (torch.cat(each) for each in zip(*found))
+        period.keys = torch.cat([each.keys for each in found])
+        period.distances = torch.cat([each.distances for each in found]).mean(dim=0).tolist()
         self.chosen[rows] = period.keys.cpu()
         self.total = torch.zeros_like(self.total)
-        period.distances = distances.mean(dim=0).tolist()
         self.seconds["search"] += time.perf_counter() - started
         return period
 
     def update(self, period, part):
         """Take one step on these images of the period; return the loss without waiting for the device."""
+        # loss and gradients
         with self.autocast():
             wanted = [[each[part] for each in features] for features in period.wanted]
             loss = IMLE.loss(self.net, self.distance, period.condition[part], wanted, period.keys[part])
         self.optimizer.zero_grad()
         loss.backward()
+
+        # a step of the optimizer
         lr = learning_rate(self.step, self.steps, min(self.args.n_ramp, self.steps // 2), self.args.lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         self.optimizer.step()
         self.step += 1
         self.total += loss.detach()
-        decay = min(self.args.ema, self.step / (self.step + 10))  # an average of few weights is mostly the first ones
+
+        # the average of the weights; early on it forgets faster, or it would be mostly the first weights
+        decay = min(self.args.ema, self.step / (self.step + 10))
         new = [parameter.detach() for parameter in self.net.parameters()]
         torch._foreach_lerp_(list(self.ema.parameters()), new, 1 - decay)
         return loss.detach()
 
     def parts(self, count):
         """Yield the images, as indices (b,) into the period, of each step that is left of it."""
-        per_lap, done = -(-count // self.args.bs), self.step % self.steps_per_period
+        steps_per_visit = -(-count // self.args.bs)
+        done = self.step % self.steps_per_period
         for index in range(done, self.steps_per_period):
-            lap, place = divmod(index, per_lap)
-            seed = 1_000_003 * self.args.seed + 1009 * self.period + lap
+            visit, place = divmod(index, steps_per_visit)
+            seed = Utils.derived_seed(self.args.seed, 1009 * self.period + visit)
             order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
             yield order[place * self.args.bs : (place + 1) * self.args.bs].to(self.device)
+
+    def held_out_images(self, most=HELD_OUT):
+        """Return the first of the images that were held out, as `HeldOut`."""
+        rows = self.held_out[:most]
+        return HeldOut(rows, self.images(rows), self.net.corruption, self.distance, self.args.seed, self.autocast)
 
 
 class Period:
     """Some images with all that is the same while they are trained on. keys: their chosen codes, int64 (n, L)."""
 
     def __init__(self, trainer, rows, images, keys):
-        self.keys, self.distances = None, None  # distances: mean over the images, of each level
+        self.keys = None
+        self.distances = None  # of the chosen codes: mean over the images, of each level
         self.condition = trainer.net.corruption(images, keys)
-        self.wanted = []
+        self.wanted = []  # for each level, the features of the targets
         with torch.no_grad(), trainer.autocast():
             for targets in pyramid(images, trainer.net.sides):
-                parts = [trainer.distance.features(part) for part in targets.split(Fitness.AT_ONCE)]
+                parts = [trainer.distance.features(part) for part in targets.split(AT_ONCE)]
                 self.wanted.append([torch.cat(each) for each in zip(*parts)])
         self.previous = trainer.chosen[rows].to(trainer.device) if trainer.args.keep_previous else None
 
@@ -203,29 +344,43 @@ class Period:
 def train(trainer, run, interruption, title):
     """Train to the last period or to an interruption; return whether it was interrupted."""
     args = trainer.args
+    pace = Reports.Pace(trainer.step, trainer.steps)
     while trainer.step < trainer.steps:
-        started, bar = time.perf_counter(), f"{title} {trainer.period + 1}/{args.periods}"
+        # search
+        started = time.perf_counter()
+        bar = f"{title} {trainer.period + 1}/{args.periods}"
         period = trainer.prepare(interruption, bar, run.quiet)
         if period is None:
             return True
         if period.distances:
-            log = {f"search_level{level + 1}": value for level, value in enumerate(period.distances)}
+            distances = {f"search_level{level + 1}": value for level, value in enumerate(period.distances)}
             # under the step that it is for: a resumed run makes and logs both anew
-            run.log(trainer.step + 1, trainer.period, **log)
-        searched = logged = time.perf_counter()
-        shown = trainer.step
+            run.log(trainer.step + 1, trainer.period, **distances)
+
+        # train
+        searched = time.perf_counter()
+        logged_at = searched
+        logged_step = trainer.step
         parts = list(trainer.parts(len(period.condition)))
         for part in tqdm(parts, f"{bar}: train", leave=False, disable=run.quiet):
             loss = trainer.update(period, part)
-            if trainer.step % args.log_iter == 0:
-                lr, value = trainer.optimizer.param_groups[0]["lr"], check_loss(trainer, run, loss)
-                speed = (trainer.step - shown) * len(part) / (time.perf_counter() - logged)
+            if pace.tick(trainer.step):
+                seconds = pace.left(trainer.step) + (args.periods - 1 - trainer.period) * (searched - started)
+                memory = Utils.peak_memory(trainer.device) / 2**30
+                tqdm.write(f"{title}s: about {Reports.duration(seconds)} in all; memory {memory:.1f} GiB")
+            if trainer.step % args.log_iter == 0 or trainer.step == 1:
+                value = check_loss(trainer, run, loss)
+                lr = trainer.optimizer.param_groups[0]["lr"]
+                speed = (trainer.step - logged_step) * len(part) / (time.perf_counter() - logged_at)
                 run.log(trainer.step, trainer.period, loss=value, lr=lr, views_per_second=round(speed, 1))
-                logged, shown = time.perf_counter(), trainer.step
+                logged_at = time.perf_counter()
+                logged_step = trainer.step
             if interruption.signal is not None:
                 break
-        mean = trainer.total / trainer.steps_per_period if trainer.is_finite() else float("nan")
-        mean = check_loss(trainer, run, mean)  # before anything is saved
+
+        # nothing is saved of a run that learns nothing more
+        finite = Utils.all_finite(trainer.ema.parameters())  # an average holds what its weights held
+        mean = check_loss(trainer, run, trainer.total / trainer.steps_per_period if finite else float("nan"))
         trainer.seconds["train"] += time.perf_counter() - searched
         if interruption.signal is not None and trainer.step % trainer.steps_per_period:
             return True
@@ -235,74 +390,110 @@ def train(trainer, run, interruption, title):
 
 def check_loss(trainer, run, loss):
     """Return the loss as a number; waits for the device. UserError if it is not finite: the run learns nothing more."""
-    loss, args = float(loss), trainer.args
+    loss = float(loss)
     if not abs(loss) < float("inf"):
-        raise Utils.UserError(
-            f"loss or weights are not finite in period {-(-trainer.step // trainer.steps_per_period)}: likely causes: "
-            f"--lr {args.lr:g} too high, --n_ramp {args.n_ramp} too short; last good checkpoint: "
-            f"{Utils.newest_checkpoint(run.folder) or 'none'}"
-        )
+        args = trainer.args
+        place = f"period {-(-trainer.step // trainer.steps_per_period)}, step {trainer.step}"
+        causes = f"--lr {args.lr:g} too high, --n_ramp {args.n_ramp} too short"
+        raise run.failure(f"{Runs.NOT_FINITE} in {place}", causes)
     return loss
 
 
 def finish_period(trainer, run, title, loss, seconds):
     """Measure on a few images, save and show where it is due, and print the period's line."""
-    args, period, last = trainer.args, trainer.period, trainer.step == trainer.steps
-    few = Fitness.Held(trainer, FEW)
-    numbers = {"period_loss": loss, **few.quality(few.samples(trainer, 4), (1, 4))}
-    run.log(trainer.step, period, **numbers)
-    if last or (args.save_iter and period % args.save_iter == 0):
+    args = trainer.args
+    period = trainer.period
+    is_last = trainer.step == trainer.steps
+    few = trainer.held_out_images(FEW)
+    values = {"period_loss": loss, **few.quality(few.samples(trainer.ema, 4), (1, 4))}
+    run.log(trainer.step, period, **values)
+    if is_last:
+        run.show_flags(Flags.hyper_parameters(args), ["Train/best_of_1", "Train/diversity_pixels"])
+    if is_last or (args.save_iter and period % args.save_iter == 0):
         trainer.save(run.folder)
-    if last or (args.sample_iter and period % args.sample_iter == 0):
-        run.picture("samples", few.picture(trainer), period)
-    numbers = "  ".join(f"{name.removeprefix('period_')} {value:.4f}" for name, value in numbers.items())
-    tqdm.write(f"{title} {period}/{args.periods}  {seconds:.0f} s  {numbers}")
+    if is_last or (args.sample_iter and period % args.sample_iter == 0):
+        columns = ["x", "c(x)", *(f"sample {index + 1}" for index in range(SHOWN))]
+        run.picture("samples", Reports.captioned(few.picture(trainer.ema), columns), period)
+    text = "  ".join(f"{name.removeprefix('period_')} {value:.4f}" for name, value in values.items())
+    tqdm.write(f"{title} {period}/{args.periods}  {seconds:.0f} s  {text}")
 
 
-def resolve(args, device):
+# ---------------------------------------------------------------------------------------------------- script
+
+
+def fit_distance(args):
+    """Use the distance of pixels where the weights of LPIPS would have to be downloaded and the user did not ask."""
+    is_lpips = args.distance != "pixels"
+    if is_lpips and "distance" not in args.given and not args.lpips_weights and not Distances.is_at_hand(args.distance):
+        Distributed.say(
+            f"--distance {args.distance} becomes pixels: the weights of {args.distance} are not on this machine "
+            f"(--distance {args.distance} downloads them)"
+        )
+        args.distance = "pixels"
+
+
+def build(args, device):
     """Return (train split, generator as it begins, distance), all of which fit together. Raises UserError."""
     row = Data.get_row(args.data, args.size)
-    try:
+    with Utils.as_user_error():
         generator = build_generator(args, row.size)  # before the images are read, which can take long
         if args.distance != "pixels":
-            check_side(args.distance, args.lpips_side, generator.sides[0])
-        distance = build_distance(args.distance, args.lpips_weights, args.lpips_side, args.alpha).to(device)
-    except ValueError as error:
-        raise Utils.UserError(str(error)) from error
+            Distances.check_side(args.distance, args.lpips_side, generator.sides[0])
+        distance = Distances.build_distance(args.distance, args.lpips_weights, args.lpips_side, args.alpha).to(device)
     split = Flags.train_split_for(args, device)
     if len(split) < 10:
         raise Utils.UserError(f"--data {args.data}: {len(split)} images: a generator needs 10 at the very least")
     return split, generator, distance
 
 
-def finish_run(trainer, single, folder):
-    """Measure and write generator.json."""
-    text = json.dumps(Fitness.measure(trainer, single), indent=1) + "\n"
-    Utils.write_atomically(folder / "generator.json", lambda scratch: scratch.write_text(text))
+def measure(trainer, single):
+    """Return the content of generator.json; single: the Trainer of the net that learnt from one code, or None."""
+    args = trainer.args
+    held = trainer.held_out_images()
+
+    # what the generator is worth, next to two draws of the colour jitter in SimCLR's recipe for the data
+    views = Data.get_ssl_data_augs(args.data, size=args.size)
+    jitter = replace(views, crop_scale=None, flip_p=0.0, gray_p=0.0, blur_p=0.0)
+    rng = torch.Generator().manual_seed(args.seed)
+    jittered = torch.stack([jitter(held.images, rng) for _ in range(2)], dim=1)
+    result = held.measure(trainer.ema, single and single.ema, jittered)
+
+    # what it took
+    n_searched = trainer.period * trainer.visited
+    n_trained = trainer.step * min(args.bs, trainer.visited)
+    result["seconds_search_per_1000"] = 1000 * trainer.seconds["search"] / n_searched
+    result["seconds_train_per_1000"] = 1000 * trainer.seconds["train"] / n_trained
+    result["peak_memory_bytes"] = Utils.peak_memory(trainer.device)
+    result["data_fingerprint"] = trainer.data_fingerprint
+    result["distance"] = args.distance
+    result["corrupt"] = trainer.net.corruption.spec
+    result["fit"] = not unfit(result)
+    return result
 
 
 def is_complete(args, folder, checkpoint):
-    """Return whether nothing is left to do for a run. Raises UserError if its checkpoint is not one to go on from."""
+    """Return whether nothing is left to do for a run. Raises UserError if a run cannot continue from its checkpoint."""
     if folder.name == SINGLE:
         raise Utils.UserError(
-            f"--resume {args.resume}: the net that learns from one code goes on with its run: give a checkpoint of "
+            f"--resume {args.resume}: the net that learns from one code continues with its run: give a checkpoint of "
             f"{folder.parent}"
         )
-    return checkpoint is not None and checkpoint.stem == str(args.periods) and (folder / "generator.json").exists()
+    is_trained = checkpoint is not None and checkpoint.stem == str(args.periods)
+    return is_trained and "fit" in (Utils.read_json(folder / "generator.json") or {})
 
 
-def show_result(folder):
-    """Print generator.json and where all is, and warn of a generator that is not fit for positives."""
-    result = json.loads((folder / "generator.json").read_text())
-    print(Fitness.table(result))
-    if reason := Fitness.unfit(result):
+def show_result(folder, result):
+    """Print the measures of a generator, warn if it is not fit for positives, and say where everything is."""
+    print(fitness_table(result))
+    reason = unfit(result)
+    if reason:
         print(f"warning: this generator is not fit for positives: {reason}")
-    print(f"checkpoints, pictures, logs: {folder}\nTensorBoard: tensorboard --logdir {folder.parent}")
+    Runs.farewell(folder)
 
 
 @contextlib.contextmanager
 def warnings_in_one_line():
-    """Print what this file is warned of, as of memory that runs out in the search, without file, line and source."""
+    """Print warnings from this file, such as that memory ran out in the search, without file, line and source."""
     with warnings.catch_warnings():
         usual = warnings.showwarning
 
@@ -318,64 +509,94 @@ def warnings_in_one_line():
 
 def describe(args, trainer, folder):
     """Print what is about to happen, in the values that count."""
-    net, precision = trainer.net, "bf16" if trainer.bf16 else args.precision.replace("auto", "fp32")
-    print(f"{args.data}: {len(trainer.rows)} images of {trainer.split.size} px, on {trainer.device} in {precision}")
+    net = trainer.net
+    precision = Utils.precision_name(args.precision, trainer.bf16)
     sides = " -> ".join(str(side) for side in (net.sides[0] // 2, *net.sides))
-    print(f"{args.net} generator: {count_parameters(net):,} weights, {sides} px, undoes {net.corruption.spec}")
     searched = ",".join(str(trainer.search.count(level)) for level in range(len(net.sides)))
     images = f"codes of {trainer.visited} images searched, {searched} on each level"
+    print(f"{args.data}: {len(trainer.rows)} images of {trainer.split.size} px, on {trainer.device} in {precision}")
+    print(f"{args.net} generator: {count_parameters(net):,} weights, {sides} px, undoes {net.corruption.spec}")
     print(f"{args.periods} periods: {images}, then {trainer.steps_per_period} steps of {args.bs} images")
-    print(f"{f'going on at step {trainer.step}' if trainer.step else 'starting'}: {folder}", flush=True)
-
-
-def run_stage(trainer, run, interruption, title):
-    """Train; return whether it was interrupted, after saving and saying so."""
-    stopped = train(trainer, run, interruption, title)
-    if stopped:
-        print(f"interrupted: saved {trainer.save(run.folder)}; --resume auto goes on", flush=True)
-    return stopped
+    print(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {folder}", flush=True)
 
 
 def main(args):
-    """Train, train again on one code, measure; return the exit code."""
+    """Train, train again on one code, measure. A signal ends the program after what there is has been saved."""
     device = Utils.pick_device(args.device)
-    folder, checkpoint = Flags.find_run(args, Data.get_row(args.data, args.size), Path(__file__).stem)
-    if is_complete(args, folder, checkpoint):
-        print(f"this run is complete: measures from {folder / 'generator.json'}")
-        show_result(folder)
-        return 0
-    split, generator, distance = resolve(args, device)
-    counts = [int(count) for count in args.m.split(",")]
-    single = Trainer(args, split, copy.deepcopy(generator), distance, [1], device) if args.single_code else None
-    trainer = Trainer(args, split, generator, distance, counts, device)
-    stages = [(trainer, folder, checkpoint, "period")]
-    if single:
-        second = folder / SINGLE
-        stages.append((single, second, Utils.newest_checkpoint(second) if args.resume else None, "one code, period"))
-    with Utils.Interruption() as interruption, warnings_in_one_line():
-        for each, place, file, title in stages:
-            if file:
-                each.load(file)
-            run = Utils.Run(place, args, device, resumed_step=each.step if args.resume else None)
-            if each is trainer:
+    row = Data.get_row(args.data, args.size)
+    args.image_size = row.size
+    fit_distance(args)
+    usual = Flags.hyper_parameters(build_parser(args.data, device.type).parse_args([]))
+    folder = Runs.find_run(args, Path(__file__).stem, row.name, Flags.hyper_parameters(args), usual)
+    if args.dry_run:
+        split, generator, distance = build(args, device)
+        try_out(args, Trainer(args, split, generator, distance, codes_per_level(args), device), folder)
+        return
+    with Runs.claimed(folder), warnings_in_one_line():
+        checkpoint = Runs.checkpoint_for(args, folder)
+        if is_complete(args, folder, checkpoint):
+            print(f"this run is complete: measures from {folder / 'generator.json'}")
+            show_result(folder, Utils.read_json(folder / "generator.json"))
+            return
+
+        # images, and a trainer for each of the two trainings
+        split, generator, distance = build(args, device)
+        single = None
+        if args.single_code:
+            single = Trainer(args, split, copy.deepcopy(generator), distance, [1], device)
+        trainer = Trainer(args, split, generator, distance, codes_per_level(args), device)
+        stages = [(trainer, folder, checkpoint, "period")]
+        if single:
+            single_checkpoint = Utils.newest_checkpoint(folder / SINGLE) if args.resume else None
+            stages.append((single, folder / SINGLE, single_checkpoint, "one code, period"))
+
+        # train
+        for stage, stage_folder, stage_checkpoint, title in stages:
+            if stage_checkpoint:
+                stage.load(stage_checkpoint)
+            if stage is trainer:
                 describe(args, trainer, folder)
-            with contextlib.closing(run):
-                if run_stage(each, run, interruption, title):
-                    return interruption.exit_code
+            run_stage(stage, args, stage_folder, title)
+
+        # measure
+        result = measure(trainer, single)
+        show_result(folder, result)  # first: there may be no room to write it
+        Utils.write_json(folder / "generator.json", result)
+
+
+def try_out(args, trainer, folder):
+    """Say what the run would do, and what it would take by a part of a search and a few real steps; write nothing."""
+    describe(args, trainer, folder)
+    rows = trainer.rows_of(0)[:AT_ONCE]
+    images = trainer.images(rows)
+    keys = make_keys(args.seed, Purpose.CODE, 0, rows).to(trainer.device)
+    period = Period(trainer, rows, images, keys)
+    everything = torch.arange(len(rows), device=trainer.device)
+
+    started = time.perf_counter()
+    period.keys = period.search(trainer, everything, keys).keys
+    period.keys.cpu()  # waits for the device
+    search = (time.perf_counter() - started) * trainer.visited / len(rows)
+
+    pace = Reports.Pace(0, trainer.steps)
+    while not pace.tick(trainer.step):
+        trainer.update(period, everything[: args.bs]).item()
+    seconds = args.periods * search + trainer.steps * pace.seconds
+    memory = Utils.peak_memory(trainer.device) / 2**30
+    twice = ", and as much for the net of one code" if args.single_code else ""
+    print(f"generator: about {Reports.duration(seconds)}{twice}; memory {memory:.1f} GiB")
+    print("dry run: nothing was written")
+
+
+def run_stage(trainer, args, folder, title):
+    """Train to the last period. After a signal: save, and end the program."""
+    run = Runs.Run(folder, args, trainer.device, resumed_step=trainer.step if args.resume else None)
+    with contextlib.closing(run), Signals.Deferred() as interruption:
+        if train(trainer, run, interruption, title):
+            run.interrupted(trainer.save(folder))
         if interruption.signal is not None:
-            print("interrupted: all is saved but the measures; --resume auto makes them", flush=True)
-            return interruption.exit_code
-        finish_run(trainer, single, folder)
-    show_result(folder)
-    return interruption.exit_code
-
-
-def get_args_alone():
-    """Parse the flags of the one process that there may be. Raises UserError under torchrun."""
-    if Distributed.is_launched():
-        raise Utils.UserError("torchrun: the generator is trained by one process: start it by python TrainCamNet.py")
-    return get_args()
+            raise SystemExit(interruption.exit_code)
 
 
 if __name__ == "__main__":
-    Utils.run_script(main, get_args_alone)
+    Utils.run_script(main, get_args)

@@ -9,198 +9,338 @@ Finds the newest generator that TrainCamNet.py made for the data, or trains one;
 image; then trains by TrainSimCLR.py's loop, from which it differs in nothing but the source of positives below.
 """
 
+import Signals  # noqa: F401  first: see TrainSimCLR.py
+
+# isort: split
+import shlex
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+import Banks
 import Data
+import Distributed
+import Evaluate
 import Flags
+import TrainCamNet
 import TrainSimCLR
 import Utils
-from Banks import Banks, corruption_for
+from Augmentations import to_float
 from CamNet.Bank import Bank, fingerprint_array, read, to_uint8
-from CamNet.Codes import make_keys, uniforms
+from CamNet.Codes import StepPurpose, make_keys, uniforms
 from CamNet.Corruptions import Corruption
-from Losses import multi_positive, nt_xent
+from Flags import bounded
 
-REAL = {"real_gen": 1, "real_real_gen": 2}  # views that are the image itself
-RESTORED = {"gen_gen": 2, "real_gen": 1, "real_real_gen": 1, "gen_twice": 1, "corrupted": 1}  # different ones
-TWICE = ("gen_twice", "corrupted")
-PICK, SHARE, MASK = range(3)  # what random numbers are for: a part of their keys
+
+class Pair(NamedTuple):
+    """The views of a step: the image `real` times, then `made` different restorations, all of it `times` times."""
+
+    real: int
+    made: int | None  # None: --num_pos
+    times: int
+    what: str
+
+
+PAIRS = {  # --pair NAME
+    "real_real_gen": Pair(2, 1, 1, "the image twice and a restoration"),
+    "real_gen": Pair(1, 1, 1, "the image and a restoration"),
+    "gen_gen": Pair(0, 2, 1, "two different restorations"),
+    "multi": Pair(0, None, 1, "--num_pos different restorations"),
+    "gen_twice": Pair(0, 1, 2, "control: one restoration, twice"),
+    "corrupted": Pair(0, 1, 2, "control: c(x), twice; no generator"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------- flags
 
 
 def get_args(argv=None):
-    """Parse the flags; see Flags.py for what they are."""
-    return Flags.parse(argv, lambda data: Flags.isicle_parser(__doc__, data))
+    """Parse the flags; the defaults are the recipe of --data."""
+    return Flags.parse(argv, build_parser)
+
+
+def build_parser(data="shapes", device_type="cpu"):
+    """Return the parser: SimCLR's, with the flags of where the positives come from."""
+    return TrainSimCLR.build_parser(data, device_type, __doc__, add_positives)
+
+
+def add_positives(group):
+    add = group.add_argument
+    pairs = "; ".join(f"{name}: {pair.what}" for name, pair in PAIRS.items())
+    add("--pair", choices=list(PAIRS), default="real_real_gen", help=f"views of a step; {pairs}")
+    p_gen = "probability of a restoration where the pair has one; otherwise the image itself is seen"
+    add("--p_gen", type=bounded(float, 0, 1), default=0.5, metavar="P", help=p_gen)
+    add("--gen_warmup", type=bounded(float, 0), default=0.0, metavar="E", help="epochs in which --p_gen rises from 0")
+    add("--num_codes", type=bounded(int, 1), default=8, metavar="K", help="restorations of each image in the bank")
+    add("--num_pos", type=bounded(int, 2), default=3, metavar="M", help="views of --pair multi")
+    pick = "which of the K restorations a step sees; farthest: those that the encoder finds least alike"
+    add("--pick", choices=["random", "farthest"], default="random", help=pick)
+    refresh = "epochs between two banks, each of new codes; 0: one bank for the whole run"
+    add("--refresh", type=bounded(int, 0), default=0, metavar="E", help=refresh)
+    corrupt = "corruption that the generator undoes; default: that of the newest generator for this data, or the data "
+    corrupt += "set's recipe if there is none"
+    add("--corrupt", metavar="SPEC", help=corrupt)
+    generator = "a run of TrainCamNet.py; default: the newest one for this data, or a new one"
+    add("--generator", metavar="FILE|DIR", help=generator)
+    camnet = 'flags of TrainCamNet.py for the generator, in one string, for example "--periods 12 --distance pixels"'
+    add("--camnet", default="", metavar="FLAGS", help=camnet)
+    bank = "your own positives instead of a generator: .npy, uint8 (N, K, 3, H, W), in the order of the train split"
+    add("--bank", metavar="FILE", help=bank)
+    where = (
+        "memory: on the device; map: read from the disk; auto: memory if the bank takes at most half of what is free"
+    )
+    add("--bank_storage", choices=["auto", "memory", "map"], default="auto", help=where)
+
+
+# ---------------------------------------------------------------------------------------------------- positives
 
 
 class Restored:
-    """The source of positives: restorations from the bank, drawn anew in every step, beside the image where asked for.
+    """The source of positives: restorations from the bank, drawn anew in every step, next to the image where asked for.
 
-    What is drawn follows from seed, step and image: neither a resumed run nor one on several processes differs.
+    What is drawn follows from seed, step and image, so neither a resumed run nor one on several processes differs.
     """
 
-    def __init__(self, args, banks):
-        """banks: epoch -> Bank; None: nothing is restored."""
-        self.args, self.banks, self.bank, self.real = args, banks, None, REAL.get(args.pair, 0)
-        self.restored = args.num_pos if args.pair == "multi" else RESTORED[args.pair]
-        self.synthetic_share, self.fingerprint = 0.0, ""  # of the last views; of what is restored
+    def __init__(self, args, bank_of_epoch=None, warmup_steps=0):
+        """bank_of_epoch: epoch -> Bank; None: .bank stays as it is. warmup_steps: in which --p_gen rises from 0."""
+        self.args = args
+        self.pair = PAIRS[args.pair]
+        self.made = args.num_pos if self.pair.made is None else self.pair.made  # different restorations per step
+        self.bank_of_epoch = bank_of_epoch
+        self.warmup_steps = warmup_steps
+        self.bank = None
+        self.encoder = None  # the one that is trained; set by the Trainer
+        self.fingerprint = ""  # identifies what is restored from; checked on resume
+        self.synthetic_share = 0.0  # of the last views
 
     def __len__(self):
-        return self.real + self.restored + (self.args.pair in TWICE)
+        return (self.pair.real + self.made) * self.pair.times
+
+    @property
+    def captions(self):
+        """What each view shows, in words."""
+        restored = "restored" if self.args.p_gen == 1 else "restored or image"
+        return (["image"] * self.pair.real + [restored] * self.made) * self.pair.times
 
     def start_epoch(self, epoch):
         """Take the bank of an epoch; see TrainSimCLR.SamePair."""
-        self.bank = self.banks(epoch) if self.banks else None
+        if self.bank_of_epoch:
+            self.bank = self.bank_of_epoch(epoch)
 
-    def share(self, trainer):
-        """Return the probability of a restoration, where the pair has one, at the trainer's step."""
-        warm = self.args.gen_warmup * trainer.steps_per_epoch
-        return self.args.p_gen * min(1.0, (trainer.step + 1) / warm if warm else 1.0)
+    def probability(self, step):
+        """Return the probability of a restoration, where the pair has one."""
+        progress = (step + 1) / self.warmup_steps if self.warmup_steps else 1.0
+        return self.args.p_gen * min(1.0, progress)
 
-    def __call__(self, indices, images, trainer):
+    def __call__(self, indices, images, step):
         """Return M batches uint8 (b, 3, H, W), the real ones first; see TrainSimCLR.SamePair."""
-        share = self.share(trainer)
-        if share == 0:
+        p = self.probability(step)
+        if p == 0:
             return [images] * len(self)
-        restored, drawn = self.restorations(indices, images, trainer), [None] * self.restored
-        if share < 1:
-            keys = make_keys(self.args.seed, trainer.step, indices.cpu(), SHARE)
-            drawn = (uniforms(keys, self.restored) < share).unbind(dim=1)
-            restored = [_replace(images, view, mine) for view, mine in zip(restored, drawn)]
-        views = [images] * self.real + list(restored)
-        if self.args.pair in TWICE:
-            views, drawn = views * 2, drawn * 2
-        shares = [1.0 if mine is None else mine.float().mean().item() for mine in drawn]  # on the host, as the keys are
-        self.synthetic_share = sum(shares) / len(views)
+        restored = self.restorations(indices, images, step)
+        shares = [1.0] * self.made  # of restorations in each view
+
+        # with probability 1 - p the image takes the place of its restoration
+        if p < 1:
+            keys = make_keys(self.args.seed, step, indices.cpu(), StepPurpose.SHARE)
+            is_restored = (uniforms(keys, self.made) < p).unbind(dim=1)  # on the host, as the keys are
+            shares = [mask.float().mean().item() for mask in is_restored]
+            restored = [_choose(mask, view, images) for mask, view in zip(is_restored, restored)]
+
+        views = ([images] * self.pair.real + restored) * self.pair.times
+        self.synthetic_share = sum(shares * self.pair.times) / len(views)
         return views
 
-    def restorations(self, indices, images, trainer):
+    def restorations(self, indices, images, step):
         """Return the different restorations of a step, each uint8 (b, 3, H, W) on the images' device."""
-        bank = self.bank
         if self.args.pick == "farthest":
-            columns = farthest(bank, indices, self.restored, images if self.real else None, trainer)
+            anchor = images if self.pair.real else None
+            columns = farthest(self.bank, indices, self.made, anchor, self.encoder)
         else:
-            keys = make_keys(self.args.seed, trainer.step, indices.cpu(), PICK)
-            columns = uniforms(keys, bank.k).argsort(dim=1)[:, : self.restored]
-        return bank.take(indices, columns).to(images.device).unbind(dim=1)
+            keys = make_keys(self.args.seed, step, indices.cpu(), StepPurpose.PICK)
+            columns = uniforms(keys, self.bank.k).argsort(dim=1)[:, : self.made]
+        return list(self.bank.take(indices, columns).to(images.device).unbind(dim=1))
 
-    def synthetic(self, indices, images, trainer):
+    def synthetic(self, indices, images, step):
         """Return the first restoration of each image, to be measured; see TrainSimCLR.SamePair."""
         if self.bank is None:
             return None
         first = torch.zeros(len(indices), 1, dtype=torch.int64)
         return self.bank.take(indices, first)[:, 0].to(images.device)
 
-    def numbers(self):
-        """Return the share of synthetic images among the last views, to be logged."""
+    def logged(self):
+        """Return the share of synthetic images among the last views, for the log."""
         return {"synthetic_share": self.synthetic_share}
-
-    def loss(self, z, args):
-        """Return the loss of projections z (M, N, D)."""
-        if args.loss in ("lout", "lin"):
-            return multi_positive(z, args.temp, form=args.loss.removeprefix("l"))
-        total = nt_xent(z[0], z[1], args.temp)
-        for further in z[2:]:
-            if args.loss == "align":  # CLSP (Zeng et al. 2024, arXiv:2408.16965): it is no negative to anything
-                term = (2 - 2 * F.cosine_similarity(z[0], further, dim=1)).mean()
-            else:
-                term = nt_xent(z[0], further, args.temp)
-            total = total + args.gen_weight * term / (len(z) - 2)
-        return total
 
 
 class Corrupted(Restored):
     """A control: the views are c(x), enlarged to the image's size; what the corruption does without a generator."""
 
     def __init__(self, args, corruption):
-        super().__init__(args, None)
-        self.corruption, self.synthetic_share = corruption, 1.0
+        super().__init__(args)
+        self.corruption = corruption
+        self.synthetic_share = 1.0
 
-    def __call__(self, indices, images, trainer):
+    @property
+    def captions(self):
+        """What each view shows, in words."""
+        return ["c(x)"] * 2
+
+    def __call__(self, indices, images, step):
         """Return c(x), uint8 (b, 3, H, W), twice; see TrainSimCLR.SamePair."""
-        return [self.synthetic(indices, images, trainer)] * 2
+        return [self.synthetic(indices, images, step)] * 2
 
-    def synthetic(self, indices, images, trainer):
+    def synthetic(self, indices, images, step):
         """Return c(x), uint8 (b, 3, H, W)."""
-        keys = make_keys(self.args.seed, trainer.step, indices, MASK).to(images.device)
+        keys = make_keys(self.args.seed, step, indices, StepPurpose.MASK).to(images.device, non_blocking=True)
         return to_uint8(self.corruption.upsample(self.corruption(images, keys)))
 
 
-def _replace(images, view, drawn):
-    """Return the view where it is drawn (b,), the image elsewhere."""
-    return torch.where(drawn.to(images.device, non_blocking=True)[:, None, None, None], view, images)
+def _choose(mask, view, images):
+    """Return the view where mask (b,), on the host, is true, and the image elsewhere."""
+    mask = mask.to(images.device, non_blocking=True)
+    return torch.where(mask[:, None, None, None], view, images)
 
 
 @torch.no_grad()
-def farthest(bank, indices, count, images, trainer):
-    """Return columns (b, count) of the bank: one after the other the least like those before, to the encoder.
+def farthest(bank, indices, count, images, encoder):
+    """Return columns int64 (b, count) of the bank: one after the other the least like those before, to the encoder.
 
-    The first is the least like the image (b, 3, H, W), or, without one, like the mean of all restorations.
+    The first is the least like the image, uint8 (b, 3, H, W), or, where images is None, like the mean of all
+    restorations.
     """
-    rows = torch.arange(bank.k).expand(len(indices), -1)
+    b = len(indices)
+    rows = torch.arange(bank.k).expand(b, -1)
     batch = bank.take(indices, rows).flatten(0, 1)
-    batch = torch.cat([batch, images]) if images is not None else batch
-    encoder, mode = trainer.net.encoder, trainer.net.training
+    if images is not None:
+        batch = torch.cat([batch, images])
+
+    # features of all restorations and of what they are compared with
+    mode = encoder.training
     encoder.eval()
-    plain = Data.plain_views(batch.shape[-1])(batch, torch.Generator())
-    features = F.normalize(encoder(plain.contiguous(memory_format=torch.channels_last)).float(), dim=1)
+    features = F.normalize(Evaluate.embed(encoder, to_float(batch)), dim=1)
     encoder.train(mode)
-    restored = features[: len(indices) * bank.k].view(len(indices), bank.k, -1)  # (b, K, F)
-    seen = restored.mean(dim=1) if images is None else features[len(indices) * bank.k :]
-    likeness = torch.einsum("bkf,bf->bk", restored, seen)
+    restored = features[: b * bank.k].view(b, bank.k, -1)  # (b, K, F)
+    anchor = restored.mean(dim=1) if images is None else features[b * bank.k :]
+    likeness = torch.einsum("bkf,bf->bk", restored, anchor)
+
+    # one after the other: the one that is least like the most similar of those before
     columns = []
     for _ in range(count):
         column = likeness.argmin(dim=1, keepdim=True)  # (b, 1)
         columns.append(column)
         picked = restored.gather(1, column[:, :, None].expand(-1, -1, restored.shape[2]))[:, 0]
-        own = torch.einsum("bkf,bf->bk", restored, picked)
-        likeness = own if images is None and len(columns) == 1 else torch.maximum(likeness, own)
+        to_picked = torch.einsum("bkf,bf->bk", restored, picked)
+        mean_was_the_anchor = images is None and len(columns) == 1
+        likeness = to_picked if mean_was_the_anchor else torch.maximum(likeness, to_picked)
         likeness = likeness.scatter(1, torch.cat(columns, dim=1), 2.0)  # above every cosine: never twice
     return torch.cat(columns, dim=1)
 
 
+# ---------------------------------------------------------------------------------------------------- generator, bank
+
+
+def generator_flags(args):
+    """Return the words of --camnet, and {flag: value} of what they say about the generator."""
+    words = shlex.split(args.camnet)
+    given = Flags.parse([*words, f"--data={args.data}"], TrainCamNet.build_parser)
+    asked = {name: value for name, value in Flags.hyper_parameters(given).items() if name in given.given}
+    asked.pop("data")
+    return words, asked
+
+
+def generator_words(args, words):
+    """Return the command line of TrainCamNet.py for the generator of a run; words: those of --camnet."""
+    shared = ("data", "size", "device", "n_workers", "data_dir", "storage", "models_dir", "precision", "corrupt")
+    argv = [f"--{name}={getattr(args, name)}" for name in shared if getattr(args, name) is not None]
+    if args.skip_bad:
+        argv.append("--skip_bad")
+    return [*argv, "--no-single_code", *words]
+
+
+def train_generator(args, split, words, asked):
+    """Train a generator by the recipe of the data, or continue to; return its checkpoint."""
+    argv = [*generator_words(args, words), "--resume=auto"]
+    command = shlex.join(["python", "TrainCamNet.py", *argv])
+    if Distributed.is_launched():
+        raise Utils.UserError(f"--generator: none for {args.data} yet, and torchrun trains none: first run {command}")
+    lock = Path(args.models_dir) / f".generator-{Data.get_row(args.data).name}.lock"
+    with Utils.locked(lock, f"training a generator for {args.data}"):
+        found = Banks.newest_generator(args, split, asked)
+        if found:  # another process has trained it meanwhile
+            return found
+        print(f"no generator for {args.data} yet: {command}", flush=True)
+        TrainCamNet.main(TrainCamNet.get_args(argv))  # ends the program where a signal ends it
+        return Banks.newest_generator(args, split, asked)
+
+
+def check_flags(args):
+    """Raise UserError on flags that do not go together."""
+    if args.bank:
+        for name in ("generator", "corrupt", "camnet", "refresh"):
+            if getattr(args, name):
+                raise Utils.UserError(
+                    f"--bank {args.bank}: --{name} is for banks that a generator makes: leave one of them out"
+                )
+
+
+def check_count(args, source, k, flag):
+    """Raise UserError unless the k restorations of an image are enough for a step."""
+    if k < source.made:
+        raise Utils.UserError(
+            f"{flag} {k} restorations of an image, and --pair {args.pair} takes {source.made}: use {source.made} or "
+            "more, or --pair real_gen"
+        )
+
+
 def make_positives(args, splits, device):
     """Return the source of positives of a run's flags. Raises UserError on flags that do not go together."""
-    try:
-        return _make_positives(args, splits.train, device)
-    except ValueError as error:
-        raise Utils.UserError(str(error)) from error
-
-
-def _make_positives(args, split, device):
-    source = Restored(args, None)
-    if args.loss == "align" and len(source) == 2:
-        raise ValueError(f"--loss align: --pair {args.pair} has two views: use real_real_gen, or multi")
+    split = splits.train
+    source = Restored(args, warmup_steps=args.gen_warmup * (len(split) // args.bs))
     if args.p_gen == 0:
         return source
-    beside = [name for name in ("generator", "corrupt", "refresh") if args.bank and getattr(args, name)]
-    if beside:
-        raise ValueError(
-            f"--bank {args.bank}: --{beside[0]} is for banks that a generator makes: leave one of them out"
-        )
-    if args.pair == "corrupted":
-        return Corrupted(args, Corruption(corruption_for(args), split.size))
-    images = read(args.bank, len(split), split.size) if args.bank else None
-    if (k := images.shape[1] if args.bank else args.num_codes) < source.restored:
-        flag = f"--bank {args.bank}: it holds" if args.bank else "--num_codes:"
-        raise ValueError(
-            f"{flag} {k} restorations of an image, and --pair {args.pair} takes {source.restored}: use "
-            f"{source.restored} or more, or --pair real_gen"
-        )
-    if args.bank:
-        bank = Bank(images, device, Utils.is_held(args.bank_storage, images.nbytes, device))
-        source.banks, source.fingerprint = (lambda epoch: bank), fingerprint_array(images)
-    else:
-        source.banks = Banks(args, split, device)
-        source.fingerprint = source.banks.fingerprint
+    check_flags(args)
+    with Utils.as_user_error():
+        # the control without a generator
+        words, asked = generator_flags(args)
+        if args.pair == "corrupted":
+            return Corrupted(args, Corruption(Banks.corruption_for(args, split, asked), split.size))
+
+        # a bank of one's own
+        if args.bank:
+            images = read(args.bank, len(split), split.size)
+            check_count(args, source, images.shape[1], f"--bank {args.bank}: it holds")
+            source.bank = Bank(images, device, Utils.is_held(args.bank_storage, images.nbytes, device))
+            source.fingerprint = fingerprint_array(images)
+            return source
+
+        # banks that a generator makes
+        check_count(args, source, args.num_codes, "--num_codes:")
+        if args.dry_run:
+            return try_out_bank(args, split, device, source, words, asked)
+        checkpoint = Banks.find_generator(args, split, asked) or train_generator(args, split, words, asked)
+        schedule = Banks.BankSchedule(args, split, device, checkpoint, asked)
+        source.bank_of_epoch = schedule
+        source.fingerprint = schedule.fingerprint
+        return source
+
+
+def try_out_bank(args, split, device, source, words, asked):
+    """Return the source of a dry run: instead of restorations its bank shows the images, as many times."""
+    if not Banks.find_generator(args, split, asked):
+        TrainCamNet.main(TrainCamNet.get_args([*generator_words(args, words), "--dry_run"]))
+    gib = len(split) * args.num_codes * 3 * split.size**2 / 2**30
+    print(f"bank: {args.num_codes} restorations of {len(split):,} images, {gib:.2f} GiB")
+    images = torch.cat([images for _, images in split.batches(torch.arange(len(split)).split(512), device)])
+    source.bank = Bank(images[:, None].expand(-1, args.num_codes, -1, -1, -1), device, on_device=False)
     return source
 
 
 def main(args):
     """Find or train the generator, fill the bank, train, save, score; return the exit code."""
-    return TrainSimCLR.main(args, make_positives, script=Path(__file__).stem)
+    return TrainSimCLR.main(args, make_positives, script=Path(__file__).stem, build_parser=build_parser)
 
 
 if __name__ == "__main__":

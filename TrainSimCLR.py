@@ -9,8 +9,12 @@ Writes Models/RUN/: args.json, metrics.jsonl, TensorBoard events, EPOCH.pt, pair
 the script's name, the data and the flags that decide what is learnt.
 """
 
+import Signals  # first, so that a signal ends also the imports below in one line
+
+# isort: split
+import argparse
 import contextlib
-import json
+import math
 from pathlib import Path
 
 import torch
@@ -20,24 +24,106 @@ import Data
 import Distributed
 import Evaluate
 import Flags
+import Losses
 import Reports
+import Runs
 import Utils
-from Backbones import ContrastiveNet, build_head, count_parameters
-from Losses import multi_positive, view_statistics
+from Backbones import BACKBONES, ContrastiveNet, build_head, check_backbone, count_parameters, is_resnet, stem_text
+from EncoderFiles import encoder_metadata, save_encoder
+from Flags import bounded
 from Optimizers import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 
 COLLAPSED = 0.02  # embedding_std below this means that all images have one embedding; 1 is spread evenly
 
 
+# ---------------------------------------------------------------------------------------------------- flags
+
+
 def get_args(argv=None):
-    """Parse the flags; see Flags.py for what they are."""
-    return Flags.parse(argv, lambda data: Flags.contrastive_parser(__doc__, data))
+    """Parse the flags; the defaults are the recipe of --data."""
+    return Flags.parse(argv, build_parser)
+
+
+def build_parser(data="shapes", device_type="cpu", doc=__doc__, add_positives=None):
+    """Return the parser of a contrastive script; the defaults are the recipe of the row of `data` on the device.
+
+    add_positives: adds the flags of where the views come from to an argument group; None: SimCLR's.
+    """
+    parser = Flags.plain_parser(doc)
+    add_data_flags(parser.add_argument_group("data and views"))
+    (add_positives or add_num_views)(parser.add_argument_group("positives"))
+    add_model_flags(parser.add_argument_group("model and loss"))
+    add_optimisation_flags(parser.add_argument_group("optimisation"))
+    add_run_flags(Flags.add_run_group(parser, "epochs"))
+    parser.set_defaults(**Data.get_row(data).recipe_for(device_type))
+    return parser
+
+
+def add_data_flags(group):
+    Flags.add_data_place(group)
+    add = group.add_argument
+    scored = "split that is scored; val: cv if there is none; cv: 3-fold on train; test: only for reported numbers"
+    add("--eval", choices=["val", "cv", "test"], default="val", help=scored)
+    aug = "full: crop, flip, colour; crop: crop and flip; none: the images as they are"
+    add("--aug", choices=["full", "crop", "none"], default="full", help=aug)
+    add("--color_s", type=bounded(float, 0, 2), metavar="S", help="strength of the colour jitter, 0 to about 1")
+    add("--crop_min", type=bounded(float, 0.001, 1), metavar="A", help="smallest share of the area that a crop keeps")
+    add("--gray_p", type=bounded(float, 0, 1), metavar="P", help="probability of a grey view")
+    add("--blur_p", type=bounded(float, 0, 1), metavar="P", help="probability of a blurred view")
+
+
+def add_num_views(group):
+    group.add_argument("--num_views", type=bounded(int, 2), default=2, metavar="M", help="views of each image per step")
+
+
+def add_model_flags(group):
+    add = group.add_argument
+    backbone = f"encoder: {', '.join(BACKBONES)}, or any other classification model of torchvision"
+    add("--backbone", metavar="NAME", help=backbone)
+    stem = "first layer of a ResNet; small: 3x3, stride 1, no pooling; auto: small up to 64 pixels"
+    add("--stem", choices=["auto", "small", "large"], default="auto", help=stem)
+    add("--proj_dim", type=bounded(int, 1), metavar="D", help="length of a projection")
+    add("--proj_hidden", type=bounded(int, 1), metavar="H", help="width of the projection head")
+    add("--proj_norm", action=argparse.BooleanOptionalAction, help="batch normalisation in the projection head")
+    loss = "; ".join(f"{name}: {form.what}" for name, form in Losses.FORMS.items())
+    add("--loss", choices=list(Losses.FORMS), default="lout", help=loss)
+    weight = "weight of the views after the second, with --loss ntxent or align"
+    add("--gen_weight", type=bounded(float, 0), default=1.0, metavar="W", help=weight)
+    add("--temp", type=bounded(float, 1e-3), metavar="T", help="temperature; lower weighs similar negatives more")
+
+
+def add_optimisation_flags(group):
+    add = group.add_argument
+    batch = "images per step, over all processes; the incomplete last batch is dropped"
+    add("--bs", type=bounded(int, 2), metavar="N", help=batch)
+    add("--epochs", type=bounded(int, 1), metavar="E", help="passes over the data")
+    add("--opt", choices=["SGD", "Adam"], help="optimizer; SGD has Nesterov momentum")
+    add("--lr", type=bounded(float, 0), help="peak learning rate; it is not scaled with --bs")
+    add("--mm", type=bounded(float, 0, 0.9999), metavar="M", help="momentum; beta1 of Adam")
+    add("--wd", type=bounded(float, 0), help="weight decay; biases and norm layers have none")
+    add("--n_ramp", type=bounded(float, 0), metavar="E", help="epochs of linear warm-up before the cosine to 0")
+    add("--lars", action="store_true", help="adapt the rate of every layer (LARS); over Adam as LAMB does")
+    add("--trust", type=bounded(float, 0), default=0.001, metavar="C", help="trust coefficient of --lars")
+    seed = "seed of initial weights, order of images and views"
+    add("--seed", type=bounded(int, 0, Flags.LARGEST_SEED), default=0, help=seed)
+
+
+def add_run_flags(group):
+    add = group.add_argument
+    add("--eval_iter", type=bounded(int, 0), default=10, metavar="E", help="epochs between scores; 0: only at the end")
+    baselines = "at the end, also score raw pixels, the untrained encoder, and a probe on augmented images"
+    add("--baselines", action=argparse.BooleanOptionalAction, default=True, help=baselines)
+    compiled = "torch.compile; auto: on CUDA, in runs of 2,000 steps or more"
+    add("--compile", choices=["auto", "yes", "no"], default="auto", help=compiled)
+
+
+# ---------------------------------------------------------------------------------------------------- positives
 
 
 class SamePair:
     """SimCLR's source of positives: the image itself, M times; the augmentation makes the views differ."""
 
-    fingerprint = ""  # of what the views are made from beside the images: a resumed run must have the same
+    fingerprint = ""  # identifies the bank; checked on resume; empty: only the images are used
 
     def __init__(self, num_views):
         self.num_views = num_views
@@ -45,45 +131,64 @@ class SamePair:
     def __len__(self):
         return self.num_views
 
+    @property
+    def captions(self):
+        """What each view shows, in words."""
+        return ["image"] * self.num_views
+
     def start_epoch(self, epoch):
-        """Make ready for an epoch; all processes do so at the same time."""
+        """Prepare for an epoch; all processes call this at the same time."""
 
-    def __call__(self, indices, images, trainer):
-        """Return M batches uint8 (b, 3, H, W) that share their meaning row by row; indices (b,) in the train split.
+    def __call__(self, indices, images, step):
+        """Return M batches uint8 (b, 3, H, W) that show the same image row by row.
 
-        trainer: the `Trainer` that asks, for its step and its net.
+        indices: int64 (b,), rows of the train split; images: theirs, uint8 (b, 3, H, W); step: number of the step.
         """
         return [images] * self.num_views
 
-    def synthetic(self, indices, images, trainer):
+    def synthetic(self, indices, images, step):
         """Return what a generator makes of the images, uint8 (b, 3, H, W), to be measured; None: there is none."""
 
-    def numbers(self):
-        """Return {name: number} of the last pairs, to be logged."""
+    def logged(self):
+        """Return {name: number} of the last views, for the log."""
         return {}
 
-    def loss(self, z, args):
-        """Return the loss of projections z (M, N, D)."""
-        return multi_positive(z, args.temp, form=args.loss.removeprefix("l"))
+
+# ---------------------------------------------------------------------------------------------------- training
 
 
 class Trainer:
     """All that a step changes, and how: net, optimizer, random state, position."""
 
     def __init__(self, args, train_split, positives, device, rank=0, world=1):
-        self.args, self.train_split, self.positives, self.device = args, train_split, positives, device
-        self.rank, self.world = rank, world
-        self.views = Flags.views_for(args)
-        self.generator = torch.Generator().manual_seed(args.seed)  # of the views
+        self.args = args
+        self.train_split = train_split
+        self.positives = positives
+        self.device = device
+        self.rank = rank
+        self.world = world
+        self.data_fingerprint = train_split.fingerprint()
+
+        # views
+        self.augmentation = Flags.augmentation_for(args)
+        self.rng = torch.Generator().manual_seed(args.seed)  # of the views
+
+        # net and optimizer
         encoder = Flags.encoder_for(args)
-        head = build_head(encoder.features, args.proj_hidden, args.proj_dim, args.proj_norm)
+        head = build_head(encoder.num_features, args.proj_hidden, args.proj_dim, args.proj_norm)
         self.net = ContrastiveNet(encoder, head).to(device, memory_format=torch.channels_last)
         self.forward = Distributed.wrap(self.net, device)
         groups = parameter_groups(self.net, args.wd)
         self.optimizer = build_optimizer(args.opt, groups, args.lr, args.mm, args.lars, args.trust)
+        positives.encoder = encoder  # some choose by what it has learnt
+
+        # position
         self.steps_per_epoch = len(train_split) // args.bs
         self.steps = args.epochs * self.steps_per_epoch
         self.step = 0
+
+        # speed
+        self.pace = Reports.Pace(self.step, self.steps)
         self.bf16 = Utils.set_precision(args.precision, device)
         if args.compile == "yes" or (args.compile == "auto" and device.type == "cuda" and self.steps >= 2000):
             self.forward = torch.compile(self.forward)
@@ -98,29 +203,38 @@ class Trainer:
         """Steps done of the current epoch."""
         return self.step % self.steps_per_epoch
 
-    def is_finite(self):
-        """Return whether all weights and batch statistics are finite; waits for the device."""
-        return bool(torch.stack([value.isfinite().all() for value in self.net.state_dict().values()]).all())
-
     def save(self, folder):
         """Write EPOCH.pt, or EPOCH+STEP.pt inside an epoch; return its path."""
-        name = f"{self.epoch}+{self.step_in_epoch}.pt" if self.step_in_epoch else f"{self.epoch}.pt"
-        random = {"views": self.generator.get_state(), "torch": torch.get_rng_state()}
-        position = {"epoch": self.epoch, "step": self.step, "positives": self.positives.fingerprint}
-        parts = {"encoder": self.net.encoder, "head": self.net.head, "optimizer": self.optimizer}
-        Utils.save_(Path(folder) / name, args=Utils.plain(self.args), random=random, **position, **parts)
-        return Path(folder) / name
+        file = Path(folder) / Utils.checkpoint_name(self.epoch, self.step_in_epoch)
+        Utils.save_(
+            file,
+            args=Utils.plain(self.args),
+            random={"views": self.rng.get_state(), "torch": torch.get_rng_state()},
+            epoch=self.epoch,
+            step=self.step,
+            data_n=len(self.train_split),
+            data_fingerprint=self.data_fingerprint,
+            positives=self.positives.fingerprint,
+            encoder=self.net.encoder,
+            head=self.net.head,
+            optimizer=self.optimizer,
+        )
+        return file
 
     def load(self, file):
-        """Go on from what `save` wrote."""
-        state = Utils.load_(file, encoder=self.net.encoder, head=self.net.head, optimizer=self.optimizer)
+        """Continue from what `save` wrote. Raises UserError if that was another run."""
+        state = Utils.load_(file)
+        Utils.check_run(file, state)
+        Runs.check_data(file, state, self.train_split, self.args.data)
         if state.get("positives", "") != self.positives.fingerprint:
             raise Utils.UserError(
                 f"{file}: its positives came from another generator or bank: name that one by --generator or --bank, "
                 "or begin another run with --suffix NAME"
             )
+        Utils.load_(file, encoder=self.net.encoder, head=self.net.head, optimizer=self.optimizer)
         self.step = state["step"]
-        self.generator.set_state(state["random"]["views"])
+        self.pace = Reports.Pace(self.step, self.steps)
+        self.rng.set_state(state["random"]["views"])
         torch.set_rng_state(state["random"]["torch"])
 
     def batches(self):
@@ -128,18 +242,20 @@ class Trainer:
 
         Seed and epoch alone decide the order, so that an epoch can be entered anywhere.
         """
-        order = torch.Generator().manual_seed(1_000_003 * self.args.seed + self.epoch)
-        order = torch.randperm(len(self.train_split), generator=order)
+        order_rng = torch.Generator().manual_seed(Utils.derived_seed(self.args.seed, self.epoch))
+        order = torch.randperm(len(self.train_split), generator=order_rng)
         order = order[: self.steps_per_epoch * self.args.bs].view(self.steps_per_epoch, self.world, -1)
         return self.train_split.batches(list(order[self.step_in_epoch :, self.rank]), self.device)
 
     def augment(self, batches):
         """Return float views (M b, 3, H, W) of M uint8 batches; parameters are drawn for the batch of all processes."""
-        start, views = self.rank * (self.args.bs // self.world), []
+        start = self.rank * (self.args.bs // self.world)
+        views = []
         for images in batches:
-            mine = slice(start, start + len(images))  # --skip_bad can shorten a streamed batch
-            params = self.views.draw(self.args.bs, *images.shape[2:], self.generator)
-            views.append(self.views.apply(images, {name: value[mine] for name, value in params.items()}))
+            params = self.augmentation.draw(self.args.bs, *images.shape[2:], self.rng)
+            mine = slice(start, start + len(images))
+            params = {name: value[mine] for name, value in params.items()}
+            views.append(self.augmentation.apply(images, params))
         return torch.cat(views).contiguous(memory_format=torch.channels_last)
 
     def update(self, indices, images, lap=lambda stage: None):
@@ -147,16 +263,23 @@ class Trainer:
 
         lap: is told the name of each stage that ends; see `Reports.Meter`.
         """
+        # views of the images
         lap("data")
-        positives = self.positives(indices, images, self)
+        positives = self.positives(indices, images, self.step)
         x = self.augment(positives)
         lap("views")
+
+        # their projections
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             z = self.forward(x)
         lap("forward")
+
+        # the loss over the batch of all processes
         z = Distributed.gather(z.float().view(len(positives), -1, z.shape[1]))
-        loss = self.positives.loss(z, self.args)
+        loss = Losses.contrastive(z, self.args.temp, self.args.loss, self.args.gen_weight)
         lap("loss")
+
+        # a step of the optimizer
         self.optimizer.zero_grad()
         loss.backward()
         ramp = round(self.args.n_ramp * self.steps_per_epoch)
@@ -169,53 +292,87 @@ class Trainer:
 
 def train_epoch(trainer, run, interruption):
     """Train to the end of the epoch or to an interruption; return (mean loss, whether interrupted)."""
-    args, total, steps, stopped = trainer.args, torch.zeros((), device=trainer.device), 0, False
+    args = trainer.args
+    total = torch.zeros((), device=trainer.device)
+    steps = 0
+    stopped = False
     trainer.net.train()
     trainer.positives.start_epoch(trainer.epoch)
-    meter = Reports.Meter(trainer)
-    title, count = f"epoch {trainer.epoch + 1}/{args.epochs}", trainer.steps_per_epoch
+    meter = Reports.Meter(trainer.device, trainer.step)
+    pace = trainer.pace
+    title = f"epoch {trainer.epoch + 1}/{args.epochs}"
+    count = trainer.steps_per_epoch
     bar = tqdm(desc=title, total=count, initial=trainer.step_in_epoch, unit="step", leave=False, disable=run.quiet)
     with bar:
         for indices, images in trainer.batches():
-            shown = trainer.step == 0 or (trainer.step_in_epoch == 0 and is_scored(args, trainer.epoch + 1))
+            # a picture at the start, and in each epoch that is scored
+            first_of_scored_epoch = trainer.step_in_epoch == 0 and is_scored(args, trainer.epoch + 1)
+            is_shown = trainer.step == 0 or first_of_scored_epoch
+
             loss, z, x = trainer.update(indices, images, meter.lap)
-            total, steps = total + loss, steps + 1
+            total = total + loss
+            steps += 1
             bar.update()
-            if logged := trainer.step % args.log_iter == 0:
+
+            if pace.tick(trainer.step) and run.writes:
+                tqdm.write(estimate(trainer))
+            if pace.seconds is not None:
+                bar.set_postfix_str(f"run: {Reports.duration(pace.left(trainer.step))} left", refresh=False)
+
+            # the first step, the last one of an epoch, and every --log_iter
+            is_logged = trainer.step % args.log_iter == 0 or trainer.step == 1 or trainer.step_in_epoch == 0
+            if is_logged:
                 log_step(trainer, run, loss, z, meter)
-            if shown:
-                Reports.show_pairs(run, x, len(z), trainer.step)
-                meter.start()
-            if trainer.world == 1 or logged:  # several processes must agree, and that waits for the device
-                stopped = Distributed.any_process(interruption.signal is not None, trainer.device)
+            if is_shown:
+                Reports.show_pairs(run, x, trainer.positives.captions, trainer.step)
+                meter.start(trainer.step)
+            stopped = Distributed.any_process(interruption.signal is not None)
             if stopped:
                 break
+
+    # nothing is saved of a run that learns nothing more
     mean = (total / steps).item()
-    check_health(trainer, run, mean if trainer.is_finite() else float("nan"))  # before anything is saved
+    finite = Utils.all_finite(trainer.net.state_dict().values())
+    check_health(trainer, run, mean if finite else float("nan"))
     return mean, stopped
+
+
+def estimate(trainer):
+    """Return how long the training takes, in words."""
+    left = trainer.pace.left(trainer.step)
+    save_iter = trainer.args.save_iter or trainer.args.epochs
+    to_checkpoint = min(
+        save_iter * trainer.steps_per_epoch - trainer.step % (save_iter * trainer.steps_per_epoch),
+        trainer.steps - trainer.step,
+    )
+    checkpoint = Reports.duration(to_checkpoint * trainer.pace.seconds)
+    memory = Utils.peak_memory(trainer.device) / 2**30
+    return f"training takes about {Reports.duration(left)}; next checkpoint in {checkpoint}; memory {memory:.1f} GiB"
 
 
 def log_step(trainer, run, loss, z, meter):
     """Write a line of metrics.jsonl: the only place inside an epoch that waits for the device."""
-    loss, statistics = loss.item(), {name: value.item() for name, value in view_statistics(z).items()}
+    loss = loss.item()
+    statistics = {name: value.item() for name, value in Losses.view_statistics(z).items()}
     lr = trainer.optimizer.param_groups[0]["lr"]
-    run.log(trainer.step, trainer.epoch, loss=loss, lr=lr, **meter.read(), **statistics, **trainer.positives.numbers())
-    meter.start()
+    speed = meter.read(trainer.step, views_per_step=trainer.args.bs * len(trainer.positives))
+    run.log(trainer.step, trainer.epoch, loss=loss, lr=lr, **speed, **statistics, **trainer.positives.logged())
+    meter.start(trainer.step)
     check_health(trainer, run, loss, statistics["embedding_std"])
 
 
 def check_health(trainer, run, loss, std=1.0):
     """Stop a run that learns nothing more: loss not finite or, after the first epoch, all embeddings equal."""
-    finite = abs(loss) < float("inf")
-    if finite and (std >= COLLAPSED or trainer.step <= trainer.steps_per_epoch):
+    args = trainer.args
+    is_finite = abs(loss) < float("inf")
+    has_collapsed = std < COLLAPSED and trainer.step > trainer.steps_per_epoch
+    if is_finite and not has_collapsed:
         return
-    args, last = trainer.args, Utils.newest_checkpoint(run.folder)
-    problem = f"the embeddings collapsed (standard deviation {std:.4f})" if finite else "loss or weights are not finite"
-    raise Utils.UserError(
-        f"{problem} in epoch {-(-trainer.step // trainer.steps_per_epoch)}: likely causes: --lr {args.lr:g} too high, "
-        f"--n_ramp {args.n_ramp:g} too short, --temp {args.temp:g} too low, or views that do not differ (--aug "
-        f"{args.aug}); last good checkpoint: {last or 'none'}"
-    )
+    place = f"epoch {-(-trainer.step // trainer.steps_per_epoch)}, step {trainer.step}"
+    problem = f"the embeddings collapsed (standard deviation {std:.4f})" if is_finite else Runs.NOT_FINITE
+    causes = f"--lr {args.lr:g} too high, --n_ramp {args.n_ramp:g} too short, --temp {args.temp:g} too low, "
+    causes += f"or views that do not differ (--aug {args.aug})"
+    raise run.failure(f"{problem} in {place}", causes)
 
 
 def is_scored(args, epoch):
@@ -223,102 +380,240 @@ def is_scored(args, epoch):
     return epoch == args.epochs or bool(args.eval_iter and epoch % args.eval_iter == 0)
 
 
-def finish_epoch(trainer, run, splits, loss):
-    """Save and score where it is due, and print the epoch's line."""
-    args, epoch, last = trainer.args, trainer.epoch, trainer.step == trainer.steps
-    scores = {}
+def finish_epoch(trainer, run, splits, loss, interruption):
+    """Save and score where it is due, and print the epoch's line; return whether a signal has come."""
+    args = trainer.args
+    epoch = trainer.epoch
+    is_last = trainer.step == trainer.steps
     if run.writes:
-        if last or (args.save_iter and epoch % args.save_iter == 0):
+        if is_last or (args.save_iter and epoch % args.save_iter == 0):
             trainer.save(run.folder)
-        if not last and is_scored(args, epoch):
-            probed = Evaluate.can_probe(splits)
-            scores = Evaluate.score(trainer.net.encoder, splits, trainer.device) if probed else {}
-            run.log(trainer.step, epoch, group="Pairs", **scores, **Reports.measure_pairs(trainer, probed))
+        scores = {}
+        if not is_last:
+            scores = interruption.cut_short(lambda: score_epoch(trainer, run, splits)) or {}
         text = "".join(f"  {name} {100 * value:.2f} %" for name, value in scores.items())
         tqdm.write(f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  {run.clock():.0f} s{text}")
     Distributed.barrier()
+    return Distributed.any_process(interruption.signal is not None)
+
+
+def score_epoch(trainer, run, splits):
+    """Score the epoch that has just ended if that is due; log and return its scores."""
+    if not is_scored(trainer.args, trainer.epoch):
+        return {}
+    can_probe = Evaluate.can_probe(splits)
+    scores = Evaluate.score(trainer.net.encoder, splits, trainer.device) if can_probe else {}
+    run.log(trainer.step, trainer.epoch, group="Pairs", **scores, **measure_pairs(trainer, can_probe))
+    return scores
+
+
+def is_unscored(trainer, folder):
+    """Return whether the checkpoint that was resumed lacks its scores: a kill came between saving and scoring."""
+    is_boundary = 0 < trainer.step < trainer.steps and trainer.step_in_epoch == 0
+    if not is_boundary or not is_scored(trainer.args, trainer.epoch):
+        return False
+    return Distributed.first_rank_only(lambda: not Runs.has_logged(folder, trainer.step, "alignment"))
+
+
+def measure_pairs(trainer, labelled):
+    """Return what the pairs are worth at the trainer's step; see `Reports.measure_pairs`."""
+    return Reports.measure_pairs(
+        net=trainer.net,
+        positives=trainer.positives,
+        split=trainer.train_split,
+        augmentation=trainer.augmentation,
+        step=trainer.step,
+        device=trainer.device,
+        labelled=labelled,
+    )
 
 
 def finish_run(trainer, run, splits, again):
-    """Score the last epoch beside its baselines; write evaluation.json and what TensorBoard shows of it.
+    """Score the last epoch next to its baselines; write evaluation.json and what TensorBoard shows of it; return
+    the scores.
 
     again: the run was complete when this start resumed it; what it scored then is shown if it scored the same split.
     """
+    # data without labels: only the pairs can be measured
     if not Evaluate.can_probe(splits):
-        if not again:
-            run.log(trainer.step, trainer.epoch, group="Pairs", **Reports.measure_pairs(trainer, labelled=False))
-        print("one class or no labels: nothing to score")
-        return
+        if not Runs.has_logged(run.folder, trainer.step, "alignment"):
+            run.log(trainer.step, trainer.epoch, group="Pairs", **measure_pairs(trainer, labelled=False))
+            run.show_flags(Flags.hyper_parameters(trainer.args), ["Pairs/alignment"])
+        print("fewer than two classes, or too few labels: nothing to score")
+        return {}
+
+    # a complete run that was resumed
     file = run.folder / "evaluation.json"
-    if again and file.exists() and (result := json.loads(file.read_text()))["split"] == splits.eval:
-        print(f"this run is complete: scores from {file}\n{Evaluate.table(result)}")
-        return
-    encoder, untrained = trainer.net.encoder, None
+    result = Utils.read_json(file) or {}
+    if again and result.get("split") == splits.eval and Runs.has_logged(run.folder, trainer.step, "knn"):
+        print(f"this run is complete: scores from {file}\n{Evaluate.scores_table(result)}")
+        return result
+
+    # scores
+    encoder = trainer.net.encoder
+    untrained = None
     if trainer.args.baselines:
         untrained = Flags.encoder_for(trainer.args).to(trainer.device, memory_format=torch.channels_last)
-    result = Evaluate.evaluate(encoder, untrained, splits, trainer.views, trainer.device, trainer.epoch)
-    result["pairs"] = Reports.measure_pairs(trainer, labelled=True)
-    Evaluate.write_result(file, result)
-    run.log(
-        trainer.step, trainer.epoch, group="Pairs", **{key: result[key] for key in ("knn", "linear")}, **result["pairs"]
-    )
-    final = {f"Final/{name}": result[name] for name in ("knn", "linear", "linear_aug") if name in result}
-    run.board.add_hparams(Flags.hyper_parameters(trainer.args), final, run_name=".")
+    result = Evaluate.evaluate(encoder, untrained, splits, trainer.augmentation, trainer.device, trainer.epoch)
+    result["pairs"] = measure_pairs(trainer, labelled=True)
+    print(Evaluate.scores_table(result))  # first: there may be no room to write them
+
+    # files, the log, and what TensorBoard shows
+    Utils.write_json(file, result)
+    scores = {name: result[name] for name in ("knn", "linear")}
+    run.log(trainer.step, trainer.epoch, group="Pairs", **scores, **result["pairs"])
+    run.show_flags(Flags.hyper_parameters(trainer.args), scores)
+    run.baseline("chance", {"knn": result["chance"], "linear": result["chance"]}, trainer.step)
+    if untrained:
+        run.baseline("untrained", {name: result[f"untrained_{name}"] for name in scores}, trainer.step)
+        run.baseline("pixels", {"knn": result["pixels_knn"]}, trainer.step)
     Reports.show_embedding(run, encoder, splits.test, trainer.device)
-    print(Evaluate.table(result))
+    return result
 
 
-def resolve(args, world):
-    """Return the row of the data, and settle what follows. Raises UserError on flags that do not go together."""
+# ---------------------------------------------------------------------------------------------------- script
+
+
+def check_flags(args, world):
+    """Return the row of the data; fit what the user did not say. Raises UserError on flags that do not go together."""
     row = Data.get_row(args.data, args.size)
-    args.small_stem = args.stem == "small" or (args.stem == "auto" and row.small_images)
+    can_be_small = args.backbone == "resnet8" or is_resnet(args.backbone)
+    args.image_size = row.size
+    args.small_stem = args.stem == "small" or (args.stem == "auto" and row.small_images and can_be_small)
+    with Utils.as_user_error():
+        check_backbone(args.backbone, args.small_stem, row.size)
     if args.bs % world:
-        raise Utils.UserError(f"--bs {args.bs}: not divisible by {world} processes: choose a multiple of {world}")
-    if args.n_ramp >= args.epochs:
-        raise Utils.UserError(f"--n_ramp {args.n_ramp:g}: nothing is left of --epochs {args.epochs} after it: lower it")
+        Flags.fit(args, "bs", args.bs // world * world, f"it must be a multiple of the {world} processes")
     return row
+
+
+def check_images(args, row, n, world, device):
+    """Fit to the n training images what the user did not say. Raises UserError on flags that do not fit them."""
+    # a batch of at most half of the images, with a learning rate for it
+    if n < args.bs or (n < 2 * args.bs and "bs" not in args.given):
+        before = args.bs
+        half = 2 ** int(math.log2(max(2, n // 2)))
+        Flags.fit(args, "bs", half // world * world, f"{row.name} has {n} images")
+        if "lr" not in args.given:
+            Flags.fit(args, "lr", args.lr * args.bs / before, f"it was for --bs {before}")
+    if args.bs < max(2, world):
+        raise Utils.UserError(f"--data {args.data}: {n} images are too few for {world} processes: start fewer")
+
+    # as many epochs as a CPU does within the hour
+    epochs = max(1, int(Data.CPU_PIXELS / (n * row.size**2)))
+    if device.type == "cpu" and "epochs" not in args.given and epochs < args.epochs:
+        Flags.fit(args, "epochs", epochs, f"{n:,} images of {row.size} px on a CPU; give --epochs for more")
+    if args.n_ramp >= args.epochs:
+        Flags.fit(args, "n_ramp", args.epochs / 10, f"--epochs {args.epochs} leaves nothing after it")
 
 
 def describe(args, row, trainer, folder):
     """Print what is about to happen, in the values that count."""
-    net, precision = trainer.net, "bf16" if trainer.bf16 else args.precision.replace("auto", "fp32")
-    stem = "" if args.backbone == "resnet8" else f", {'3x3 stem, no pooling' if args.small_stem else '7x7 stem'}"
-    print(f"{row.name}: {len(trainer.train_split)} images of {row.size} px, on {trainer.device} in {precision}")
-    print(f"{args.backbone}{stem}: {count_parameters(net.encoder):,} weights, head {count_parameters(net.head):,}")
-    print(f"{trainer.views}")
+    net = trainer.net
+    precision = Utils.precision_name(args.precision, trainer.bf16)
+    stem = stem_text(net.encoder)
     optimizer = f"{args.opt}{' + LARS' if args.lars else ''}, lr {args.lr:g}"
-    print(f"{trainer.steps} steps of {args.bs} images x {len(trainer.positives)} views, {optimizer}")
-    print(f"{f'going on at step {trainer.step}' if trainer.step else 'starting'}: {folder}", flush=True)
+    n = Reports.plural(len(trainer.train_split), "image")
+    steps = Reports.plural(trainer.steps, "step")
+    print(f"{row.name}: {n} of {row.size} px, on {trainer.device} in {precision}")
+    encoder = f"{args.backbone}, {stem}" if stem else args.backbone
+    print(f"{encoder}: {count_parameters(net.encoder):,} weights, head {count_parameters(net.head):,}")
+    print(f"views: {views_text(trainer.augmentation)}")
+    print(f"{steps} of {args.bs} images x {len(trainer.positives)} views, {optimizer}")
+    print(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {folder}", flush=True)
 
 
-def main(args, make_positives=None, script=Path(__file__).stem):
-    """Train, save, score; return the exit code. make_positives: (args, splits, device) -> a source like `SamePair`."""
+def views_text(views):
+    """Return what an `Augmentation` does, in words."""
+    parts = []
+    if views.crop_scale:
+        parts.append(f"crop from {views.crop_scale[0]:g} of the area")
+    if views.flip_p:
+        parts.append("flip")
+    if views.jitter_p and views.jitter:
+        parts.append(f"colour jitter {', '.join(f'{amount:g}' for amount in views.jitter)}")
+    for name, p in (("grey", views.gray_p), ("blur", views.blur_p), ("solarise", views.solarize_p)):
+        if p:
+            parts.append(f"{name} with probability {p:g}")
+    return ", ".join(parts) or "the images as they are"
+
+
+def main(args, make_positives=None, script=Path(__file__).stem, build_parser=build_parser):
+    """Train, save, score; return the exit code.
+
+    make_positives: (args, splits, device) -> a source like `SamePair`; build_parser: the script's.
+    """
+    # device, images, run folder
     rank, world, device = Distributed.start(Utils.pick_device(args.device))
-    row = resolve(args, world)
-    folder, checkpoint = Flags.find_run(args, row, script)
+    row = check_flags(args, world)
     splits = Flags.splits_for(args, device)
-    if len(splits.train) < args.bs:
-        raise Utils.UserError(f"--bs {args.bs}: more than the {len(splits.train)} images of {row.name}: lower it")
-    positives = make_positives(args, splits, device) if make_positives else SamePair(args.num_views)
-    trainer = Trainer(args, splits.train, positives, device, rank, world)
-    if checkpoint:
-        trainer.load(checkpoint)
-    positives.start_epoch(trainer.epoch)  # before the run folder is made: this can take long
-    done, stopped = trainer.step, False
-    Distributed.barrier()  # all have looked into the folder before the first one writes
-    run = Utils.Run(folder, args, device, resumed_step=done if args.resume else None, writes=rank == 0)
-    if run.writes:
-        describe(args, row, trainer, folder)
-    with Utils.Interruption() as interruption, contextlib.closing(run):
-        while trainer.step < trainer.steps and not stopped:
-            loss, stopped = train_epoch(trainer, run, interruption)
-            if not stopped:
-                finish_epoch(trainer, run, splits, loss)
-        if run.writes and stopped:
-            print(f"interrupted: saved {trainer.save(folder)}; --resume auto goes on", flush=True)
-        elif run.writes:
-            finish_run(trainer, run, splits, again=done == trainer.step)
-            print(f"checkpoints, pictures, logs: {folder}\nTensorBoard: tensorboard --logdir {folder.parent}")
+    check_images(args, row, len(splits.train), world, device)
+    usual = Flags.hyper_parameters(build_parser(args.data, device.type).parse_args([]))
+    folder = Runs.find_run(args, script, row.name, Flags.hyper_parameters(args), usual)
+    if args.dry_run:
+        positives = make_positives(args, splits, device) if make_positives else SamePair(args.num_views)
+        return try_out(args, row, folder, Trainer(args, splits.train, positives, device, rank, world))
+
+    # only one process, or group of processes, works on a run
+    with Runs.claimed(folder):
+        checkpoint = Distributed.first_rank_only(lambda: Runs.checkpoint_for(args, folder))
+        positives = make_positives(args, splits, device) if make_positives else SamePair(args.num_views)
+        if args.loss == "align" and len(positives) == 2:
+            raise Utils.UserError("--loss align: it is for more than two views: choose lout, or a --pair of three")
+        trainer = Trainer(args, splits.train, positives, device, rank, world)
+        if checkpoint:
+            trainer.load(checkpoint)
+        return pretrain(args, row, folder, splits, trainer)
+
+
+def try_out(args, row, folder, trainer):
+    """Say what the run would do, and what it would take by a few real steps; write nothing."""
+    trainer.positives.start_epoch(0)
+    describe(args, row, trainer, folder)
+    trainer.net.train()
+    while trainer.pace.seconds is None and trainer.step < trainer.steps:
+        for indices, images in trainer.batches():
+            trainer.update(indices, images)[0].item()  # waits for the device
+            if trainer.pace.tick(trainer.step):
+                break
+    if trainer.pace.seconds is not None:  # else that was all of it
+        print(estimate(trainer))
+    print("dry run: nothing was written")
+    Distributed.stop()
+    return 0
+
+
+def pretrain(args, row, folder, splits, trainer):
+    """Train to the end or to a signal, then score; return the exit code."""
+    # the bank of the epoch, before anything is written: making it can take long
+    first_step = trainer.step
+    unscored = is_unscored(trainer, folder)
+    trainer.positives.start_epoch(trainer.epoch - 1 if unscored else trainer.epoch)
+
+    resumed_step = first_step if args.resume else None
+    run = Runs.Run(folder, args, trainer.device, resumed_step, writes=trainer.rank == 0)
+    with contextlib.closing(run):
+        if run.writes:
+            describe(args, row, trainer, folder)
+        if run.writes and unscored:
+            score_epoch(trainer, run, splits)
+
+        # train
+        stopped = False
+        with Signals.Deferred() as interruption:
+            while trainer.step < trainer.steps and not stopped:
+                loss, stopped = train_epoch(trainer, run, interruption)
+                if not stopped:
+                    stopped = finish_epoch(trainer, run, splits, loss, interruption)
+            if run.writes and stopped:
+                run.interrupted(trainer.save(folder))
+
+        # score
+        if run.writes and not stopped:
+            result = finish_run(trainer, run, splits, again=first_step == trainer.step)
+            metadata = encoder_metadata(trainer.net.encoder, args, trainer.epoch, result)
+            save_encoder(folder / "encoder.pt", trainer.net.encoder, metadata)
+            Runs.farewell(folder)
     Distributed.stop()
     return interruption.exit_code if stopped else 0
 

@@ -1,58 +1,122 @@
-"""What every script needs: errors, devices, checkpoints, run folders, interruption."""
+"""What every script needs: errors, devices and their memory, files that are written whole, checkpoints."""
 
 import contextlib
-import datetime
+import errno
 import fcntl
-import hashlib
 import json
 import os
-import platform
 import re
 import resource
-import shlex
-import signal
-import subprocess
+import socket
 import sys
 import time
+import zipfile
 from pathlib import Path
-from typing import ClassVar
 
 import torch
-import torchvision
-from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import save_image
 
 import Distributed
+import Signals
 
 ROOT = Path(__file__).resolve().parent
-NAME_MAX = 240  # bytes of a run folder's name; file systems allow 255
 
 
 class UserError(ValueError):
-    """A mistake that its user can mend: one line with flag or file, value and remedy, shown without a traceback."""
+    """A mistake that its user can correct: one line with flag or file, value and remedy, shown without a traceback."""
+
+
+@contextlib.contextmanager
+def as_user_error():
+    """Turn a ValueError of the libraries, whose messages are written for users, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 # ---------------------------------------------------------------------------------------------------- scripts
 
 
 def run_script(main, get_args):
-    """Run `main(get_args())`: exit code 2 and one line on a user's error, 130 on Ctrl-C."""
+    """Run `main(get_args())` and exit: 0 or what main returns; 2 and one line on an error that its user can correct;
+    0 after SIGTERM and 130 after Ctrl-C."""
+    Signals.raise_on_signal()
     try:
         code = main(get_args())
-    except UserError as error:
-        if not Distributed.is_first():
-            time.sleep(5)  # what all processes see is reported by the first: torchrun ends the others meanwhile
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        code = 2
-    except torch.OutOfMemoryError as error:
-        reason = str(error).split(". ")[0]
-        print(f"{Path(sys.argv[0]).name}: error: {reason}: lower --bs, or what else is held at a time", file=sys.stderr)
-        code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except Signals.Terminated:
+        print("interrupted by SIGTERM", file=sys.stderr)
+        code = 0
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        if not Distributed.is_first():
+            time.sleep(5)  # what all processes see is reported by the first: torchrun ends the others meanwhile
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        code = 2
     sys.stdout.flush()
     sys.exit(code)
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+RUNTIME_ERRORS = {  # part of the message of a RuntimeError: what it means, and the remedy
+    "can't allocate memory": "out of memory: lower --bs, --size or the width of the net",
+    "unable to allocate shared memory": "shared memory is full: pass --n_workers 0, or docker run --shm-size=1g",
+    "DataLoader worker": "a process that decodes images was killed, as when memory or shared memory runs out: "
+    "pass --n_workers 0, or docker run --shm-size=1g",
+    "gloo": "another process of this run has ended: see its error; --resume auto continues",
+    "NCCL": "another process of this run has ended: see its error; --resume auto continues",
+    "Connection closed by peer": "another process of this run has ended: see its error; --resume auto continues",
+}
+
+
+def explain(error):
+    """Return the line that tells a user what an error means and what to do, or None for an error of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        reason = str(error).split(". ")[0]
+        return f"{reason}: lower --bs"
+    if isinstance(error, MemoryError):
+        return "out of memory: lower --bs, --size or the number of images that are held"
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        place = shown(error.filename) if error.filename else "a file"
+        return (
+            f"cannot write {place}: {error.strerror}: free space there, or name another folder; --resume auto continues"
+        )
+    if isinstance(error, RuntimeError):
+        for part, message in RUNTIME_ERRORS.items():
+            if part in str(error):
+                return message
+    return None
+
+
+def shown(name):
+    """Return a name from outside (a path, a class) as one line that any terminal and file can take.
+
+    What is no valid text, and what a terminal could act on (control characters, line breaks, changes of the writing
+    direction), is written as an escape sequence.
+    """
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def quiet():
+    """Return whether progress bars are out of place: standard error is no terminal."""
+    return not sys.stderr.isatty()
+
+
+def derived_seed(seed, index):
+    """Return another seed for each index (int >= 0) of a run's seed: an epoch, a bank, a lap over the images."""
+    return 1_000_003 * seed + index
+
+
+# ---------------------------------------------------------------------------------------------------- devices
 
 
 def pick_device(name):
@@ -68,13 +132,18 @@ def pick_device(name):
 
 
 def set_precision(name, device):
-    """Return whether --precision `name` means bf16 on the device, and set whether cuDNN takes tf32."""
+    """Return whether --precision `name` means bf16 on the device, and set whether cuDNN uses tf32."""
     torch.backends.cudnn.allow_tf32 = name != "fp32"
     if name != "auto":
         return name == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def precision_name(name, bf16):
+    """Return what --precision `name` came to, in words."""
+    return "bf16" if bf16 else name.replace("auto", "fp32")
 
 
 def free_memory(device):
@@ -93,7 +162,8 @@ def peak_memory(device):
     """Return the most bytes that this process has held: on the GPU, or of main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def fits(n_bytes, device):
@@ -106,19 +176,18 @@ def is_held(storage, n_bytes, device):
     return storage == "memory" or (storage == "auto" and fits(n_bytes, device))
 
 
-def quiet():
-    """Return whether progress bars are out of place: standard error is no terminal."""
-    return not sys.stderr.isatty()
-
-
-# ---------------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------------------- files
 
 
 def write_atomically(file, write):
-    """Call `write(scratch)` and move the result to `file`: all of it or nothing. Raises UserError on a full disk."""
+    """Call `write(scratch)` and move the result to `file`: all of it or nothing. Raises UserError where it fails.
+
+    Scratch files that killed processes have left for the same `file` are removed.
+    """
     file = Path(file)
     scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
+        remove_stale(file.parent, f".{file.name}.*.tmp")
         write(scratch)
         with scratch.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -126,24 +195,89 @@ def write_atomically(file, write):
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise UserError(f"cannot write {file}: {error}: free space there, or name another folder") from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def remove_stale(folder, pattern=".*.tmp"):
+    """Remove the scratch files of `write_atomically` in a folder whose processes are gone."""
+    for path in Path(folder).glob(pattern):
+        number = re.fullmatch(r"\..*\.(\d+)\.tmp", path.name)
+        if number and not is_alive(int(number[1])):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def is_alive(process):
+    """Return whether a process of this machine is running."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        pass
+    return True
+
+
+def read_json(file):
+    """Return the content of a JSON file that `write_json` wrote, an object, or None where it is missing or damaged."""
+    try:
+        content = json.loads(Path(file).read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def write_json(file, content):
+    """Write plain values to `file` as JSON, atomically."""
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(file, lambda scratch: scratch.write_text(text))
 
 
 @contextlib.contextmanager
-def locked(file, work):
-    """Hold the lock FILE.lock, which one process has at a time; says so where it has to wait for another's `work`."""
-    lock = Path(file).with_name(f".{Path(file).name}.lock")
-    try:
-        handle = lock.open("w")
-    except OSError as error:
-        raise UserError(f"cannot write {lock}: {error}: make its folder one that can be written to") from error
+def locked(file, work, wait=True):
+    """Hold a lock, which one process has at a time. file: the lock's file; it holds the number of that process.
+
+    work: what the other process is doing, in words. Where another process has the lock: wait for it and say so, or,
+    without `wait`, raise UserError. The file is removed at the end; a killed process leaves it behind, unlocked.
+    """
+    handle = _acquire(Path(file), work, wait)
     with handle:
+        handle.truncate(0)
+        handle.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        handle.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                Path(file).unlink()
+
+
+def _acquire(file, work, wait):
+    """Return the open file of a lock that this process now has."""
+    while True:
+        try:
+            handle = file.open("a+")
+        except OSError as error:
+            raise UserError(f"cannot write {shown(file)}: {error.strerror}: make its folder writable") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting: another process is {work}", flush=True)
+            handle.seek(0)
+            holder = handle.read().strip() or "unknown"
+            if not wait:
+                handle.close()
+                raise UserError(f"another process ({holder}) is {work}: wait for it, or stop it") from None
+            print(f"waiting: another process ({holder}) is {work}", flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        # the one that had the lock may have removed its file since it was opened here
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle.fileno()), file.stat()):
+                return handle
+        handle.close()
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
 
 
 def save_(file, **parts):
@@ -154,180 +288,86 @@ def save_(file, **parts):
 
 
 def load_(file, **parts):
-    """Return what `save_` wrote, tensors on the CPU; load each named part strictly. Raises UserError on a file that is
-    missing, damaged, or does not fit, naming what does not."""
+    """Return what `save_` wrote, tensors on the CPU; load each named part strictly.
+
+    Raises UserError on a file that is missing, damaged (its checksums are compared), not finite, or does not fit,
+    naming what does not.
+    """
     file = Path(file)
     if not file.is_file():
-        raise UserError(f"no checkpoint {file}: give the path of a .pt file in a folder of Models/")
+        raise UserError(f"no checkpoint {shown(file)}: give the path of a .pt file in a folder of Models/")
     try:
+        check_archive(file)
         state = dict(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises half a dozen types on damaged files
         raise UserError(
-            f"{file} is damaged or no checkpoint of this repository ({type(error).__name__}): use another"
+            f"{shown(file)} is damaged or no checkpoint of this repository ({type(error).__name__}): use another"
         ) from error
+    for name, part in state.items():
+        if isinstance(part, dict) and not all_finite(part.values()):
+            raise UserError(f"{shown(file)}: numbers in its {name} are not finite: use an earlier checkpoint")
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             reason = re.sub(r"\s+", " ", str(error))[:500]
             raise UserError(
-                f"{file} does not fit: {name}: {reason}: give the flags that it was trained with"
+                f"{shown(file)} does not fit: {name}: {reason}: give the flags that it was trained with"
             ) from error
     return state
 
 
+def check_archive(file):
+    """Raise BadZipFile where a file of torch.save is not what was written: torch.load compares no checksum."""
+    with zipfile.ZipFile(file) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+
+
+def checkpoint_name(whole, inside):
+    """Return the name of a checkpoint after that many whole epochs (or periods) and steps inside the next one."""
+    return f"{whole}+{inside}.pt" if inside else f"{whole}.pt"
+
+
 def newest_checkpoint(folder):
-    """Return the furthest checkpoint of a run folder that can be read: EPOCH.pt or, inside an epoch, EPOCH+STEP.pt."""
-    found = [(re.fullmatch(r"(\d+)(?:\+(\d+))?\.pt", path.name), path) for path in Path(folder).glob("*.pt")]
-    found = sorted((int(match[1]), int(match[2] or 0), path) for match, path in found if match)
-    for _, _, path in reversed(found):
+    """Return the furthest checkpoint of a run folder that can be continued from, or None.
+
+    Checkpoints are EPOCH.pt or, inside an epoch, EPOCH+STEP.pt. Those that are damaged or no checkpoints of a run are
+    passed over with a notice.
+    """
+    found = []
+    for path in Path(folder).glob("*.pt"):
+        if match := re.fullmatch(r"(\d+)(?:\+(\d+))?\.pt", path.name):
+            found.append((int(match[1]), int(match[2] or 0), path))
+    for _, _, path in sorted(found, reverse=True):
         try:
-            load_(path)
+            check_run(path, load_(path))
             return path
         except UserError as error:
             print(f"passed over: {error}")
     return None
 
 
+def check_run(file, state):
+    """Raise UserError unless the content of a checkpoint is that of a run: with its flags, position and weights."""
+    has_weights = isinstance(state.get("encoder", state.get("generator")), dict)
+    if not isinstance(state.get("args"), dict) or not isinstance(state.get("step"), int) or not has_weights:
+        raise UserError(f"{shown(file)} holds no run: give a checkpoint of the training scripts")
+
+
+def all_finite(values):
+    """Return whether all numbers of those values that are floating-point tensors are finite; waits for the device."""
+    checks = [
+        value.isfinite().all() for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()
+    ]
+    return not checks or bool(torch.stack(checks).all())
+
+
 def plain(args):
     """Return the flags as plain types, as checkpoints and args.json hold them."""
-    return {
-        key: value if isinstance(value, (bool, int, float, type(None))) else str(value)
-        for key, value in vars(args).items()
-    }
-
-
-# ---------------------------------------------------------------------------------------------------- runs
-
-
-def run_name(script, data, hyper, suffix=""):
-    """Return SCRIPT-DATA-FLAG_VALUE-...-SUFFIX of all flags that are set; a hash ends a name that is too long.
-
-    1 and 1.0 are the same value. Raises UserError on a suffix of more than 100 bytes.
-    """
-    if len(suffix.encode()) > 100:
-        raise UserError(f"--suffix {suffix}: {len(suffix.encode())} bytes: no more than 100 fit")
-    values = {key: str(value).removesuffix(".0") for key, value in hyper.items() if key != "data"}
-    flags = (f"{key}_{value}" for key, value in values.items() if value not in ("None", "False", "auto"))
-    name = re.sub(r"[^\w.+=-]", "~", "-".join([script, data, *flags]))
-    suffix = re.sub(r"[^\w.+=-]", "~", f"-{suffix}") if suffix else ""
-    room = NAME_MAX - len(suffix.encode())
-    if len(name.encode()) > room:
-        digest = hashlib.sha256(name.encode()).hexdigest()[:10]
-        name = name.encode()[: room - 11].decode(errors="ignore") + "-" + digest
-    return name + suffix
-
-
-def provenance(device):
-    """Return what a number must come with: command, code revision, versions, hardware."""
-    revision = ""
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
-        revision = subprocess.check_output(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, stderr=subprocess.DEVNULL, text=True
-        ).strip()
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "revision": revision,
-        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
-    }
-
-
-def check_unused(folder):
-    """Raise UserError if a folder holds a run already."""
-    if (Path(folder) / "args.json").exists():
-        raise UserError(f"{folder} holds a run: --resume auto continues it, --suffix NAME begins another beside it")
-
-
-class Run:
-    """A run folder: args.json, metrics.jsonl, TensorBoard event files, checkpoints, pictures."""
-
-    TAGS: ClassVar = {"loss": "Loss/train", "lr": "LR", "knn": "Accuracy/knn", "linear": "Accuracy/linear"}
-
-    def __init__(self, folder, args, device, resumed_step=None, writes=True):
-        """Create the folder, or continue one (`resumed_step`: drop what was logged after it). writes: False in all but
-        the first of several processes. Raises UserError if the folder holds a run that is not being resumed."""
-        self.folder, self.writes, self.started = Path(folder), writes, time.perf_counter()
-        self.quiet, self.before = quiet() or not writes, 0.0  # before: seconds of earlier starts
-        if not writes:
-            return
-        record = self.folder / "args.json"
-        if resumed_step is None:
-            check_unused(self.folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the run folder {self.folder}: {error}") from error
-        starts = json.loads(record.read_text())["starts"] if record.exists() else []
-        content = {"args": plain(args), "starts": [*starts, provenance(device)]}
-        write_atomically(record, lambda scratch: scratch.write_text(json.dumps(content, indent=1) + "\n"))
-        self.metrics = self.folder / "metrics.jsonl"
-        if resumed_step is not None and self.metrics.exists():
-            self._drop_after(resumed_step)
-        purge = None if resumed_step is None else resumed_step + 1  # from this step on, itself included
-        self.board = SummaryWriter(self.folder, purge_step=purge)
-
-    def _drop_after(self, step):
-        kept = []
-        for text in self.metrics.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a kill can leave half a line
-                line = json.loads(text)
-                if line["step"] <= step:
-                    kept.append(text)
-                    self.before = line["seconds"]
-        write_atomically(self.metrics, lambda scratch: scratch.write_text("".join(text + "\n" for text in kept)))
-
-    def clock(self):
-        """Return the seconds that this run has taken, earlier starts counted in."""
-        return self.before + time.perf_counter() - self.started
-
-    def log(self, step, epoch, group="Train", **numbers):
-        """Append one object to metrics.jsonl and the same numbers to TensorBoard, there under GROUP/name or in TAGS."""
-        if not self.writes:
-            return
-        line = {"step": step, "epoch": epoch, "seconds": round(self.clock(), 3), **numbers}
-        try:
-            with self.metrics.open("a") as handle:
-                handle.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self.metrics}: {error}: free space there, then --resume auto") from error
-        for name, value in numbers.items():
-            self.board.add_scalar(self.TAGS.get(name, f"{group}/{name}"), value, step)
-
-    def picture(self, name, image, step=0):
-        """Write NAME.png and the same to TensorBoard. image: float (3, H, W) in [0, 1]."""
-        save_image(image, self.folder / f"{name}.png")
-        self.board.add_image(name, image, step)
-
-    def close(self):
-        """Write out what TensorBoard has not."""
-        if self.writes:
-            self.board.close()
-
-
-class Interruption:
-    """Catches SIGTERM and Ctrl-C so that a loop can finish its step and save; a second Ctrl-C stops at once."""
-
-    def __enter__(self):
-        self.signal = None
-        self.before = {s: signal.signal(s, self._catch) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _catch(self, number, frame):
-        if self.signal == signal.SIGINT == number:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    @property
-    def exit_code(self):
-        """0 after SIGTERM, which a scheduler sends to a run that is to go on later; 130 after Ctrl-C."""
-        return 130 if self.signal == signal.SIGINT else 0
+    values = {}
+    for key, value in vars(args).items():
+        if key != "given":  # of one start only
+            values[key] = value if isinstance(value, (bool, int, float, type(None))) else str(value)
+    return values

@@ -7,10 +7,28 @@ in the same way everywhere.
 """
 
 import math
+from enum import IntEnum
 
 import torch
 
 STEP, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # SplitMix64's, as signed numbers
+
+
+class Purpose(IntEnum):
+    """What the random numbers of a generator's run are for: the second part of their keys (seed, purpose, ...)."""
+
+    FLIP = 0  # mirroring the training images of a period
+    CODE = 1  # the candidates of the search
+    MEASURE = 2  # codes and masks of the images that are held out
+    BANK = 3  # codes and masks of the bank
+
+
+class StepPurpose(IntEnum):
+    """What the random numbers of a step of the encoder are for: the last part of keys (seed, step, image, purpose)."""
+
+    PICK = 0  # which restorations of the bank are seen
+    SHARE = 1  # whether a restoration or the image is seen
+    MASK = 2  # masks of c(x) itself
 
 
 def _shift(x, bits):

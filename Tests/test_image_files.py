@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import one_line, save
-from PIL import Image
 
 import Utils
 from Images import Cache, Decode, Folders
@@ -49,168 +47,7 @@ def load(folder, tmp_path):
     return lambda size=8, **options: load_folder(folder, size, Options(**(usual | options)))
 
 
-def pixel(path, size=4):
-    """The colour of the top left pixel."""
-    return decode(path, size)[:, 0, 0].tolist()
-
-
-# decode
-
-
-@pytest.mark.parametrize("size", [16, 7, 31])
-@pytest.mark.parametrize(("width", "height"), [(16, 16), (40, 16), (9, 200), (1, 1), (3, 500)])
-def test_any_shape_becomes_a_square(tmp_path, width, height, size):
-    path = save(tmp_path / "a.png", np.full((height, width, 3), (10, 20, 30), np.uint8))
-    image = decode(path, size)
-    assert image.dtype == torch.uint8 and image.shape == (3, size, size)
-    assert (image == torch.tensor([10, 20, 30], dtype=torch.uint8)[:, None, None]).all()
-
-
-def test_an_image_of_the_size_is_untouched(tmp_path):
-    pixels = np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    assert (decode(save(tmp_path / "a.png", pixels), 8).numpy() == pixels.transpose(2, 0, 1)).all()
-
-
-def test_the_centre_is_shown(tmp_path):
-    pixels = np.zeros((4, 12, 3), np.uint8)
-    pixels[:, 4:8] = 200
-    assert (decode(save(tmp_path / "a.png", pixels), 4) == 200).all()
-
-
-def test_grey_and_palette(tmp_path):
-    assert pixel(save(tmp_path / "l.png", np.full((4, 4), 77, np.uint8))) == [77] * 3
-    bits = Image.new("1", (4, 4), 1)
-    assert pixel(save(tmp_path / "1.png", bits)) == [255] * 3
-    palette = Image.new("P", (4, 4), 1)
-    palette.putpalette([0, 0, 0, 10, 200, 30])
-    assert pixel(save(tmp_path / "p.png", palette)) == [10, 200, 30]
-    assert pixel(save(tmp_path / "clear.png", palette, transparency=1)) == [255] * 3
-    assert pixel(save(tmp_path / "half.png", palette, transparency=bytes([255, 128]))) == [132, 227, 142]
-
-
-def test_transparent_parts_are_white(tmp_path):
-    assert pixel(save(tmp_path / "rgba.png", Image.new("RGBA", (4, 4), (10, 20, 30, 0)))) == [255] * 3
-    assert pixel(save(tmp_path / "solid.png", Image.new("RGBA", (4, 4), (10, 20, 30, 255)))) == [10, 20, 30]
-    assert pixel(save(tmp_path / "la.png", Image.new("LA", (4, 4), (0, 51)))) == [204] * 3
-    assert pixel(save(tmp_path / "key.png", Image.new("RGB", (4, 4), (1, 2, 3)), transparency=(1, 2, 3))) == [255] * 3
-
-
-def test_cmyk(tmp_path):
-    path = save(tmp_path / "a.jpg", Image.new("CMYK", (16, 16), (0, 255, 255, 0)), quality=95)
-    assert np.allclose(pixel(path, 16), [255, 0, 0], atol=4)
-
-
-@pytest.mark.parametrize(("value", "grey"), [(0, 0), (256, 1), (32896, 128), (40000, 156), (65535, 255)])
-def test_16_bits_are_scaled(tmp_path, value, grey):
-    values = np.full((4, 4), value, np.uint16)
-    assert Image.open(save(tmp_path / "a.png", values)).mode == "I;16"
-    assert pixel(tmp_path / "a.png") == [grey] * 3
-    assert pixel(save(tmp_path / "i.tif", values.astype(np.int32))) == [grey] * 3
-    (tmp_path / "a.pgm").write_bytes(b"P5 4 4 65535\n" + values.astype(">u2").tobytes())
-    assert pixel(tmp_path / "a.pgm") == [grey] * 3
-
-
-def test_a_transparent_value_of_16_bits(tmp_path):
-    path = save(tmp_path / "a.png", np.full((4, 4), 500, np.uint16), transparency=500)
-    assert pixel(path) == [255] * 3
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation(tmp_path, orientation):
-    stored = np.zeros((16, 32, 3), np.uint8)
-    stored[:8, :, 0] = stored[:, :16, 1] = 240
-    exif = Image.Exif()
-    exif[274] = orientation
-    path = save(tmp_path / "a.jpg", stored, exif=exif, quality=95, subsampling=0)
-    upright = {
-        1: stored,
-        2: stored[:, ::-1],
-        3: stored[::-1, ::-1],
-        4: stored[::-1],
-        5: stored.transpose(1, 0, 2),
-        6: np.rot90(stored, -1),
-        7: np.rot90(stored, 2).transpose(1, 0, 2),
-        8: np.rot90(stored),
-    }[orientation]
-    expected = decode(save(tmp_path / "upright.png", np.ascontiguousarray(upright)), 16)
-    assert (decode(path, 16).int() - expected.int()).abs().max() < 12
-
-
-def test_a_turned_tiff_is_turned_once(tmp_path):
-    stored = np.zeros((4, 4, 3), np.uint8)
-    stored[:2] = 255
-    path = save(tmp_path / "a.tif", stored, tiffinfo={274: 6})
-    assert (decode(path, 4).numpy() == np.rot90(stored, -1).transpose(2, 0, 1)).all()
-
-
-@pytest.mark.parametrize("kind", ["gif", "png", "webp", "tiff"])
-def test_first_frame(tmp_path, kind):
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    path = tmp_path / "a.png"  # the content counts
-    options = {"lossless": True} if kind == "webp" else {}
-    frames[0].save(path, format=kind, save_all=True, append_images=frames[1:], **options)
-    assert pixel(path) == [255, 0, 0]
-
-
-def test_webp(tmp_path):
-    assert pixel(save(tmp_path / "a.webp", Image.new("RGBA", (4, 4), (9, 8, 7, 255)), lossless=True)) == [9, 8, 7]
-
-
 # bad files
-
-
-def bad_files(folder):
-    """{name: part of the reason} of files that cannot be decoded, made in the folder."""
-    noise = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    for name in ("truncated.png", "truncated.jpg"):
-        path = save(folder / name, noise)
-        path.write_bytes(path.read_bytes()[:1500])
-    broken = save(folder / "broken.png", noise)
-    data = bytearray(broken.read_bytes())
-    data[200:4000] = bytes(3800)
-    broken.write_bytes(data)
-    (folder / "empty.png").touch()
-    (folder / "text.jpg").write_text("not an image")
-    (folder / "folder.png").symlink_to(folder / "nowhere")
-    save(folder / "float.tif", np.ones((8, 8), np.float32))
-    save(folder / "wide.tif", np.full((8, 8), 70000, np.int32))
-    return {
-        "truncated.png": "truncated",
-        "truncated.jpg": "truncated",
-        "broken.png": "",
-        "empty.png": "empty file",
-        "text.jpg": "not an image",
-        "folder.png": "No such file",
-        "float.tif": "floating-point",
-        "wide.tif": "32-bit",
-    }
-
-
-def test_bad_files(tmp_path):
-    for name, reason in bad_files(tmp_path).items():
-        one_line(lambda name=name: decode(tmp_path / name, 8), str(tmp_path / name), reason, "repair", "--skip_bad")
-
-
-def test_decompression_bomb_and_no_permission(tmp_path, monkeypatch):
-    path = save(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
-    with monkeypatch.context() as patch:
-        patch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
-        one_line(lambda: decode(path, 8), str(path), "decompression bomb")
-
-    def refuse(path):
-        raise PermissionError(13, "Permission denied", path)
-
-    monkeypatch.setattr(Image, "open", refuse)
-    one_line(lambda: decode(path, 8), str(path), "Permission denied")
-
-
-def test_running_out_of_handles_is_no_bad_file(tmp_path, monkeypatch):
-    def refuse(path):
-        raise OSError(24, "Too many open files", path)
-
-    monkeypatch.setattr(Image, "open", refuse)
-    with pytest.raises(OSError, match="Too many"):
-        decode(tmp_path / "a.png", 8)
 
 
 @pytest.mark.parametrize("n_workers", [0, 2])
@@ -525,23 +362,3 @@ def test_rank_0_decodes(folder, tmp_path):
     (tmp_path / "bad/1.png").touch()
     arguments = (folder, tmp_path, f"file://{tmp_path}/meeting")
     torch.multiprocessing.start_processes(_rank, arguments, nprocs=2, start_method="fork")
-
-
-# photographs
-
-
-def test_photographs(tmp_path):
-    if not PHOTOS.exists():
-        pytest.skip(f"{PHOTOS} is not there")
-    from torchvision import transforms
-    from torchvision.datasets.folder import default_loader
-
-    with tarfile.open(PHOTOS) as tar:
-        tar.extractall(tmp_path, filter="data")
-    folder = tmp_path / "imagenet-mini-18/train"
-    split = load_folder(folder, 64, Options(n_workers=2, data_dir=tmp_path))
-    assert split.images.shape == (294, 3, 64, 64) and len(split.classes) == 9
-    show = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(64), transforms.PILToTensor()])
-    theirs = torch.stack([show(default_loader(path)) for path in list_folder(folder).paths])
-    distances = (split.images.float() - theirs.float()).abs().mean((1, 2, 3))
-    assert distances.mean() < 0.2 and distances.max() < 2

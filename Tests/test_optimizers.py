@@ -127,8 +127,8 @@ def test_every_combination_learns_and_its_state_round_trips(name, lars):
 
 
 def test_groups_are_by_module_type():
-    encoder = build_encoder("resnet18", small_stem=True)
-    net = ContrastiveNet(encoder, build_head(encoder.features, 64, 16))
+    encoder = build_encoder("resnet18", small_stem=True, size=32)
+    net = ContrastiveNet(encoder, build_head(encoder.num_features, 64, 16))
     weights, others = parameter_groups(net, 1e-4)
     assert weights["weight_decay"] == 1e-4
     assert weights["adapt"]
