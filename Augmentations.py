@@ -218,6 +218,20 @@ class Augmentation:
         for name, (valid, allowed) in rules.items():
             _require(valid, name, getattr(self, name), allowed)
 
+    def __str__(self):
+        """Return what is done to the images, in words."""
+        parts = []
+        if self.crop_scale:
+            parts.append(f"crop from {self.crop_scale[0]:g} of the area")
+        if self.flip_p:
+            parts.append("flip")
+        if self.jitter_p and self.jitter:
+            parts.append(f"colour jitter {', '.join(f'{amount:g}' for amount in self.jitter)}")
+        for name, p in (("grey", self.gray_p), ("blur", self.blur_p), ("solarise", self.solarize_p)):
+            if p:
+                parts.append(f"{name} with probability {p:g}")
+        return ", ".join(parts) or "the images as they are"
+
     def draw(self, n, height, width, generator):
         """Parameters of n views of height x width images: CPU tensors of first dimension n, of which rows may be taken.
 

@@ -250,13 +250,11 @@ class Trainer:
     def augment(self, batches):
         """Return float views (M b, 3, H, W) of M uint8 batches; parameters are drawn for the batch of all processes."""
         start = self.rank * (self.args.bs // self.world)
-        views = []
+        params = []
         for images in batches:
-            params = self.augmentation.draw(self.args.bs, *images.shape[2:], self.rng)
-            mine = slice(start, start + len(images))
-            params = {name: value[mine] for name, value in params.items()}
-            views.append(self.augmentation.apply(images, params))
-        return torch.cat(views).contiguous(memory_format=torch.channels_last)
+            drawn = self.augmentation.draw(self.args.bs, *images.shape[2:], self.rng)
+            params.append({name: value[start : start + len(images)] for name, value in drawn.items()})
+        return self.augmentation.apply_all(batches, params).contiguous(memory_format=torch.channels_last)
 
     def update(self, indices, images, lap=lambda stage: None):
         """Take one step; return (loss, projections (M, N, D), views (M b, 3, H, W)) without waiting for the device.
@@ -518,24 +516,9 @@ def describe(args, row, trainer, folder):
     print(f"{row.name}: {n} of {row.size} px, on {trainer.device} in {precision}")
     encoder = f"{args.backbone}, {stem}" if stem else args.backbone
     print(f"{encoder}: {count_parameters(net.encoder):,} weights, head {count_parameters(net.head):,}")
-    print(f"views: {views_text(trainer.augmentation)}")
+    print(f"views: {trainer.augmentation}")
     print(f"{steps} of {args.bs} images x {len(trainer.positives)} views, {optimizer}")
     print(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {folder}", flush=True)
-
-
-def views_text(views):
-    """Return what an `Augmentation` does, in words."""
-    parts = []
-    if views.crop_scale:
-        parts.append(f"crop from {views.crop_scale[0]:g} of the area")
-    if views.flip_p:
-        parts.append("flip")
-    if views.jitter_p and views.jitter:
-        parts.append(f"colour jitter {', '.join(f'{amount:g}' for amount in views.jitter)}")
-    for name, p in (("grey", views.gray_p), ("blur", views.blur_p), ("solarise", views.solarize_p)):
-        if p:
-            parts.append(f"{name} with probability {p:g}")
-    return ", ".join(parts) or "the images as they are"
 
 
 def main(args, make_positives=None, script=Path(__file__).stem, build_parser=build_parser):
