@@ -14,6 +14,10 @@ torchvision = lazy_import("torchvision")
 # Suggestions for --help: any other classification model of torchvision works as well.
 BACKBONES = ("resnet8", "resnet18", "resnet34", "resnet50", "convnext_tiny", "vit_b_16", "efficientnet_b0")
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CLASSIFIERS = ("fc.", "classifier.", "head.", "heads.", "AuxLogits.", "aux1.", "aux2.")  # layers that encoders lack
+
 
 class ResNet8(nn.Module):
     """A residual net of 3 stages that a CPU trains on 32-pixel images in minutes: stride-2 stem, widths 32, 64, 128.
@@ -47,18 +51,47 @@ class ResNet8(nn.Module):
         return self.stages(self.stem(x)).mean(dim=(2, 3))
 
 
-def build_encoder(name, small_stem, size):
+def build_encoder(name, small_stem, size, normalise=False):
     """Return an encoder with random weights and the attribute `num_features`, the length F of its output.
 
     name: "resnet8" or a classification model of torchvision, whose last layer becomes Identity. small_stem: give a
     ResNet of torchvision a 3x3 stem with stride 1 and no pooling (SimCLR, appendix B.9), for images of up to about
     64 pixels: the 7x7 stem throws three quarters of such an image away. resnet8 has one stem and ignores it.
-    size: side of the images in pixels. Raises what `check_backbone` raises.
+    size: side of the images in pixels. normalise: let the encoder itself normalise the images by ImageNet's mean and
+    standard deviation, as weights that were trained on ImageNet expect. Raises what `check_backbone` raises.
     """
     num_features = check_backbone(name, small_stem, size)
     encoder = _build(name, small_stem, size)
     encoder.num_features = num_features
+    if normalise:
+        encoder.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        encoder.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        encoder.register_forward_pre_hook(_normalise)
     return encoder
+
+
+def _normalise(encoder, inputs):
+    (images,) = inputs
+    return (images - encoder.mean) / encoder.std
+
+
+def load_weights(encoder, file):
+    """Load weights to continue from: a state dict of torchvision, an encoder.pt, or a checkpoint of this repository.
+
+    Layers of the classifier, which the encoder lacks, are left out. Raises ValueError if anything else does not fit.
+    """
+    try:
+        state = dict(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch raises half a dozen types on damaged files
+        raise ValueError(f"--init {file}: no file of weights ({type(error).__name__}): give a .pt or .pth") from error
+    state = state.get("encoder", state)
+    names = encoder.state_dict().keys()
+    classifier = [name for name in state if name not in names and name.startswith(CLASSIFIERS)]
+    try:
+        encoder.load_state_dict({name: value for name, value in state.items() if name not in classifier})
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"--init {file}: does not fit: {reason}: give the same --backbone and --stem") from error
 
 
 def check_backbone(name, small_stem, size):

@@ -29,19 +29,13 @@ class Encoder(NamedTuple):
     is_plain: bool  # whether the file holds the weights alone, or under the key "encoder"
 
 
-def image_size(args):
-    """Return the side in pixels of the images of a run: --size, or that of the row of --data."""
-    if args.size is not None:
-        return args.size
-    return Data.DATASETS.get(args.data, Data.DATASETS["folder"]).size
-
-
 def encoder_metadata(encoder, args, epoch, result=None):
     """Return what one has to know to use a run's encoder, as plain types.
 
     args: the run's flags. epoch: how many it was trained for. result: the content of evaluation.json, if there is one.
     """
-    size = image_size(args)
+    size = args.image_size
+    normalisation = "normalises by ImageNet's statistics itself" if args.normalise else "not normalised"
     scores = {key: value for key, value in (result or {}).items() if key not in NOT_SCORES}
     return {
         "backbone": args.backbone,

@@ -317,7 +317,7 @@ def main(args):
     # the encoder, as it was before training and as it is
     device = Utils.pick_device(args.device)
     untrained = Flags.encoder_for(run).to(device, memory_format=torch.channels_last)
-    encoder = Flags.encoder_for(run)
+    encoder = Flags.encoder_for(run, with_init=False)
     Utils.load_(file, encoder=encoder)
     encoder.to(device, memory_format=torch.channels_last)
 
@@ -341,7 +341,7 @@ def usual_flags(file, stored):
     """Return the defaults of flags that a checkpoint of another version lacks; say which of them are used."""
     row = Data.get_row(stored.get("data", "shapes"), stored.get("size"))
     usual = {"data": "shapes", "size": None, "eval": "val", "aug": "full", "seed": 0, "small_stem": row.small_images}
-    usual["image_size"] = row.size
+    usual |= {"image_size": row.size, "init": None, "normalise": False}
     usual |= {"n_workers": 2, "data_dir": str(DATA_DIR), "storage": "auto", "skip_bad": False}
     usual |= row.recipe_for("cuda")
     missing = [f"--{key} {value}" for key, value in usual.items() if key not in stored]

@@ -9,7 +9,7 @@ import torch
 
 import Data
 import Utils
-from Backbones import build_encoder
+from Backbones import build_encoder, load_weights
 from Distributed import say
 from Images.Folders import DATA_DIR
 
@@ -272,8 +272,14 @@ def augmentation_for(args, aug=None):
     )
 
 
-def encoder_for(args):
-    """Return the encoder of a run's flags as it was before training: the seed decides."""
+def encoder_for(args, with_init=True):
+    """Return the encoder of a run's flags as it was before training: the seed decides, and the file of --init.
+
+    with_init: False where other weights are loaded anyway.
+    """
     torch.manual_seed(args.seed)
     with Utils.as_user_error():
-        return build_encoder(args.backbone, args.small_stem, args.image_size)
+        encoder = build_encoder(args.backbone, args.small_stem, args.image_size, args.normalise)
+        if args.init and with_init:
+            load_weights(encoder, args.init)
+    return encoder

@@ -82,6 +82,9 @@ def add_model_flags(group):
     add("--backbone", metavar="NAME", help=backbone)
     stem = "first layer of a ResNet; small: 3x3, stride 1, no pooling; auto: small up to 64 pixels"
     add("--stem", choices=["auto", "small", "large"], default="auto", help=stem)
+    init = "weights to continue from: torchvision's for this backbone, an encoder.pt or a checkpoint"
+    add("--init", metavar="FILE", help=init)
+    add("--normalise", action="store_true", help="by ImageNet's mean and deviation, as such weights expect")
     add("--proj_dim", type=bounded(int, 1), metavar="D", help="length of a projection")
     add("--proj_hidden", type=bounded(int, 1), metavar="H", help="width of the projection head")
     add("--proj_norm", action=argparse.BooleanOptionalAction, help="batch normalisation in the projection head")
