@@ -1,4 +1,4 @@
-"""Take an encoder home: the code that loads it elsewhere, its weights for other programs, features of images.
+"""Export an encoder: the code that loads it elsewhere, its weights for other programs, or features of images.
 
     python Export.py Models/RUN                                        # prints the code that loads it in torchvision
     python Export.py Models/RUN --library timm                         # the same in timm, for ResNets
@@ -46,7 +46,8 @@ def get_args(argv=None):
     add = parser.add_argument
     add("run", metavar="RUN", help="a run folder, or a .pt file in it")
     add("--out", metavar="FILE", help="file to write; its ending says what: .safetensors, .pt, .onnx; .npz, .csv")
-    add("--library", choices=["torchvision", "timm"], default="torchvision", help="that the printed code uses")
+    library = "what the printed code uses (default: torchvision)"
+    add("--library", choices=["torchvision", "timm"], default="torchvision", help=library)
     add("--features", metavar="DATA", help=f"images to write the features of: a folder, or {names}")
 
     add = parser.add_argument_group("with --features").add_argument
