@@ -67,7 +67,8 @@ def extract(encoder, split, device, views=None, rng=None, bs=512):
     views: an `Augmentation`, drawn with `rng`, a torch.Generator; None: the images as they are.
     """
     features = None
-    for rows, images in split.batches(torch.arange(len(split)).split(bs), device):
+    parts = torch.arange(len(split)).split(bs)
+    for rows, images in tqdm(split.batches(parts, device), "features", len(parts), leave=False, disable=None):
         x = views(images, rng) if views else to_float(images)
         part = embed(encoder, x)
         if features is None:

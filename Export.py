@@ -138,7 +138,10 @@ def loading_code(metadata, file, library, is_plain):
         images = f"images = torch.rand(8, 3, {size}, {size})"
         use = "features = model(images)"
     title = f"# {metadata['backbone']} after {metadata['epoch']} epochs on {metadata['data']}"
-    images += "  # your images instead: RGB in [0, 1], not normalised"
+    images += "  # your images instead: RGB in [0, 1]"
+    if metadata.get("mean") is not None and file.suffix != ".onnx":  # an ONNX model normalises by itself
+        mean, std = (f"torch.tensor({metadata[name]}).view(3, 1, 1)" for name in ("mean", "std"))
+        images += f"\nimages = (images - {mean}) / {std}"
     use += f"  # (8, {metadata['num_features']})"
     return "\n".join([title, *imports, "", *lines, images, use])
 

@@ -521,7 +521,7 @@ def describe(args, trainer, folder):
 
 
 def main(args):
-    """Train, train again on one code, measure. A signal ends the program after what there is has been saved."""
+    """Train, train again on one code, measure; return 0. A signal ends the program once everything is saved."""
     device = Utils.pick_device(args.device)
     row = Data.get_row(args.data, args.size)
     args.image_size = row.size
@@ -531,13 +531,13 @@ def main(args):
     if args.dry_run:
         split, generator, distance = build(args, device)
         try_out(args, Trainer(args, split, generator, distance, codes_per_level(args), device), folder)
-        return
+        return 0
     with Runs.claimed(folder), warnings_in_one_line():
         checkpoint = Runs.checkpoint_for(args, folder)
         if is_complete(args, folder, checkpoint):
             print(f"this run is complete: measures from {folder / 'generator.json'}")
             show_result(folder, Utils.read_json(folder / "generator.json"))
-            return
+            return 0
 
         # images, and a trainer for each of the two trainings
         split, generator, distance = build(args, device)
@@ -559,9 +559,11 @@ def main(args):
             run_stage(stage, args, stage_folder, title)
 
         # measure
+        print("measuring", flush=True)
         result = measure(trainer, single)
         show_result(folder, result)  # first: there may be no room to write it
         Utils.write_json(folder / "generator.json", result)
+        return 0
 
 
 def try_out(args, trainer, folder):

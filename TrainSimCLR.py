@@ -451,6 +451,7 @@ def finish_run(trainer, run, splits, again):
         return result
 
     # scores
+    print("scoring", flush=True)
     encoder = trainer.net.encoder
     untrained = None
     if trainer.args.baselines:
