@@ -8,7 +8,9 @@
 RUN is a run folder of TrainSimCLR.py or TrainISICLE.py, or a .pt file in it.
 """
 
-import argparse
+import Signals  # noqa: F401  first: see TrainSimCLR.py
+
+# isort: split
 import csv
 import importlib.util
 import json
@@ -40,27 +42,23 @@ ONNX_BYTES = 2**31  # protobuf files are smaller
 
 def get_args(argv=None):
     """Parse the flags."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=form)
-    names = ", ".join(name for name in Data.DATASETS if name != "folder")
+    parser = Flags.plain_parser(__doc__)
     add = parser.add_argument
-    add("run", metavar="RUN", help="a run folder, or a .pt file in it")
+    add("run", metavar="RUN", help="a run folder of TrainSimCLR.py or TrainISICLE.py, or a .pt file in it")
     add("--out", metavar="FILE", help="file to write; its ending says what: .safetensors, .pt, .onnx; .npz, .csv")
-    library = "what the printed code uses (default: torchvision)"
-    add("--library", choices=["torchvision", "timm"], default="torchvision", help=library)
-    add("--features", metavar="DATA", help=f"images to write the features of: a folder, or {names}")
+    add("--library", choices=["torchvision", "timm"], default="torchvision", help="library of the printed code")
+    add("--features", metavar="DATA", help=f"images to write the features of: a folder, or {Flags.NAMES}")
 
     add = parser.add_argument_group("with --features").add_argument
-    split = "split of DATA (default: train; a folder without splits is train as a whole)"
+    split = "split of DATA; a folder without splits is train as a whole"
     add("--split", choices=["train", "val", "test"], default="train", help=split)
-    size = "side to resize images to (default: that of the images that the encoder was trained on)"
-    add("--size", type=Flags.number(int, 8), metavar="PX", help=size)
-    add("--bs", type=Flags.number(int, 1), default=256, metavar="N", help="images in memory at a time (default: 256)")
-    add("--device", default="auto", help="torch device, for example cpu or cuda:1 (default: cuda if there is one)")
-    workers = "processes that decode image files (default: 2)"
-    add("--n_workers", type=Flags.number(int, 0), default=2, metavar="N", help=workers)
-    place = "folder that holds the data sets (default: Data)"
-    add("--data_dir", default=str(Data.DEFAULT_OPTIONS.data_dir), metavar="DIR", help=place)
+    size = "side to resize images to; default: that of the images that the encoder was trained on"
+    add("--size", type=Flags.bounded(int, 8), metavar="PX", help=size)
+    add("--bs", type=Flags.bounded(int, 1), default=256, metavar="N", help="images in memory at a time")
+    add("--device", default="auto", help="torch device, for example cpu or cuda:1; auto: cuda if there is one")
+    add("--n_workers", type=Flags.bounded(int, 0), default=2, metavar="N", help="processes that decode image files")
+    place = str(Data.DEFAULT_OPTIONS.data_dir)
+    add("--data_dir", default=place, metavar="DIR", help="folder that holds the data sets")
     add("--skip_bad", action="store_true", help="leave unreadable images out and count them, instead of stopping")
     return parser.parse_args(argv)
 
