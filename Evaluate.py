@@ -384,9 +384,9 @@ def file_name(args, result):
 
 def usual_flags(file, stored):
     """Return the defaults of flags that a checkpoint of another version lacks; say which of them are used."""
-    row = Data.get_row(stored.get("data", "shapes"), stored.get("size"))
+    row = Data.DATASETS.get(stored.get("data", "shapes"), Data.DATASETS["folder"])
     usual = {"data": "shapes", "size": None, "eval": "val", "aug": "full", "seed": 0, "small_stem": row.small_images}
-    usual |= {"image_size": row.size, "init": None, "normalise": False}
+    usual |= {"image_size": stored.get("size") or row.size, "init": None, "normalise": False}
     usual |= {"n_workers": 2, "data_dir": str(DATA_DIR), "storage": "auto", "skip_bad": False}
     usual |= row.recipe_for("cuda")
     missing = [f"--{key} {value}" for key, value in usual.items() if key not in stored]
