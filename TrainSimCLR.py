@@ -486,6 +486,12 @@ def check_images(args, row, n, world):
         raise Utils.UserError(f"--data {args.data}: {n} images are too few for {world} processes: start fewer")
 
 
+def check_views(args, count):
+    """Raise UserError if the loss is for more views than there are."""
+    if args.loss == "align" and count == 2:
+        raise Utils.UserError("--loss align: it is for more than two views: choose lout, or a --pair of three")
+
+
 def describe(args, row, trainer, folder):
     """Print what is about to happen, in the values that count."""
     net = trainer.net
@@ -537,8 +543,7 @@ def main(args, make_positives=None, script=Path(__file__).stem, build_parser=bui
     with Runs.claimed(folder):
         checkpoint = Distributed.first_rank_only(lambda: Runs.checkpoint_for(args, folder))
         positives = make_positives(args, splits, device) if make_positives else SamePair(args.num_views)
-        if args.loss == "align" and len(positives) == 2:
-            raise Utils.UserError("--loss align: it is for more than two views: choose lout, or a --pair of three")
+        check_views(args, len(positives))
         trainer = Trainer(args, splits.train, positives, device, rank, world)
         if checkpoint:
             trainer.load(checkpoint)
