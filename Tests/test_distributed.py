@@ -61,7 +61,7 @@ def test_gradients_through_gathered_negatives_end_in_lightlys_weights(world, tmp
 def one_step(rank, world):
     """(loss, gradients, state) of ResNet8 and its head, in float64, on this process's share of 12 images."""
     torch.manual_seed(0)
-    encoder = build_encoder("resnet8", True)
+    encoder = build_encoder("resnet8", False, 16)
     net = ContrastiveNet(encoder, build_head(encoder.num_features, 16, 8)).double()
     x = torch.rand(3, 12, 3, 16, 16, generator=torch.Generator().manual_seed(1)).double() + 100  # 3 views, far from 0
     mine = x.chunk(world, dim=1)[rank].flatten(0, 1)
