@@ -343,7 +343,7 @@ def usual_flags(file, stored):
     usual = {"data": "shapes", "size": None, "eval": "val", "aug": "full", "seed": 0, "small_stem": row.small_images}
     usual["image_size"] = row.size
     usual |= {"n_workers": 2, "data_dir": str(DATA_DIR), "storage": "auto", "skip_bad": False}
-    usual |= row.recipe
+    usual |= row.recipe_for("cuda")
     missing = [f"--{key} {value}" for key, value in usual.items() if key not in stored]
     if missing:
         print(f"{Utils.shown(file)} is of another version: it lacks {', '.join(missing)}: these defaults are used")

@@ -167,16 +167,18 @@ def hyper_parameters(args):
 def parse(argv, build_parser):
     """Parse a training script's flags: as given; else as in the checkpoint of --resume FILE; else the recipe of --data.
 
-    build_parser: data -> parser. Adds args.given, the names of the flags that the user gave. Raises UserError where
-    given flags contradict the checkpoint.
+    build_parser: (data, type of device) -> parser. Adds args.given, the names of the flags that the user gave. Raises
+    UserError where given flags contradict the checkpoint.
     """
-    # --data and --resume come first: the defaults of all other flags depend on them
+    # --data, --device and --resume come first: the defaults of all other flags depend on them
     early_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early_parser.add_argument("--data")
+    early_parser.add_argument("--device", default="auto")
     early_parser.add_argument("--resume")
     early = early_parser.parse_known_args(argv)[0]
+    device_type = Utils.pick_device(early.device).type
     if early.resume in (None, "auto"):
-        parser = build_parser(early.data or "shapes")
+        parser = build_parser(early.data or "shapes", device_type)
         args = parser.parse_args(argv)
         args.given = given_flags(parser, argv)
         return args
@@ -185,7 +187,7 @@ def parse(argv, build_parser):
     stored = Utils.load_(early.resume).get("args", {})
     if not isinstance(stored, dict) or "data" not in stored:
         raise Utils.UserError(f"--resume {early.resume}: it holds no run: give a checkpoint of this script")
-    parser = build_parser(early.data or stored["data"])
+    parser = build_parser(early.data or stored["data"], device_type)
     defaults = parser.parse_args([])
     note_version(early.resume, stored, vars(defaults))
     kept = {key: stored[key] for key in vars(defaults) if key in stored and key not in ("device", "resume")}

@@ -4,13 +4,18 @@ import time
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import to_pil_image, to_tensor
 from torchvision.utils import make_grid
 
 import Evaluate
 from Augmentations import to_float
 from Losses import view_statistics
+from Utils import shown
 
 MEASURED = 512  # images whose pairs are measured
+LEAST_WIDTH = 600  # of a picture with captions, in pixels
+FONT_SIZE = 13  # of its captions
 PROBED = 4000  # images that show how well the label is preserved: half to learn from, half to score
 
 
@@ -102,13 +107,13 @@ def plural(count, noun):
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def show_pairs(run, x, num_views, step=0, images=8):
-    """Write pairs.png: a row per view, a column per image: what the loss compares."""
+def show_pairs(run, x, captions, step=0, images=8):
+    """Write pairs.png: a row per view, with its caption, and a column per image: what the loss compares."""
     if not run.writes:
         return
-    rows = x.view(num_views, -1, *x.shape[1:])[:, :images].flatten(0, 1).float().clamp(0, 1)
-    grid = make_grid(rows.cpu(), nrow=min(images, len(rows) // num_views), padding=1, pad_value=1)
-    run.picture("pairs", grid, step)
+    rows = x.view(len(captions), -1, *x.shape[1:])[:, :images].flatten(0, 1).float().clamp(0, 1)
+    grid = make_grid(rows.cpu(), nrow=len(rows) // len(captions), padding=1, pad_value=1)
+    run.picture("pairs", captioned(grid, rows=captions), step)
 
 
 @torch.no_grad()
@@ -187,5 +192,54 @@ def show_embedding(run, encoder, split, device, most=1000):
     pictures = to_float(images)
     with torch.no_grad(), Evaluate.frozen(encoder):
         features = Evaluate.embed(encoder, pictures).cpu()
-    names = [split.classes[label] if label >= 0 else "?" for label in split.labels[rows].tolist()]
+    names = [shown(split.classes[label]) if label >= 0 else "?" for label in split.labels[rows].tolist()]
     run.board.add_embedding(features, names, pictures.cpu(), global_step=0)
+
+
+# ---------------------------------------------------------------------------------------------------- captions
+
+
+def captioned(grid, columns=(), rows=()):
+    """Return a picture, enlarged by a whole number to at least 600 pixels, with a caption for each column and row.
+
+    grid: float (3, H, W) in [0, 1], from `make_grid`, of tiles of equal size. columns: texts above, which break between
+    words; rows: texts on the left; either may be empty. Returns float (3, H', W') in [0, 1].
+    """
+    # the picture, enlarged
+    scale = -(-LEAST_WIDTH // grid.shape[2])
+    tiles = to_pil_image(grid)
+    tiles = tiles.resize((tiles.width * scale, tiles.height * scale), Image.Resampling.NEAREST)
+
+    # room for the captions
+    font = ImageFont.load_default(FONT_SIZE)
+    tile_width = tiles.width / max(1, len(columns))
+    heads = [_wrapped(text, font, tile_width - 6) for text in columns]
+    top = (FONT_SIZE + 5) * max(text.count("\n") + 1 for text in heads) + 8 if heads else 0
+    left = round(max(font.getlength(text) for text in rows)) + 12 if rows else 0
+
+    # all of it on white
+    page = Image.new("RGB", (left + tiles.width, top + tiles.height), "white")
+    page.paste(tiles, (left, top))
+    draw = ImageDraw.Draw(page)
+    for index, text in enumerate(heads):
+        middle = left + (index + 0.5) * tile_width
+        draw.multiline_text((middle, top - 5), text, "black", font, anchor="md", align="center")
+    for index, text in enumerate(rows):
+        middle = top + (index + 0.5) * tiles.height / len(rows)
+        draw.text((left - 6, middle), text, "black", font, anchor="rm")
+    return to_tensor(page)
+
+
+def _wrapped(text, font, width):
+    """Return a text with a line break wherever the next word would not fit into the width, in pixels."""
+    lines = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split():
+            longer = f"{line} {word}".strip()
+            if line and font.getlength(longer) > width:
+                lines.append(line)
+                longer = word
+            line = longer
+        lines.append(line)
+    return "\n".join(lines)

@@ -35,7 +35,7 @@ from CamNet import IMLE, Distances
 from CamNet.Codes import Purpose, make_keys, uniforms
 from CamNet.Corruptions import pyramid
 from CamNet.Generator import NETS, Generator
-from CamNet.Measures import AT_ONCE, HeldOut, fitness_table, unfit
+from CamNet.Measures import AT_ONCE, SHOWN, HeldOut, fitness_table, unfit
 from Flags import bounded
 from Optimizers import learning_rate
 
@@ -54,8 +54,8 @@ def get_args(argv=None):
     return Flags.parse(argv, build_parser)
 
 
-def build_parser(data="shapes"):
-    """Return the parser; the defaults are the generator's recipe in the row of `data`."""
+def build_parser(data="shapes", device_type="cpu"):
+    """Return the parser; the defaults are the generator's recipe in the row of `data` on the device."""
     parser = Flags.plain_parser(__doc__)
     group = parser.add_argument_group("data")
     Flags.add_data_place(group)
@@ -67,7 +67,7 @@ def build_parser(data="shapes"):
     run = Flags.add_run_group(parser, "periods")
     sample = "periods between pictures; 0: only at the end"
     run.add_argument("--sample_iter", type=bounded(int, 0), default=5, metavar="P", help=sample)
-    parser.set_defaults(**Data.get_row(data).generator_recipe)
+    parser.set_defaults(**Data.get_row(data).generator_recipe_for(device_type))
     return parser
 
 
@@ -240,11 +240,8 @@ class Trainer:
         return torch.stack(rows)
 
     def images(self, rows):
-        """Return (rows, their images uint8 (n, 3, S, S) on the device); --skip_bad can leave some out."""
-        found = list(self.split.batches(rows.split(512), self.device))
-        if not found:
-            raise Utils.UserError(f"--data {self.args.data}: too many bad images to train on: repair or remove them")
-        return torch.cat([rows for rows, _ in found]), torch.cat([images for _, images in found])
+        """Return images uint8 (n, 3, S, S) on the device; rows: int64 (n,)."""
+        return torch.cat([images for _, images in self.split.batches(rows.split(512), self.device)])
 
     def prepare(self, interruption, title, quiet):
         """Return the current `Period`, its codes searched, or None if interrupted before they all were."""
@@ -252,7 +249,8 @@ class Trainer:
         index = self.period
 
         # images, half of them mirrored, and their keys
-        rows, images = self.images(self.rows_of(index))
+        rows = self.rows_of(index)
+        images = self.images(rows)
         if args.flip:
             is_flipped = uniforms(make_keys(args.seed, Purpose.FLIP, index, rows), 1)[:, 0] < 0.5
             images = torch.where(is_flipped.to(images.device)[:, None, None, None], images.flip(3), images)
@@ -317,8 +315,8 @@ class Trainer:
 
     def held_out_images(self, most=HELD_OUT):
         """Return the first of the images that were held out, as `HeldOut`."""
-        rows, images = self.images(self.held_out[:most])
-        return HeldOut(rows, images, self.net.corruption, self.distance, self.args.seed, self.autocast)
+        rows = self.held_out[:most]
+        return HeldOut(rows, self.images(rows), self.net.corruption, self.distance, self.args.seed, self.autocast)
 
 
 class Period:
@@ -409,10 +407,13 @@ def finish_period(trainer, run, title, loss, seconds):
     few = trainer.held_out_images(FEW)
     values = {"period_loss": loss, **few.quality(few.samples(trainer.ema, 4), (1, 4))}
     run.log(trainer.step, period, **values)
+    if is_last:
+        run.show_flags(Flags.hyper_parameters(args), ["Train/best_of_1", "Train/diversity_pixels"])
     if is_last or (args.save_iter and period % args.save_iter == 0):
         trainer.save(run.folder)
     if is_last or (args.sample_iter and period % args.sample_iter == 0):
-        run.picture("samples", few.picture(trainer.ema), period)
+        columns = ["x", "c(x)", *(f"sample {index + 1}" for index in range(SHOWN))]
+        run.picture("samples", Reports.captioned(few.picture(trainer.ema), columns), period)
     text = "  ".join(f"{name.removeprefix('period_')} {value:.4f}" for name, value in values.items())
     tqdm.write(f"{title} {period}/{args.periods}  {seconds:.0f} s  {text}")
 
@@ -525,7 +526,7 @@ def main(args):
     row = Data.get_row(args.data, args.size)
     args.image_size = row.size
     fit_distance(args)
-    usual = Flags.hyper_parameters(build_parser(args.data).parse_args([]))
+    usual = Flags.hyper_parameters(build_parser(args.data, device.type).parse_args([]))
     folder = Runs.find_run(args, Path(__file__).stem, row.name, Flags.hyper_parameters(args), usual)
     if args.dry_run:
         split, generator, distance = build(args, device)
@@ -566,7 +567,8 @@ def main(args):
 def try_out(args, trainer, folder):
     """Say what the run would do, and what it would take by a part of a search and a few real steps; write nothing."""
     describe(args, trainer, folder)
-    rows, images = trainer.images(trainer.rows_of(0)[:AT_ONCE])
+    rows = trainer.rows_of(0)[:AT_ONCE]
+    images = trainer.images(rows)
     keys = make_keys(args.seed, Purpose.CODE, 0, rows).to(trainer.device)
     period = Period(trainer, rows, images, keys)
     everything = torch.arange(len(rows), device=trainer.device)

@@ -61,9 +61,9 @@ def get_args(argv=None):
     return Flags.parse(argv, build_parser)
 
 
-def build_parser(data="shapes"):
+def build_parser(data="shapes", device_type="cpu"):
     """Return the parser: SimCLR's, with the flags of where the positives come from."""
-    return TrainSimCLR.build_parser(data, __doc__, add_positives)
+    return TrainSimCLR.build_parser(data, device_type, __doc__, add_positives)
 
 
 def add_positives(group):
@@ -117,6 +117,12 @@ class Restored:
 
     def __len__(self):
         return (self.pair.real + self.made) * self.pair.times
+
+    @property
+    def captions(self):
+        """What each view shows, in words."""
+        restored = "restored" if self.args.p_gen == 1 else "restored or image"
+        return (["image"] * self.pair.real + [restored] * self.made) * self.pair.times
 
     def start_epoch(self, epoch):
         """Take the bank of an epoch; see TrainSimCLR.SamePair."""
@@ -176,6 +182,11 @@ class Corrupted(Restored):
         super().__init__(args)
         self.corruption = corruption
         self.synthetic_share = 1.0
+
+    @property
+    def captions(self):
+        """What each view shows, in words."""
+        return ["c(x)"] * 2
 
     def __call__(self, indices, images, step):
         """Return c(x), uint8 (b, 3, H, W), twice; see TrainSimCLR.SamePair."""

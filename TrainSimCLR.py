@@ -29,6 +29,7 @@ import Reports
 import Runs
 import Utils
 from Backbones import BACKBONES, ContrastiveNet, build_head, check_backbone, count_parameters, is_resnet, stem_text
+from EncoderFiles import encoder_metadata, save_encoder
 from Flags import bounded
 from Optimizers import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 
@@ -43,8 +44,8 @@ def get_args(argv=None):
     return Flags.parse(argv, build_parser)
 
 
-def build_parser(data="shapes", doc=__doc__, add_positives=None):
-    """Return the parser of a contrastive script; the defaults are the recipe of the row of `data`.
+def build_parser(data="shapes", device_type="cpu", doc=__doc__, add_positives=None):
+    """Return the parser of a contrastive script; the defaults are the recipe of the row of `data` on the device.
 
     add_positives: adds the flags of where the views come from to an argument group; None: SimCLR's.
     """
@@ -54,7 +55,7 @@ def build_parser(data="shapes", doc=__doc__, add_positives=None):
     add_model_flags(parser.add_argument_group("model and loss"))
     add_optimisation_flags(parser.add_argument_group("optimisation"))
     add_run_flags(Flags.add_run_group(parser, "epochs"))
-    parser.set_defaults(**Data.get_row(data).recipe)
+    parser.set_defaults(**Data.get_row(data).recipe_for(device_type))
     return parser
 
 
@@ -129,6 +130,11 @@ class SamePair:
 
     def __len__(self):
         return self.num_views
+
+    @property
+    def captions(self):
+        """What each view shows, in words."""
+        return ["image"] * self.num_views
 
     def start_epoch(self, epoch):
         """Prepare for an epoch; all processes call this at the same time."""
@@ -247,7 +253,7 @@ class Trainer:
         views = []
         for images in batches:
             params = self.augmentation.draw(self.args.bs, *images.shape[2:], self.rng)
-            mine = slice(start, start + len(images))  # --skip_bad can shorten a streamed batch
+            mine = slice(start, start + len(images))
             params = {name: value[mine] for name, value in params.items()}
             views.append(self.augmentation.apply(images, params))
         return torch.cat(views).contiguous(memory_format=torch.channels_last)
@@ -318,7 +324,7 @@ def train_epoch(trainer, run, interruption):
             if is_logged:
                 log_step(trainer, run, loss, z, meter)
             if is_shown:
-                Reports.show_pairs(run, x, len(z), trainer.step)
+                Reports.show_pairs(run, x, trainer.positives.captions, trainer.step)
                 meter.start(trainer.step)
             stopped = Distributed.any_process(interruption.signal is not None)
             if stopped:
@@ -423,7 +429,8 @@ def measure_pairs(trainer, labelled):
 
 
 def finish_run(trainer, run, splits, again):
-    """Score the last epoch next to its baselines; write evaluation.json and what TensorBoard shows of it.
+    """Score the last epoch next to its baselines; write evaluation.json and what TensorBoard shows of it; return
+    the scores.
 
     again: the run was complete when this start resumed it; what it scored then is shown if it scored the same split.
     """
@@ -431,15 +438,16 @@ def finish_run(trainer, run, splits, again):
     if not Evaluate.can_probe(splits):
         if not Runs.has_logged(run.folder, trainer.step, "alignment"):
             run.log(trainer.step, trainer.epoch, group="Pairs", **measure_pairs(trainer, labelled=False))
+            run.show_flags(Flags.hyper_parameters(trainer.args), ["Pairs/alignment"])
         print("fewer than two classes, or too few labels: nothing to score")
-        return
+        return {}
 
     # a complete run that was resumed
     file = run.folder / "evaluation.json"
     result = Utils.read_json(file) or {}
     if again and result.get("split") == splits.eval and Runs.has_logged(run.folder, trainer.step, "knn"):
         print(f"this run is complete: scores from {file}\n{Evaluate.scores_table(result)}")
-        return
+        return result
 
     # scores
     encoder = trainer.net.encoder
@@ -454,9 +462,13 @@ def finish_run(trainer, run, splits, again):
     Utils.write_json(file, result)
     scores = {name: result[name] for name in ("knn", "linear")}
     run.log(trainer.step, trainer.epoch, group="Pairs", **scores, **result["pairs"])
-    final = {f"Final/{name}": result[name] for name in ("knn", "linear", "linear_aug") if name in result}
-    run.board.add_hparams(Flags.hyper_parameters(trainer.args), final, run_name=".")
+    run.show_flags(Flags.hyper_parameters(trainer.args), scores)
+    run.baseline("chance", {"knn": result["chance"], "linear": result["chance"]}, trainer.step)
+    if untrained:
+        run.baseline("untrained", {name: result[f"untrained_{name}"] for name in scores}, trainer.step)
+        run.baseline("pixels", {"knn": result["pixels_knn"]}, trainer.step)
     Reports.show_embedding(run, encoder, splits.test, trainer.device)
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------- script
@@ -470,20 +482,29 @@ def check_flags(args, world):
     args.small_stem = args.stem == "small" or (args.stem == "auto" and row.small_images and can_be_small)
     with Utils.as_user_error():
         check_backbone(args.backbone, args.small_stem, row.size)
-    if args.n_ramp >= args.epochs:
-        Flags.fit(args, "n_ramp", args.epochs / 10, f"--epochs {args.epochs} leaves nothing after it")
     if args.bs % world:
         Flags.fit(args, "bs", args.bs // world * world, f"it must be a multiple of the {world} processes")
     return row
 
 
-def check_images(args, row, n, world):
+def check_images(args, row, n, world, device):
     """Fit to the n training images what the user did not say. Raises UserError on flags that do not fit them."""
-    if n < args.bs:
-        half = 2 ** int(math.log2(max(2, n // 2)))  # at least two steps in an epoch
+    # a batch of at most half of the images, with a learning rate for it
+    if n < args.bs or (n < 2 * args.bs and "bs" not in args.given):
+        before = args.bs
+        half = 2 ** int(math.log2(max(2, n // 2)))
         Flags.fit(args, "bs", half // world * world, f"{row.name} has {n} images")
+        if "lr" not in args.given:
+            Flags.fit(args, "lr", args.lr * args.bs / before, f"it was for --bs {before}")
     if args.bs < max(2, world):
         raise Utils.UserError(f"--data {args.data}: {n} images are too few for {world} processes: start fewer")
+
+    # as many epochs as a CPU does within the hour
+    epochs = max(1, int(Data.CPU_PIXELS / (n * row.size**2)))
+    if device.type == "cpu" and "epochs" not in args.given and epochs < args.epochs:
+        Flags.fit(args, "epochs", epochs, f"{n:,} images of {row.size} px on a CPU; give --epochs for more")
+    if args.n_ramp >= args.epochs:
+        Flags.fit(args, "n_ramp", args.epochs / 10, f"--epochs {args.epochs} leaves nothing after it")
 
 
 def check_views(args, count):
@@ -532,8 +553,8 @@ def main(args, make_positives=None, script=Path(__file__).stem, build_parser=bui
     rank, world, device = Distributed.start(Utils.pick_device(args.device))
     row = check_flags(args, world)
     splits = Flags.splits_for(args, device)
-    check_images(args, row, len(splits.train), world)
-    usual = Flags.hyper_parameters(build_parser(args.data).parse_args([]))
+    check_images(args, row, len(splits.train), world, device)
+    usual = Flags.hyper_parameters(build_parser(args.data, device.type).parse_args([]))
     folder = Runs.find_run(args, script, row.name, Flags.hyper_parameters(args), usual)
     if args.dry_run:
         positives = make_positives(args, splits, device) if make_positives else SamePair(args.num_views)
@@ -594,7 +615,9 @@ def pretrain(args, row, folder, splits, trainer):
 
         # score
         if run.writes and not stopped:
-            finish_run(trainer, run, splits, again=first_step == trainer.step)
+            result = finish_run(trainer, run, splits, again=first_step == trainer.step)
+            metadata = encoder_metadata(trainer.net.encoder, args, trainer.epoch, result)
+            save_encoder(folder / "encoder.pt", trainer.net.encoder, metadata)
             Runs.farewell(folder)
     Distributed.stop()
     return interruption.exit_code if stopped else 0

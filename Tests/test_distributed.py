@@ -88,7 +88,7 @@ def test_loss_gradients_and_batch_statistics_are_those_of_one_process(tmp_path):
 def share(rank, world):
     """What gather and any_process give."""
     z = torch.arange(4.0).view(2, 2, 1)[:, rank : rank + 1]
-    flags = [Distributed.any_process(flag, torch.device("cpu")) for flag in (False, rank == 1, True)]
+    flags = [Distributed.any_process(flag) for flag in (False, rank == 1, True)]
     return Distributed.gather(z), flags
 
 
@@ -104,7 +104,7 @@ def test_without_torchrun_nothing_is_distributed():
     assert Distributed.start(torch.device("cpu")) == (0, 1, torch.device("cpu"))
     assert Distributed.wrap(net, torch.device("cpu")) is net
     assert Distributed.gather(z) is z
-    assert Distributed.any_process(True, "cpu") is True
+    assert Distributed.any_process(True) is True
 
 
 # ---------------------------------------------------------------------------------------------------- torchrun

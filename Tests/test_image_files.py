@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import one_line, save
-from PIL import Image
 
 import Utils
 from Images import Cache, Decode, Folders
@@ -364,5 +362,3 @@ def test_rank_0_decodes(folder, tmp_path):
     (tmp_path / "bad/1.png").touch()
     arguments = (folder, tmp_path, f"file://{tmp_path}/meeting")
     torch.multiprocessing.start_processes(_rank, arguments, nprocs=2, start_method="fork")
-
-

@@ -231,7 +231,13 @@ def test_measures_of_bfloat16_samples_are_float32():
 
 # fitness
 
-GOOD = {"best_of_1": 0.3, "best_of_16": 0.1, "bicubic": 0.2, "diversity_pixels": 0.05, "single_code_diversity_pixels": 0.01}
+GOOD = {
+    "best_of_1": 0.3,
+    "best_of_16": 0.1,
+    "bicubic": 0.2,
+    "diversity_pixels": 0.05,
+    "single_code_diversity_pixels": 0.01,
+}
 
 
 @pytest.mark.parametrize(
