@@ -412,7 +412,7 @@ def is_unscored(trainer, folder):
     is_boundary = 0 < trainer.step < trainer.steps and trainer.step_in_epoch == 0
     if not is_boundary or not is_scored(trainer.args, trainer.epoch):
         return False
-    return Distributed.first_rank_only(lambda: not Runs.has_logged(folder, trainer.step, "alignment"))
+    return Distributed.first_rank_only(lambda: not Runs.has_logged(folder, trainer.step, "cosine_real"))
 
 
 def measure_pairs(trainer, labelled):
@@ -436,7 +436,7 @@ def finish_run(trainer, run, splits, again):
     """
     # data without labels: only the pairs can be measured
     if not Evaluate.can_probe(splits):
-        if not Runs.has_logged(run.folder, trainer.step, "alignment"):
+        if not Runs.has_logged(run.folder, trainer.step, "cosine_real"):
             run.log(trainer.step, trainer.epoch, group="Pairs", **measure_pairs(trainer, labelled=False))
             run.show_flags(Flags.hyper_parameters(trainer.args), ["Pairs/alignment"])
         print("fewer than two classes, or too few labels: nothing to score")
