@@ -413,7 +413,7 @@ def is_unscored(trainer, folder):
     is_boundary = 0 < trainer.step < trainer.steps and trainer.step_in_epoch == 0
     if not is_boundary or not is_scored(trainer.args, trainer.epoch):
         return False
-    return Distributed.first_rank_only(lambda: not Runs.has_logged(folder, trainer.step, "alignment"))
+    return Distributed.first_rank_only(lambda: not Runs.has_logged(folder, trainer.step, "cosine_real"))
 
 
 def measure_pairs(trainer, labelled):
@@ -437,7 +437,7 @@ def finish_run(trainer, run, splits, again):
     """
     # data without labels: only the pairs can be measured
     if not Evaluate.can_probe(splits):
-        if not Runs.has_logged(run.folder, trainer.step, "alignment"):
+        if not Runs.has_logged(run.folder, trainer.step, "cosine_real"):
             run.log(trainer.step, trainer.epoch, group="Pairs", **measure_pairs(trainer, labelled=False))
             run.show_flags(Flags.hyper_parameters(trainer.args), ["Pairs/alignment"])
         print("fewer than two classes, or too few labels: nothing to score")
@@ -509,6 +509,12 @@ def check_images(args, row, n, world, device):
         Flags.fit(args, "n_ramp", args.epochs / 10, f"--epochs {args.epochs} leaves nothing after it")
 
 
+def check_views(args, count):
+    """Raise UserError if the loss is for more views than there are."""
+    if args.loss == "align" and count == 2:
+        raise Utils.UserError("--loss align: it is for more than two views: choose lout, or a --pair of three")
+
+
 def describe(args, row, trainer, folder):
     """Print what is about to happen, in the values that count."""
     net = trainer.net
@@ -545,8 +551,7 @@ def main(args, make_positives=None, script=Path(__file__).stem, build_parser=bui
     with Runs.claimed(folder):
         checkpoint = Distributed.first_rank_only(lambda: Runs.checkpoint_for(args, folder))
         positives = make_positives(args, splits, device) if make_positives else SamePair(args.num_views)
-        if args.loss == "align" and len(positives) == 2:
-            raise Utils.UserError("--loss align: it is for more than two views: choose lout, or a --pair of three")
+        check_views(args, len(positives))
         trainer = Trainer(args, splits.train, positives, device, rank, world)
         if checkpoint:
             trainer.load(checkpoint)

@@ -1,7 +1,9 @@
 """What several test files use: image files, users' errors, run folders and their checkpoints, processes."""
 
+import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -83,9 +85,9 @@ def one_error(done, *parts, code=2):
 # ---------------------------------------------------------------------------------------------------- run folders
 
 
-def only_run(models_dir):
-    """Return the one run folder in it."""
-    (folder,) = models_dir.iterdir()
+def only_run(models_dir, pattern="[!.]*"):
+    """Return the one run folder in it whose name is like this pattern."""
+    (folder,) = models_dir.glob(pattern)
     return folder
 
 
@@ -153,6 +155,17 @@ def different(file, other):
 
 
 # ---------------------------------------------------------------------------------------------------- processes
+
+
+@contextlib.contextmanager
+def no_file_larger_than(n_bytes):
+    """Let every write beyond this size fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def start(*words, **options):

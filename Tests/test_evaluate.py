@@ -57,7 +57,7 @@ def colour_splits(eval="val", size=16):
 @pytest.fixture
 def encoder():
     torch.manual_seed(0)
-    return build_encoder("resnet8", True)
+    return build_encoder("resnet8", False, 16)
 
 
 def state(module):
@@ -234,7 +234,7 @@ def test_score_leaves_everything_as_it_was(encoder, eval):
 @pytest.mark.parametrize("eval", ["val", "cv"])
 def test_evaluate(encoder, eval):
     splits, views = colour_splits(eval), Data.get_ssl_data_augs("shapes", size=16)
-    before, untrained = state(encoder.train()), build_encoder("resnet8", True)
+    before, untrained = state(encoder.train()), build_encoder("resnet8", False, 16)
     random = torch.get_rng_state()
     result = Evaluate.evaluate(encoder, untrained, splits, views, CPU, 7)
     assert result.keys() == NAMES
