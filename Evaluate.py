@@ -48,8 +48,12 @@ def frozen(encoder):
     before = copy.deepcopy(encoder.state_dict())
     mode = encoder.training
     encoder.eval()
+    # float32 as the protocol says: no tf32 in convolutions
+    cudnn = torch.backends.cudnn
+    exact = cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False)
     try:
-        yield
+        with exact:
+            yield
     finally:
         encoder.train(mode)
     changed = [name for name, value in encoder.state_dict().items() if not torch.equal(value, before[name])]

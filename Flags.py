@@ -123,6 +123,8 @@ def add_run_group(parser, unit):
     add("--save_iter", type=bounded(int, 0), default=10, metavar=unit[0].upper(), help=save)
     precision = "of the network; auto: bf16 where the hardware has it, otherwise tf32, which CPUs ignore"
     add("--precision", choices=["auto", "bf16", "tf32", "fp32"], default="auto", help=precision)
+    deterministic = "on CUDA, use only convolutions that give the same bits again, as a resumed run on a CPU does"
+    add("--deterministic", action="store_true", help=deterministic)
     return group
 
 
@@ -151,6 +153,7 @@ RUN_FLAGS = {
     # speed
     "precision",
     "compile",
+    "deterministic",
     "chunk",
     # no flags: set by the scripts from the images, and by `parse`
     "small_stem",

@@ -523,6 +523,7 @@ def describe(args, trainer, folder):
 def main(args):
     """Train, train again on one code, measure; return 0. A signal ends the program once everything is saved."""
     device = Utils.pick_device(args.device)
+    torch.backends.cudnn.deterministic = args.deterministic
     row = Data.get_row(args.data, args.size)
     args.image_size = row.size
     fit_distance(args)

@@ -176,25 +176,25 @@ class Trainer:
         self.augmentation = Flags.augmentation_for(args)
         self.rng = torch.Generator().manual_seed(args.seed)  # of the views
 
-        # net and optimizer
-        encoder = Flags.encoder_for(args)
-        head = build_head(encoder.num_features, args.proj_hidden, args.proj_dim, args.proj_norm)
-        self.net = ContrastiveNet(encoder, head).to(device, memory_format=torch.channels_last)
-        self.forward = Distributed.wrap(self.net, device)
-        groups = parameter_groups(self.net, args.wd)
-        self.optimizer = build_optimizer(args.opt, groups, args.lr, args.mm, args.lars, args.trust)
-        positives.encoder = encoder  # some choose by what it has learnt
-
         # position
         self.steps_per_epoch = len(train_split) // args.bs
         self.steps = args.epochs * self.steps_per_epoch
         self.step = 0
+        self.pace = Reports.Pace(self.step, self.steps)
+
+        # net and optimizer
+        encoder = Flags.encoder_for(args)
+        head = build_head(encoder.num_features, args.proj_hidden, args.proj_dim, args.proj_norm)
+        self.net = ContrastiveNet(encoder, head).to(device, memory_format=torch.channels_last)
+        groups = parameter_groups(self.net, args.wd)
+        self.optimizer = build_optimizer(args.opt, groups, args.lr, args.mm, args.lars, args.trust)
+        positives.encoder = encoder  # some choose by what it has learnt
 
         # speed
-        self.pace = Reports.Pace(self.step, self.steps)
         self.bf16 = Utils.set_precision(args.precision, device)
-        if args.compile == "yes" or (args.compile == "auto" and device.type == "cuda" and self.steps >= 2000):
-            self.forward = torch.compile(self.forward)
+        is_long = device.type == "cuda" and self.steps >= 2000
+        compiled = args.compile == "yes" or (args.compile == "auto" and is_long)
+        self.forward = Distributed.wrap(self.net, device, compiled)
 
     @property
     def epoch(self):
@@ -538,6 +538,7 @@ def main(args, make_positives=None, script=Path(__file__).stem, build_parser=bui
     """
     # device, images, run folder
     rank, world, device = Distributed.start(Utils.pick_device(args.device))
+    torch.backends.cudnn.deterministic = args.deterministic
     row = check_flags(args, world)
     splits = Flags.splits_for(args, device)
     check_images(args, row, len(splits.train), world, device)
