@@ -196,7 +196,7 @@ def parse(argv, build_parser):
     kept = {key: stored[key] for key in vars(defaults) if key in stored and key not in ("device", "resume")}
     parser.set_defaults(**kept)
     args = parser.parse_args(argv)
-    args.given = given_flags(parser, argv)
+    args.given = sorted({*given_flags(parser, argv), *kept})  # what the first start said or fitted stays
 
     # what decides the result must be what it was; that the images of another --data are the same is seen later
     changed = []

@@ -300,7 +300,6 @@ def train_epoch(trainer, run, interruption):
     trainer.net.train()
     trainer.positives.start_epoch(trainer.epoch)
     meter = Reports.Meter(trainer.device, trainer.step)
-    pace = trainer.pace
     title = f"epoch {trainer.epoch + 1}/{args.epochs}"
     count = trainer.steps_per_epoch
     bar = tqdm(desc=title, total=count, initial=trainer.step_in_epoch, unit="step", leave=False, disable=run.quiet)
@@ -315,10 +314,7 @@ def train_epoch(trainer, run, interruption):
             steps += 1
             bar.update()
 
-            if pace.tick(trainer.step) and run.writes:
-                tqdm.write(estimate(trainer))
-            if pace.seconds is not None:
-                bar.set_postfix_str(f"run: {Reports.duration(pace.left(trainer.step))} left", refresh=False)
+            show_pace(trainer, run, bar)
 
             # the first step, the last one of an epoch, and every --log_iter
             is_logged = trainer.step % args.log_iter == 0 or trainer.step == 1 or trainer.step_in_epoch == 0
@@ -336,6 +332,15 @@ def train_epoch(trainer, run, interruption):
     finite = Utils.all_finite(trainer.net.state_dict().values())
     check_health(trainer, run, mean if finite else float("nan"))
     return mean, stopped
+
+
+def show_pace(trainer, run, bar):
+    """Say once how long the training takes, and from then on, in the bar of the epoch, what is left of it."""
+    pace = trainer.pace
+    if pace.tick(trainer.step) and run.writes:
+        tqdm.write(estimate(trainer))
+    if pace.seconds is not None:
+        bar.set_postfix_str(f"run: {Reports.duration(pace.left(trainer.step))} left", refresh=False)
 
 
 def estimate(trainer):
