@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torchvision import datasets
-from torchvision.datasets.utils import download_and_extract_archive
 
 from Augmentations import Augmentation
-from Distributed import first_rank_first, say
+from Distributed import first_rank_first, notice, say
 from Images import Shapes
-from Images.Folders import Options, check_same_classes, holds_images, load_folder
+from Images.Folders import Options, check_same_classes, check_size, folders_in, holds_images, load_folder, some
 from Images.Split import Split, StreamedSplit
-from Utils import UserError
+from Lazy import lazy_import
+from Utils import UserError, shown
+
+torchvision = lazy_import("torchvision")
 
 DEFAULT_OPTIONS = Options()
 SPLITS = ("train", "val", "test")
+VAL_FOLDERS = ("val", "valid", "validation", "dev")  # the first one that a user's folder has is its validation split
 INSIDE_OUT = {"train": "train", "val": "validation", "test": "test"}  # as Data/InvertDirStructure.py names them
 TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")  # url, md5
 
@@ -38,13 +40,22 @@ class Row:
     load: Callable  # (row, split, options) -> Split
     name: str
     size: int  # side of the square images, in pixels
-    n_classes: int | None  # None: as many as there are class folders
     has_val: bool  # a validation split of its own; else hyper-parameters are chosen by cross-validation on train
-    setup: str  # what puts the files in place
-    recipe: dict = field(default_factory=dict)  # defaults of the encoder's training flags that suit it
-    generator: dict = field(default_factory=dict)  # the same of TrainCamNet.py
-    folder: Path | None = None  # where its files lie; None: data_dir / name
+    recipe: dict  # defaults of the encoder's training flags that suit it
+    generator_recipe: dict  # defaults of the flags of TrainCamNet.py
+    on_cpu: dict = field(default_factory=dict)  # what differs in the recipe where there is no GPU
+    generator_on_cpu: dict = field(default_factory=dict)
+    setup: str = ""  # of image folders: what to do where a split's folder is missing
+    folder: Path | None = None  # of `--data PATH`: where its files lie; None: data_dir / name
     splits: dict = field(default_factory=dict)  # names of split folders that differ: {"test": "val"}
+
+    def recipe_for(self, device_type):
+        """Return the defaults of the encoder's training flags on a type of device, such as "cuda"."""
+        return self.recipe | (self.on_cpu if device_type == "cpu" else {})
+
+    def generator_recipe_for(self, device_type):
+        """Return the defaults of the flags of TrainCamNet.py on a type of device."""
+        return self.generator_recipe | (self.generator_on_cpu if device_type == "cpu" else {})
 
     @property
     def small_images(self):
@@ -53,7 +64,9 @@ class Row:
 
 
 def _load_shapes(row, split, options):
-    images, labels = Shapes.make_split(split, options.size or row.size)
+    size = options.size or row.size
+    check_size(size, 3 * size**2 * Shapes.SIZES[split])
+    images, labels = Shapes.make_split(split, size)
     return Split(images, labels, Shapes.CLASSES, f"shapes/{split}")
 
 
@@ -66,22 +79,49 @@ def _is_inside_out(root):
     return not _has_splits(root) and any(holds_images(root, f"CLASS/{each}/IMAGE") for each in INSIDE_OUT.values())
 
 
+def _split_folders(root):
+    """Return the names of the folders at the place of splits, SPLIT/CLASS or CLASS/SPLIT; none of a tree without."""
+    if _has_splits(root):
+        return folders_in(root)
+    names = set()
+    if _is_inside_out(root):
+        for each in folders_in(root):
+            names.update(folders_in(root / each))
+    return sorted(names)
+
+
+def _note_unread(row):
+    """Name the folders of a user's tree that are no split, as classes called "train" have them next to "train"."""
+    read = ["train", row.splits.get("val", "val"), "test"]
+    unread = [name for name in _split_folders(row.folder) if name not in read] if row.folder else []
+    if unread:
+        notice(f"{row.name}: folders that are not read: {some(unread, 8)}: its splits are {', '.join(read)}")
+
+
 def _load_tree(row, split, options):
     """An ImageFolder tree: SPLIT/CLASS/IMAGE in its folder; that of a path may be CLASS/SPLIT/IMAGE, or train alone."""
-    root, inner = row.folder or options.data_dir / row.name, ""
+    root = row.folder or options.data_dir / row.name
     folder = root / row.splits.get(split, split)
+    inner = ""
     if row.folder and _is_inside_out(root):
-        folder, inner = root, INSIDE_OUT[split]
-    elif split == "train" and row.folder and not _has_splits(root):
+        folder = root
+        inner = row.splits.get(split, INSIDE_OUT[split])
+    elif row.folder and split == "train" and not _has_splits(root):
         folder = root
         if not holds_images(root, "CLASS/IMAGE") and not holds_images(root, "IMAGE"):
             raise UserError(
-                f"--data {row.name}: no readable image in {root} as {{train,val,test}}/CLASS/IMAGE, as "
+                f"--data {row.name}: no readable image in {shown(root)} as {{train,val,test}}/CLASS/IMAGE, as "
                 "CLASS/{train,validation,test}/IMAGE or as CLASS/IMAGE: put them so; Data/README.md shows the layouts"
+                + _what_is_in(root)
             )
     if not folder.is_dir():
-        raise UserError(f"--data {row.name}: no folder {folder}: {row.setup}")
+        raise UserError(f"--data {row.name}: no folder {shown(folder)}: {row.setup}{_what_is_in(root)}")
     return load_folder(folder, options.size or row.size, options, split=inner, name=f"{row.name}/{split}")
+
+
+def _what_is_in(root):
+    names = folders_in(root) if root.is_dir() else []
+    return f" (its folders now: {some(names, 5)})" if names else ""
 
 
 def _load_torchvision(build):
@@ -91,7 +131,7 @@ def _load_torchvision(build):
         root = options.data_dir / row.name
         if (root / "train").is_dir():
             return _load_tree(row, split, options)
-        remedy = f"put images at {root}/{{train,test}}/CLASS/IMAGE"
+        remedy = f"put images at {shown(root)}/{{train,test}}/CLASS/IMAGE"
         images, labels, classes = _fetch(row, root, lambda: build(root, split), remedy)
         images = torch.as_tensor(images)
         if images.shape[2] != row.size:
@@ -110,15 +150,16 @@ def _fetch(row, root, work, remedy):
         except (OSError, RuntimeError, http.client.HTTPException) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(
-                f"--data {row.name}: not in {root}, and fetching it failed ({reason}): try again with a network, or "
-                + remedy
+                f"--data {row.name}: not in {shown(root)}, and fetching it failed ({shown(reason)}): try again with a "
+                f"network and with --data_dir in a place that can be written to, or {remedy}"
             ) from error
 
     return first_rank_first(guarded)
 
 
-def _load_cifar(dataset):
+def _load_cifar(name):
     def build(root, split):
+        dataset = getattr(torchvision.datasets, name)
         data = dataset(root, train=split == "train", download=True)
         return data.data.transpose(0, 3, 1, 2).copy(), data.targets, data.classes
 
@@ -126,22 +167,23 @@ def _load_cifar(dataset):
 
 
 def _stl10(root, split):
-    data = datasets.STL10(root, "train+unlabeled" if split == "train" else "test", download=True)
+    data = torchvision.datasets.STL10(root, "train+unlabeled" if split == "train" else "test", download=True)
     return data.data, data.labels, data.classes
 
 
 def _load_tiny_imagenet(row, split, options):
     """Download the official archive, and sort its val images into class folders, which that archive does not."""
-    root, (url, md5) = options.data_dir / row.name, TINY_IMAGENET
+    root = options.data_dir / row.name
+    url, md5 = TINY_IMAGENET
 
     def work():
         if not (root / "train").is_dir():
-            download_and_extract_archive(url, options.data_dir, md5=md5)
+            torchvision.datasets.utils.download_and_extract_archive(url, options.data_dir, md5=md5)
             (options.data_dir / "tiny-imagenet-200").rename(root)  # whole: an interrupted extraction is done again
         if (root / "val" / "images").is_dir():
             _sort_tiny_imagenet_val(root / "val")
 
-    _fetch(row, root, work, f"move the folder tiny-imagenet-200 of {url} to {root}")
+    _fetch(row, root, work, f"move the folder tiny-imagenet-200 of {url} to {shown(root)}")
     return _load_tree(row, split, options)
 
 
@@ -155,71 +197,141 @@ def _sort_tiny_imagenet_val(folder):
     (folder / "images").rmdir()
 
 
-_CIFAR = {  # the best documented recipe for one GPU: github.com/dkobak/simclr-cifar10, 44b2500
-    **{"backbone": "resnet18", "proj_hidden": 1024, "proj_dim": 128, "proj_norm": False, "temp": 0.5},
-    **{"bs": 512, "epochs": 500, "opt": "SGD", "lr": 0.12, "mm": 0.9, "wd": 5e-4, "n_ramp": 0},
-    **{"color_s": 0.5, "crop_min": 0.2, "gray_p": 0.1, "blur_p": 0.0},
+# The best documented recipe for one GPU: github.com/dkobak/simclr-cifar10, 44b2500.
+_CIFAR = {
+    "backbone": "resnet18",
+    "proj_hidden": 1024,
+    "proj_dim": 128,
+    "proj_norm": False,
+    "temp": 0.5,
+    "bs": 512,
+    "epochs": 500,
+    "opt": "SGD",
+    "lr": 0.12,
+    "mm": 0.9,
+    "wd": 5e-4,
+    "n_ramp": 0,
+    "color_s": 0.5,
+    "crop_min": 0.2,
+    "gray_p": 0.1,
+    "blur_p": 0.0,
 }
-_LARGE = {  # nearer to SimCLR's own for photographs, where blur helps; not tuned
-    **_CIFAR,
-    **{"bs": 256, "lr": 0.12, "n_ramp": 10, "proj_norm": True, "crop_min": 0.08, "gray_p": 0.2, "blur_p": 0.5},
+# Nearer to SimCLR's own for photographs, where blur helps; not tuned.
+_LARGE = _CIFAR | {
+    "bs": 256,
+    "n_ramp": 10,
+    "proj_norm": True,
+    "crop_min": 0.08,
+    "gray_p": 0.2,
+    "blur_p": 0.5,
 }
 # Chosen on the validation split, for as many epochs as leave the demonstration short.
-_SHAPES = {
-    **_CIFAR,
-    **{"backbone": "resnet8", "bs": 256, "epochs": 15, "lr": 1.6, "n_ramp": 2},
-    **{"proj_hidden": 256, "proj_norm": True, "temp": 0.2, "gray_p": 0.4},
+_SHAPES = _CIFAR | {
+    "backbone": "resnet8",
+    "bs": 256,
+    "epochs": 15,
+    "lr": 1.6,
+    "n_ramp": 2,
+    "proj_hidden": 256,
+    "proj_norm": True,
+    "temp": 0.2,
+    "gray_p": 0.4,
 }
-_TINY = {  # for two CPU cores
-    **{"net": "tiny", "corrupt": "gray+detail2", "distance": "pixels", "m": "16,16"},
-    **{"period": 512, "visits": 16, "periods": 3, "bs": 64, "lr": 2e-3, "ema": 0.995, "save_iter": 1},
+# A generator for two CPU cores.
+_TINY = {
+    "net": "tiny",
+    "corrupt": "gray+detail2",
+    "distance": "pixels",
+    "m": "16,16",
+    "period": 512,
+    "visits": 16,
+    "periods": 3,
+    "bs": 64,
+    "lr": 2e-3,
+    "ema": 0.995,
+    "save_iter": 1,
 }
-_SMALL = {  # for one GPU
-    **{"net": "small", "corrupt": "gray+down2", "distance": "squeeze", "m": "64,32,16"},
-    **{"period": 1024, "visits": 20, "periods": 50, "bs": 32, "lr": 2e-4, "ema": 0.999},
+# A generator for one GPU.
+_SMALL = {
+    "net": "small",
+    "corrupt": "gray+down2",
+    "distance": "squeeze",
+    "m": "64,32,16",
+    "period": 1024,
+    "visits": 20,
+    "periods": 50,
+    "bs": 32,
+    "lr": 2e-4,
+    "ema": 0.999,
 }
-_TREE = "put images at {train,val,test}/CLASS/IMAGE in it; Data/README.md shows the layout"
+# What a CPU can do within the hour: the small net; --epochs is cut to what CPU_PIXELS allows. The learning rate and
+# the temperature were chosen by cross-validation on CIFAR-10 (Results/choice-cifar10.json).
+_ON_CPU = {
+    "backbone": "resnet8",
+    "proj_hidden": 256,
+    "proj_norm": True,
+    "temp": 0.2,
+    "bs": 256,
+    "epochs": 100,
+    "lr": 1.2,
+    "n_ramp": 2,
+}
+_TINY_10 = _TINY | {"corrupt": "gray+detail4", "periods": 10}
+_TINY_6 = _TINY | {"corrupt": "gray+detail4", "periods": 6}
+_OWN = {"size": 64}  # one's own images on a CPU
+CPU_PIXELS = 2e9  # pixels of all images of all epochs, that two cores train the small net on in about half an hour
 
-DATASETS = {
-    row.name: row
-    for row in (
-        Row(_load_shapes, "shapes", 32, 10, True, "nothing: it is generated", _SHAPES, _TINY),
-        Row(_load_cifar(datasets.CIFAR10), "cifar10", 32, 10, False, "downloads itself", _CIFAR, _SMALL),
-        Row(_load_cifar(datasets.CIFAR100), "cifar100", 32, 100, False, "downloads itself", _CIFAR, _SMALL),
-        Row(_load_torchvision(_stl10), "stl10", 96, 10, False, "downloads itself", _LARGE, _SMALL),
-        Row(
-            _load_tiny_imagenet,
-            "tinyImagenet",
-            64,
-            200,
-            False,
-            "downloads itself",
-            _CIFAR,
-            _SMALL,
-            splits={"test": "val"},
-        ),
-        Row(_load_tree, "miniImagenet", 84, 100, True, "run `python Data/SetupMiniImagenet.py`", _LARGE, _SMALL),
-        Row(_load_tree, "folder", 128, None, False, _TREE, _LARGE, _SMALL),
-    )
-}
-no_val_split_datasets = [row.name for row in DATASETS.values() if not row.has_val]
-small_image_datasets = [row.name for row in DATASETS.values() if row.small_images]
+_PUT = "put images at {train,val,test}/CLASS/IMAGE; Data/README.md shows the layout"
+_DOWNLOAD = (
+    "put images there as CLASS/IMAGE, or move the folder that it is missing from away: the set is then downloaded"
+)
+_SET_UP = "run `python Data/SetupMiniImagenet.py`"
+
+_ROWS = [  # loader, name, size, has_val, recipe, generator_recipe, on_cpu, generator_on_cpu, setup
+    Row(_load_shapes, "shapes", 32, True, _SHAPES, _TINY),
+    Row(_load_cifar("CIFAR10"), "cifar10", 32, False, _CIFAR, _SMALL, _ON_CPU, _TINY_10, _DOWNLOAD),
+    Row(_load_cifar("CIFAR100"), "cifar100", 32, False, _CIFAR, _SMALL, _ON_CPU, _TINY_10, _DOWNLOAD),
+    Row(_load_torchvision(_stl10), "stl10", 96, False, _LARGE, _SMALL, _ON_CPU, _TINY_6, _DOWNLOAD),
+    Row(
+        _load_tiny_imagenet,
+        "tinyImagenet",
+        64,
+        False,
+        _CIFAR,
+        _SMALL,
+        _ON_CPU,
+        _TINY_6,
+        _DOWNLOAD,
+        splits={"test": "val"},
+    ),
+    Row(_load_tree, "miniImagenet", 84, True, _LARGE, _SMALL, _ON_CPU, _TINY_6, _SET_UP),
+    Row(_load_tree, "folder", 128, False, _LARGE, _SMALL, _ON_CPU | _OWN | {"epochs": 200}, _TINY_6 | _OWN, _PUT),
+]
+DATASETS = {row.name: row for row in _ROWS}
+no_val_split_datasets = [row.name for row in _ROWS if not row.has_val]
+small_image_datasets = [row.name for row in _ROWS if row.small_images]
 
 
 def get_row(data, size=None):
     """Return the row of a data set's name, or one made for the path of an image folder. Raises UserError on neither."""
     if data in DATASETS and data != "folder":
-        return DATASETS[data] if size is None else replace(DATASETS[data], size=size)
+        row = DATASETS[data]
+        return row if size is None else replace(row, size=size)
     path = Path(data).expanduser()
     if not path.is_dir():
         names = ", ".join(name for name in DATASETS if name != "folder")
         raise UserError(
-            f"--data {data}: neither a data set nor a folder: choose from {names}, or the path of a folder of images"
+            f"--data {shown(data)}: neither a data set nor a folder: choose from {names}, or the path of a folder of "
+            "images"
         )
-    row, path = DATASETS["folder"], path.resolve()
-    val = path.glob("[!.]*/validation") if _is_inside_out(path) else [path / "val"]
-    has_val = any(each.is_dir() for each in val)
-    return replace(row, name=path.name, folder=path, has_val=has_val, size=size or row.size)
+    path = path.resolve()
+    row = DATASETS["folder"]
+    row = replace(row, name=shown(path.name), folder=path, size=size or row.size)
+    folders = _split_folders(path)
+    for name in VAL_FOLDERS:
+        if name in folders:
+            return replace(row, has_val=True, splits={"val": name})
+    return row
 
 
 def get_data_splits(data, eval="val", options=DEFAULT_OPTIONS):
@@ -232,10 +344,12 @@ def get_data_splits(data, eval="val", options=DEFAULT_OPTIONS):
     if eval not in ("val", "cv", "test"):
         raise UserError(f"--eval {eval}: choose val, cv or test")
     row = get_row(data, options.size)
-    if eval == "val" and not row.has_val:
-        say(f"{row.name} has no validation split: scoring by 3-fold cross-validation on train (--eval cv)")
-        eval = "cv"
+    _note_unread(row)
     train = row.load(row, "train", options)
+    if eval == "val" and not row.has_val:
+        if len(train.classes) > 1:
+            say(f"{row.name} has no validation split: scoring by 3-fold cross-validation on train (--eval cv)")
+        eval = "cv"
     if eval == "cv":
         return Splits(train, train, eval)
     test = row.load(row, eval, options)
@@ -246,6 +360,7 @@ def get_data_splits(data, eval="val", options=DEFAULT_OPTIONS):
 def get_train_split(data, options=DEFAULT_OPTIONS):
     """Return the train split alone of a data set, as `get_data_splits` does: what a generator learns from."""
     row = get_row(data, options.size)
+    _note_unread(row)
     return row.load(row, "train", options)
 
 
@@ -259,15 +374,18 @@ def get_ssl_data_augs(data, color_s=None, *, aug="full", size=None, crop_min=Non
     row = get_row(data, size)
     if aug == "none":
         return plain_views(row.size)
-    recipe = {"color_s": color_s, "crop_min": crop_min, "gray_p": gray_p, "blur_p": blur_p}
-    recipe = {key: row.recipe[key] if value is None else value for key, value in recipe.items()}
+    given = {"color_s": color_s, "crop_min": crop_min, "gray_p": gray_p, "blur_p": blur_p}
+    recipe = row.recipe | {name: value for name, value in given.items() if value is not None}
     crop_scale = (recipe["crop_min"], 1.0)
     if aug == "crop":
         return Augmentation(row.size, crop_scale=crop_scale, jitter_p=0.0, gray_p=0.0)
     strength = recipe["color_s"]
-    jitter = (0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)
     return Augmentation(
-        row.size, crop_scale=crop_scale, jitter=jitter, gray_p=recipe["gray_p"], blur_p=recipe["blur_p"]
+        row.size,
+        crop_scale=crop_scale,
+        jitter=(0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength),
+        gray_p=recipe["gray_p"],
+        blur_p=recipe["blur_p"],
     )
 
 

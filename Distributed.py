@@ -3,8 +3,12 @@
 All questions of which process this is, and of how many, are asked here.
 """
 
+import contextlib
+import ctypes
 import datetime
+import functools
 import os
+import signal
 import sys
 
 import torch
@@ -46,18 +50,29 @@ def start(device):
     """
     if "WORLD_SIZE" not in os.environ:
         return 0, 1, device
+    _end_with_parent()
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not is_joined():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # others wait while rank 0 evaluates
+        card = device if device.type == "cuda" else None
+        hours = datetime.timedelta(hours=2)  # others wait while rank 0 evaluates
+        dist.init_process_group(backend, timeout=hours, device_id=card)
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def _end_with_parent():
+    """Let the system send SIGTERM to this process when torchrun dies: it would otherwise go on alone (Linux only)."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def stop():
     """Leave the process group, if there is one."""
     if is_joined():
+        _host_group.cache_clear()
         dist.destroy_process_group()
 
 
@@ -98,13 +113,19 @@ def first_rank_first(work):
     return work()
 
 
-def any_process(flag, device):
-    """Return whether `flag` is true in any process; synchronises with the host."""
+def any_process(flag):
+    """Return whether `flag` is true in any process. It is asked on the hosts: no device is waited for."""
     if not is_joined():
         return flag
-    flag = torch.tensor(float(flag), device=device)
-    dist.all_reduce(flag)
-    return flag.item() > 0
+    count = torch.tensor(int(flag))
+    dist.all_reduce(count, group=_host_group())
+    return count.item() > 0
+
+
+@functools.cache
+def _host_group():
+    """Return a group of all processes that talks through the hosts' memory."""
+    return dist.new_group(backend="gloo")
 
 
 def gather(z):
@@ -116,21 +137,28 @@ def gather(z):
     if not is_joined():
         return z
     places = z.new_zeros(dist.get_world_size(), *z.shape)  # each process fills its own; a sum puts them together
-    places = places.index_put((torch.tensor(dist.get_rank(), device=z.device),), z)
+    places[dist.get_rank()] = z
     return _Sum.apply(places).transpose(0, 1).flatten(1, 2)
 
 
-def wrap(net, device):
-    """Return `net` with gradients averaged and batch statistics shared by the processes; `net` if there is one."""
+def wrap(net, device, compiled=False):
+    """Return `net` with gradients averaged and batch statistics shared by the processes; with one process, `net`.
+
+    compiled: by torch.compile, inside of DistributedDataParallel, which it does not handle well. The parameters are
+    those of `net`.
+    """
+    if is_joined() and device.type == "cuda":
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    elif is_joined():
+        for layer in net.modules():  # torch's SyncBatchNorm refuses the CPU
+            if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                layer.__class__ = _GlobalBatchNorm
+    if compiled:
+        net = torch.compile(net)
     if not is_joined():
         return net
-    if device.type == "cuda":
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        return nn.parallel.DistributedDataParallel(net, device_ids=[device])
-    for layer in net.modules():  # torch's SyncBatchNorm refuses the CPU
-        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            layer.__class__ = _GlobalBatchNorm
-    return nn.parallel.DistributedDataParallel(net)
+    cards = [device] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(net, device_ids=cards)
 
 
 class _Sum(torch.autograd.Function):

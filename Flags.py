@@ -1,13 +1,16 @@
 """What the flags of the scripts share: types, common groups, parsing, and the objects that they describe."""
 
 import argparse
+import difflib
+import re
 from pathlib import Path
 
 import torch
 
 import Data
 import Utils
-from Backbones import build_encoder
+from Backbones import build_encoder, load_weights
+from Distributed import say
 from Images.Folders import DATA_DIR
 
 LARGEST_SEED = 2**32 - 1  # other seeds are made from it by multiplication
@@ -34,16 +37,50 @@ def bounded(kind, low=None, high=None):
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of every flag that has one."""
 
+    def _fill_text(self, text, width, indent):
+        if text.startswith("examples:"):
+            return text
+        return super()._fill_text(text, width, indent)
+
     def _get_help_string(self, action):
         if action.default in (None, "", False):
             return action.help
         return super()._get_help_string(action)
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells an error in one line, with the flag or value that was probably meant."""
+
+    def parse_args(self, argv=None, namespace=None):
+        args, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            self.error(f"{unknown[0]}: no such flag{_meant(unknown[0].split('=')[0], flags)}; --help lists all")
+        return args
+
+    def error(self, message):
+        choice = re.fullmatch(r"(argument .*): invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if choice:
+            names = choice[3].replace("'", "").split(", ")
+            message = (
+                f"{choice[1]}: no such value: {choice[2]}{_meant(choice[2], names)}; choose from {', '.join(names)}"
+            )
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def _meant(word, names):
+    """Return a question for the name that is nearest to a misspelt word, or nothing."""
+    near = difflib.get_close_matches(word, names, n=1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
 def plain_parser(doc):
-    """Return a parser without flags; doc: the docstring of the script, of which the first line describes it."""
-    return argparse.ArgumentParser(
+    """Return a parser without flags. doc: the docstring of the script: its first line describes it, its commands are
+    the examples at the end of --help."""
+    commands = [line.strip() for line in doc.splitlines() if line.startswith("    ")]
+    return Parser(
         description=doc.splitlines()[0],
+        epilog="examples:\n  " + "\n  ".join(commands) if commands else None,
         allow_abbrev=False,
         formatter_class=HelpFormatter,
     )
@@ -79,11 +116,15 @@ def add_run_group(parser, unit):
     add("--suffix", default="", help="a word of your own in the run folder's name")
     resume = "continue from a checkpoint, with its flags; auto: from the newest one of this run, if there is one"
     add("--resume", metavar="FILE|auto", help=resume)
+    dry_run = "say what the run would do and take, from a few real steps; write nothing"
+    add("--dry_run", action="store_true", help=dry_run)
     add("--log_iter", type=bounded(int, 1), default=20, metavar="N", help="steps between logged lines")
     save = f"{unit} between checkpoints; 0: only at the end"
     add("--save_iter", type=bounded(int, 0), default=10, metavar=unit[0].upper(), help=save)
     precision = "of the network; auto: bf16 where the hardware has it, otherwise tf32, which CPUs ignore"
     add("--precision", choices=["auto", "bf16", "tf32", "fp32"], default="auto", help=precision)
+    deterministic = "on CUDA, use only convolutions that give the same bits again, as a resumed run on a CPU does"
+    add("--deterministic", action="store_true", help=deterministic)
     return group
 
 
@@ -99,6 +140,7 @@ RUN_FLAGS = {
     "models_dir",
     "suffix",
     "resume",
+    "dry_run",
     "lpips_weights",
     "bank_storage",
     # what is scored, logged and saved
@@ -111,9 +153,12 @@ RUN_FLAGS = {
     # speed
     "precision",
     "compile",
+    "deterministic",
     "chunk",
-    # set by TrainSimCLR.check_flags, from --stem and the size of the images
+    # no flags: set by the scripts from the images, and by `parse`
     "small_stem",
+    "image_size",
+    "given",
 }
 
 
@@ -125,37 +170,68 @@ def hyper_parameters(args):
 def parse(argv, build_parser):
     """Parse a training script's flags: as given; else as in the checkpoint of --resume FILE; else the recipe of --data.
 
-    build_parser: data -> parser. Raises UserError where given flags contradict the checkpoint.
+    build_parser: (data, type of device) -> parser. Adds args.given, the names of the flags that the user gave. Raises
+    UserError where given flags contradict the checkpoint.
     """
-    # --data and --resume come first: the defaults of all other flags depend on them
+    # --data, --device and --resume come first: the defaults of all other flags depend on them
     early_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early_parser.add_argument("--data", default="shapes")
+    early_parser.add_argument("--data")
+    early_parser.add_argument("--device", default="auto")
     early_parser.add_argument("--resume")
     early = early_parser.parse_known_args(argv)[0]
+    device_type = Utils.pick_device(early.device).type
     if early.resume in (None, "auto"):
-        return build_parser(early.data).parse_args(argv)
+        parser = build_parser(early.data or "shapes", device_type)
+        args = parser.parse_args(argv)
+        args.given = given_flags(parser, argv)
+        return args
 
     # the checkpoint's flags take the place of the defaults
     stored = Utils.load_(early.resume).get("args", {})
-    if "data" not in stored:
+    if not isinstance(stored, dict) or "data" not in stored:
         raise Utils.UserError(f"--resume {early.resume}: it holds no run: give a checkpoint of this script")
-    parser = build_parser(stored["data"])
+    parser = build_parser(early.data or stored["data"], device_type)
     defaults = parser.parse_args([])
-    of_this_start = ("device", "suffix", "resume")
-    kept = {key: stored[key] for key in vars(defaults) if key in stored and key not in of_this_start}
+    note_version(early.resume, stored, vars(defaults))
+    kept = {key: stored[key] for key in vars(defaults) if key in stored and key not in ("device", "resume")}
     parser.set_defaults(**kept)
     args = parser.parse_args(argv)
+    args.given = sorted({*given_flags(parser, argv), *kept})  # what the first start said or fitted stays
 
-    # what decides the result must be what it was
+    # what decides the result must be what it was; that the images of another --data are the same is seen later
     changed = []
     for key, value in hyper_parameters(args).items():
-        if value != stored.get(key):
-            changed.append(f"--{key} {value} (it was {stored.get(key)})")
+        if key != "data" and key in stored and value != stored[key]:
+            changed.append(f"--{key} {value} (it was {stored[key]})")
     if changed:
         raise Utils.UserError(
             f"--resume {early.resume}: other flags than that run's: {', '.join(changed)}: leave them out"
         )
     return args
+
+
+def given_flags(parser, argv):
+    """Return the names of the flags that a command line has."""
+    unset = object()
+    names = [action.dest for action in parser._actions]
+    values = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
+    return sorted(name for name, value in vars(values).items() if value is not unset)
+
+
+def note_version(file, stored, defaults):
+    """Say which flags a checkpoint lacks, as one of another version does: they have their defaults."""
+    missing = [f"--{key} {value}" for key, value in defaults.items() if key not in stored and key not in RUN_FLAGS]
+    if missing:
+        say(f"{Utils.shown(file)} is of another version: it lacks {', '.join(missing)}: these defaults are used")
+
+
+def fit(args, name, value, reason):
+    """Give a flag another value, with a notice, or raise UserError if the user gave it. reason: why it cannot stay."""
+    before = getattr(args, name)
+    if name in getattr(args, "given", ()):
+        raise Utils.UserError(f"--{name} {before:g}: {reason}: use {value:g}, or leave it out")
+    say(f"--{name} {before:g} becomes {value:g}: {reason}")
+    setattr(args, name, value)
 
 
 # ---------------------------------------------------------------------------------------------- what the flags describe
@@ -199,7 +275,14 @@ def augmentation_for(args, aug=None):
     )
 
 
-def encoder_for(args):
-    """Return the encoder of a run's flags as it was before training: the seed decides."""
+def encoder_for(args, with_init=True):
+    """Return the encoder of a run's flags as it was before training: the seed decides, and the file of --init.
+
+    with_init: False where other weights are loaded anyway.
+    """
     torch.manual_seed(args.seed)
-    return build_encoder(args.backbone, args.small_stem)
+    with Utils.as_user_error():
+        encoder = build_encoder(args.backbone, args.small_stem, args.image_size, args.normalise)
+        if args.init and with_init:
+            load_weights(encoder, args.init)
+    return encoder

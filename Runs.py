@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import hashlib
 import json
+import os
 import platform
 import re
 import shlex
@@ -14,60 +15,138 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-import torchvision
-from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import save_image
 
+import Distributed
 import Utils
+from Lazy import lazy_import
 from Utils import UserError
 
+tensorboard = lazy_import("torch.utils.tensorboard")
+torchvision = lazy_import("torchvision")
+
 NOT_FINITE = "loss or weights are not finite"
-LONGEST_NAME = 240  # bytes of a run folder's name; file systems allow 255
+FIRST = ("data", "pair", "lr", "epochs", "seed")  # of the flags in TensorBoard's table
+METRICS = "metrics.jsonl"
+NAME_LENGTH = 100  # of a run folder's name, without its hash
+MAIN = ("pair", "p_gen", "net", "corrupt", "backbone", "bs", "epochs", "periods", "lr", "temp", "seed")
 
 
-def run_name(script, data, hyper, suffix=""):
-    """Return SCRIPT-DATA-FLAG_VALUE-...-SUFFIX of all flags that are set; a hash ends a name that is too long.
+def run_name(script, data, hyper, usual, suffix=""):
+    """Return SCRIPT-DATA[-SUFFIX]-FLAG_VALUE-...-HASH, of about 100 characters.
 
-    hyper: {flag: value}; 1 and 1.0 are the same value. Raises UserError on a suffix of more than 100 bytes.
+    data: name of the data set. hyper: {flag: value} of all that decides the result; usual: the same by default. The
+    flags that differ from it come first, then the MAIN ones, as far as there is room; 1 and 1.0 are the same value.
+    The hash is of all flags, with the whole path of --data. Raises UserError on a suffix of more than 60 bytes.
     """
-    if len(suffix.encode()) > 100:
-        raise UserError(f"--suffix {suffix}: {len(suffix.encode())} bytes: no more than 100 fit")
-    flags = []
-    for key, value in hyper.items():
-        value = str(value).removesuffix(".0")
-        if key != "data" and value not in ("None", "False", "auto"):
-            flags.append(f"{key}_{value}")
-    name = re.sub(r"[^\w.+=-]", "~", "-".join([script, data, *flags]))
-    suffix = re.sub(r"[^\w.+=-]", "~", f"-{suffix}") if suffix else ""
-    room = LONGEST_NAME - len(suffix.encode())
-    if len(name.encode()) > room:
-        digest = hashlib.sha256(name.encode()).hexdigest()[:10]
-        name = name.encode()[: room - 11].decode(errors="ignore") + "-" + digest
-    return name + suffix
+    if len(os.fsencode(suffix)) > 60:
+        raise UserError(f"--suffix {Utils.shown(suffix)}: {len(os.fsencode(suffix))} bytes: no more than 60 fit")
+    values = {key: str(value).removesuffix(".0") for key, value in hyper.items() if key != "data"}
+    usual = {key: str(value).removesuffix(".0") for key, value in usual.items()}
+    different = [key for key in values if values[key] != usual.get(key)]
+    main = [key for key in MAIN if key in values and key not in different and values[key] != "None"]
+
+    name = "-".join([script, data[:40], *([suffix] if suffix else [])])
+    for key in [*different, *main]:
+        flag = f"-{key}_{values[key]}"
+        if len(name) + len(flag) <= NAME_LENGTH:
+            name += flag
+    whole = json.dumps([script, str(Path(hyper["data"]).resolve()), suffix, sorted(values.items())])
+    digest = hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]
+    return re.sub(r"[^\w.+=,-]", "~", name) + "-" + digest
 
 
-def find_run(args, hyper, data_name, script):
-    """Return (run folder, checkpoint to continue from or None). Raises UserError if the folder holds another run.
+def find_run(args, script, data, hyper, usual):
+    """Return the run folder of some flags: with --resume FILE that of the file, otherwise by `run_name`.
 
-    args: with models_dir, suffix, resume, data. hyper: {flag: value} of those that decide the result.
+    With --resume auto, where there is no folder of that name, it is a folder of a run with the same flags: one with a
+    name of an older version, or one whose data set has been moved since. The arguments are as of `run_name`.
     """
     if args.resume not in (None, "auto"):
-        return Path(args.resume).resolve().parent, Path(args.resume)
-    folder = Path(args.models_dir) / run_name(script, data_name, hyper, args.suffix)
-    if not args.resume:
-        check_unused(folder)
-        return folder, None
-    checkpoint = Utils.newest_checkpoint(folder)
-    data = Utils.load_(checkpoint)["args"]["data"] if checkpoint else args.data
-    if Path(data).resolve() != Path(args.data).resolve():  # the folder's name holds only the last part of a path
-        raise UserError(f"--data {args.data}: {folder} is a run on {data}: begin another with --suffix NAME")
-    return folder, checkpoint
+        return Path(args.resume).resolve().parent
+    models = Path(args.models_dir)
+    folder = models / run_name(script, data, hyper, usual, args.suffix)
+    if args.resume and not folder.exists():
+        for record in sorted(models.glob(f"{script}-*/args.json")):
+            stored = (Utils.read_json(record) or {}).get("args")
+            if isinstance(stored, dict) and _is_same(stored, args, hyper, usual):
+                return record.parent
+    return folder
+
+
+def _is_same(stored, args, hyper, usual):
+    """Return whether a run's stored flags are these ones, on the same data set or on one that is not there any more."""
+    for key, value in hyper.items():
+        if key != "data" and stored.get(key, usual.get(key)) != value:
+            return False
+    place = Path(str(stored.get("data")))
+    same_place = place.resolve() == Path(args.data).resolve()
+    return stored.get("suffix", "") == args.suffix and (same_place or (place.is_absolute() and not place.exists()))
+
+
+@contextlib.contextmanager
+def claimed(folder):
+    """Hold a run folder for this process, or for this group of processes. UserError where another one has it.
+
+    A folder into which nothing was written is removed at the end.
+    """
+    folder = Path(folder)
+    if not Distributed.is_first():
+        Distributed.first_rank_only(None)
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+
+        def claim():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                reason = f"{error.strerror}: name another place by --models_dir"
+                raise UserError(f"cannot make the run folder {Utils.shown(folder)}: {reason}") from error
+            stack.enter_context(Utils.locked(folder / ".lock", f"working on {Utils.shown(folder)}", wait=False))
+
+        stack.callback(_remove_if_empty, folder)
+        Distributed.first_rank_only(claim)
+        yield
+
+
+def _remove_if_empty(folder):
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def check_unused(folder):
     """Raise UserError if a folder holds a run already."""
     if (Path(folder) / "args.json").exists():
-        raise UserError(f"{folder} holds a run: --resume auto continues it, --suffix NAME begins another next to it")
+        place = Utils.shown(folder)
+        raise UserError(f"{place} holds a run: --resume auto continues it, --suffix NAME begins another next to it")
+
+
+def checkpoint_for(args, folder):
+    """Return the checkpoint that --resume continues from, or None. Raises UserError if the folder holds a run that is
+    not to be resumed."""
+    if args.resume not in (None, "auto"):
+        return Path(args.resume)
+    if args.resume is None:
+        check_unused(folder)
+        return None
+    return Utils.newest_checkpoint(folder)
+
+
+def check_data(file, state, split, data):
+    """Raise UserError unless the images are those that a checkpoint's run was trained on. data: the flag --data."""
+    before = state.get("data_n"), state.get("data_fingerprint")
+    if before == (None, None):  # of a version that noted neither
+        return
+    if before[0] != len(split):
+        difference = f"had {before[0]} images and has {len(split)}"
+    elif before[1] != split.fingerprint():
+        difference = "had other images"
+    else:
+        return
+    raise UserError(
+        f"--data {Utils.shown(data)} {difference} when {Utils.shown(file)} was written: make it what it was, or begin "
+        "another run with --suffix NAME"
+    )
 
 
 def provenance(device):
@@ -96,14 +175,32 @@ def farewell(folder):
     print(f"checkpoints, pictures, logs: {folder}\nTensorBoard: tensorboard --logdir {folder.parent}")
 
 
+def read_metrics(folder):
+    """Return the lines of a run's metrics.jsonl as objects; those that are damaged are left out."""
+    lines = []
+    with contextlib.suppress(OSError):
+        for text in (Path(folder) / METRICS).read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a kill can leave half a line
+                line = json.loads(text)
+                lines.append({**line, "step": int(line["step"]), "seconds": float(line["seconds"])})
+    return lines
+
+
+def has_logged(folder, step, name):
+    """Return whether a run's metrics.jsonl holds `name` at a step."""
+    return any(line["step"] == step and name in line for line in read_metrics(folder))
+
+
 class Run:
     """A run folder: args.json, metrics.jsonl, TensorBoard event files, checkpoints, pictures."""
 
     TAGS: ClassVar = {"loss": "Loss/train", "lr": "LR", "knn": "Accuracy/knn", "linear": "Accuracy/linear"}
 
     def __init__(self, folder, args, device, resumed_step=None, writes=True):
-        """Create the folder, or continue one (`resumed_step`: drop what was logged after it). writes: False in all but
-        the first of several processes. Raises UserError if the folder holds a run that is not being resumed."""
+        """Write args.json, and open the logs. resumed_step: drop what was logged after it; None: the run is new.
+
+        writes: False in all but the first of several processes.
+        """
         self.folder = Path(folder)
         self.writes = writes
         self.started = time.perf_counter()
@@ -111,30 +208,23 @@ class Run:
         self.before = 0.0  # seconds of earlier starts
         if not writes:
             return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        Utils.remove_stale(self.folder)
         record = self.folder / "args.json"
-        if resumed_step is None:
-            check_unused(self.folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the run folder {self.folder}: {error}") from error
-        starts = json.loads(record.read_text())["starts"] if record.exists() else []
+        starts = (Utils.read_json(record) or {}).get("starts", [])
         Utils.write_json(record, {"args": Utils.plain(args), "starts": [*starts, provenance(device)]})
-        self.metrics = self.folder / "metrics.jsonl"
-        if resumed_step is not None and self.metrics.exists():
+        self.metrics = self.folder / METRICS
+        if resumed_step is not None:
             self._drop_after(resumed_step)
         purge_step = None if resumed_step is None else resumed_step + 1  # from this step on, itself included
-        self.board = SummaryWriter(self.folder, purge_step=purge_step)
+        self.board = tensorboard.SummaryWriter(self.folder, purge_step=purge_step)
 
     def _drop_after(self, step):
-        kept = []
-        for text in self.metrics.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a kill can leave half a line
-                line = json.loads(text)
-                if line["step"] <= step:
-                    kept.append(text)
-                    self.before = line["seconds"]
-        Utils.write_atomically(self.metrics, lambda scratch: scratch.write_text("".join(text + "\n" for text in kept)))
+        kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
+        if kept:
+            self.before = kept[-1]["seconds"]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        Utils.write_atomically(self.metrics, lambda scratch: scratch.write_text(text))
 
     def clock(self):
         """Return the seconds that this run has taken, earlier starts counted in."""
@@ -151,11 +241,34 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write {self.metrics}: {error}: free space there, then --resume auto") from error
         for name, value in values.items():
-            self.board.add_scalar(self.TAGS.get(name, f"{group}/{name}"), value, step)
+            tag = self.TAGS.get(name, f"{group}/{name}")
+            self.board.add_scalar(tag, 100 * value if tag.startswith("Accuracy/") else value, step)
+
+    def baseline(self, name, scores, step):
+        """Show scores, fractions of 1, as lines from step 0 to `step` in TensorBoard's charts of the accuracy.
+
+        name: of the lines, "chance" for example; TensorBoard takes them for a run of its own in this run's folder.
+        """
+        with tensorboard.SummaryWriter(self.folder / name) as board:
+            for key, value in scores.items():
+                for place in (0, step):
+                    board.add_scalar(self.TAGS[key], 100 * value, place)
+
+    def show_flags(self, hyper, metrics):
+        """Show the flags in TensorBoard's HPARAMS, the FIRST ones first, next to charts that exist.
+
+        hyper: {flag: value}; metrics: names of values that were logged.
+        """
+        shown = {key: hyper[key] for key in FIRST if key in hyper}
+        shown |= {key: value for key, value in hyper.items() if key not in shown}
+        shown = {key: Utils.shown(value) if isinstance(value, str) else value for key, value in shown.items()}
+        shown = {key: "" if value is None else value for key, value in shown.items()}
+        for summary in tensorboard.summary.hparams(shown, {self.TAGS.get(name, name): 0.0 for name in metrics}):
+            self.board.file_writer.add_summary(summary)
 
     def picture(self, name, image, step=0):
         """Write NAME.png and the same to TensorBoard. image: float (3, H, W) in [0, 1]."""
-        save_image(image, self.folder / f"{name}.png")
+        torchvision.utils.save_image(image, self.folder / f"{name}.png")
         self.board.add_image(name, image, step)
 
     def failure(self, problem, causes):

@@ -1,12 +1,13 @@
 """What every script needs: errors, devices and their memory, files that are written whole, checkpoints."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import re
 import resource
-import signal
+import socket
 import sys
 import time
 import zipfile
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 import Distributed
+import Signals
 
 ROOT = Path(__file__).resolve().parent
 
@@ -38,23 +40,70 @@ def as_user_error():
 
 
 def run_script(main, get_args):
-    """Run `main(get_args())`: exit code 2 and one line on a user's error, 130 on Ctrl-C."""
+    """Run `main(get_args())` and exit: 0 or what main returns; 2 and one line on an error that its user can correct;
+    0 after SIGTERM and 130 after Ctrl-C."""
+    Signals.raise_on_signal()
     try:
         code = main(get_args())
-    except UserError as error:
-        if not Distributed.is_first():
-            time.sleep(5)  # what all processes see is reported by the first: torchrun ends the others meanwhile
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        code = 2
-    except torch.OutOfMemoryError as error:
-        reason = str(error).split(". ")[0]
-        print(f"{Path(sys.argv[0]).name}: error: {reason}: lower --bs", file=sys.stderr)
-        code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except Signals.Terminated:
+        print("interrupted by SIGTERM", file=sys.stderr)
+        code = 0
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        if not Distributed.is_first():
+            time.sleep(5)  # what all processes see is reported by the first: torchrun ends the others meanwhile
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        code = 2
     sys.stdout.flush()
     sys.exit(code)
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+RUNTIME_ERRORS = {  # part of the message of a RuntimeError: what it means, and the remedy
+    "can't allocate memory": "out of memory: lower --bs, --size or the width of the net",
+    "unable to allocate shared memory": "shared memory is full: pass --n_workers 0, or docker run --shm-size=1g",
+    "DataLoader worker": "a process that decodes images was killed, as when memory or shared memory runs out: "
+    "pass --n_workers 0, or docker run --shm-size=1g",
+    "gloo": "another process of this run has ended: see its error; --resume auto continues",
+    "NCCL": "another process of this run has ended: see its error; --resume auto continues",
+    "Connection closed by peer": "another process of this run has ended: see its error; --resume auto continues",
+}
+
+
+def explain(error):
+    """Return the line that tells a user what an error means and what to do, or None for an error of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        reason = str(error).split(". ")[0]
+        return f"{reason}: lower --bs"
+    if isinstance(error, MemoryError):
+        return "out of memory: lower --bs, --size or the number of images that are held"
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        place = shown(error.filename) if error.filename else "a file"
+        return (
+            f"cannot write {place}: {error.strerror}: free space there, or name another folder; --resume auto continues"
+        )
+    if isinstance(error, RuntimeError):
+        for part, message in RUNTIME_ERRORS.items():
+            if part in str(error):
+                return message
+    return None
+
+
+def shown(name):
+    """Return a name from outside (a path, a class) as one line that any terminal and file can take.
+
+    What is no valid text, and what a terminal could act on (control characters, line breaks, changes of the writing
+    direction), is written as an escape sequence.
+    """
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def quiet():
@@ -65,29 +114,6 @@ def quiet():
 def derived_seed(seed, index):
     """Return another seed for each index (int >= 0) of a run's seed: an epoch, a bank, a lap over the images."""
     return 1_000_003 * seed + index
-
-
-class Interruption:
-    """Catches SIGTERM and Ctrl-C so that a loop can finish its step and save; a second Ctrl-C stops at once."""
-
-    def __enter__(self):
-        self.signal = None
-        self.before = {each: signal.signal(each, self._catch) for each in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _catch(self, number, frame):
-        if self.signal == signal.SIGINT == number:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    @property
-    def exit_code(self):
-        """0 after SIGTERM, which a scheduler sends to a run that is to continue later; 130 after Ctrl-C."""
-        return 130 if self.signal == signal.SIGINT else 0
 
 
 # ---------------------------------------------------------------------------------------------------- devices
@@ -193,6 +219,15 @@ def is_alive(process):
     return True
 
 
+def read_json(file):
+    """Return the content of a JSON file that `write_json` wrote, an object, or None where it is missing or damaged."""
+    try:
+        content = json.loads(Path(file).read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def write_json(file, content):
     """Write plain values to `file` as JSON, atomically."""
     text = json.dumps(content, indent=1) + "\n"
@@ -200,20 +235,46 @@ def write_json(file, content):
 
 
 @contextlib.contextmanager
-def locked(file, work):
-    """Hold the lock FILE.lock, which one process has at a time; says so where it has to wait for another's `work`."""
-    lock = Path(file).with_name(f".{Path(file).name}.lock")
-    try:
-        handle = lock.open("w")
-    except OSError as error:
-        raise UserError(f"cannot write {lock}: {error}: make its folder one that can be written to") from error
+def locked(file, work, wait=True):
+    """Hold a lock, which one process has at a time. file: the lock's file; it holds the number of that process.
+
+    work: what the other process is doing, in words. Where another process has the lock: wait for it and say so, or,
+    without `wait`, raise UserError. The file is removed at the end; a killed process leaves it behind, unlocked.
+    """
+    handle = _acquire(Path(file), work, wait)
     with handle:
+        handle.truncate(0)
+        handle.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        handle.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                Path(file).unlink()
+
+
+def _acquire(file, work, wait):
+    """Return the open file of a lock that this process now has."""
+    while True:
+        try:
+            handle = file.open("a+")
+        except OSError as error:
+            raise UserError(f"cannot write {shown(file)}: {error.strerror}: make its folder writable") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting: another process is {work}", flush=True)
+            handle.seek(0)
+            holder = handle.read().strip() or "unknown"
+            if not wait:
+                handle.close()
+                raise UserError(f"another process ({holder}) is {work}: wait for it, or stop it") from None
+            print(f"waiting: another process ({holder}) is {work}", flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        # the one that had the lock may have removed its file since it was opened here
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle.fileno()), file.stat()):
+                return handle
+        handle.close()
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
@@ -229,26 +290,29 @@ def save_(file, **parts):
 def load_(file, **parts):
     """Return what `save_` wrote, tensors on the CPU; load each named part strictly.
 
-    Raises UserError on a file that is missing, damaged (its checksums are compared), or does not fit, naming what
-    does not.
+    Raises UserError on a file that is missing, damaged (its checksums are compared), not finite, or does not fit,
+    naming what does not.
     """
     file = Path(file)
     if not file.is_file():
-        raise UserError(f"no checkpoint {file}: give the path of a .pt file in a folder of Models/")
+        raise UserError(f"no checkpoint {shown(file)}: give the path of a .pt file in a folder of Models/")
     try:
         check_archive(file)
         state = dict(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises half a dozen types on damaged files
         raise UserError(
-            f"{file} is damaged or no checkpoint of this repository ({type(error).__name__}): use another"
+            f"{shown(file)} is damaged or no checkpoint of this repository ({type(error).__name__}): use another"
         ) from error
+    for name, part in state.items():
+        if isinstance(part, dict) and not all_finite(part.values()):
+            raise UserError(f"{shown(file)}: numbers in its {name} are not finite: use an earlier checkpoint")
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             reason = re.sub(r"\s+", " ", str(error))[:500]
             raise UserError(
-                f"{file} does not fit: {name}: {reason}: give the flags that it was trained with"
+                f"{shown(file)} does not fit: {name}: {reason}: give the flags that it was trained with"
             ) from error
     return state
 
@@ -267,28 +331,43 @@ def checkpoint_name(whole, inside):
 
 
 def newest_checkpoint(folder):
-    """Return the furthest checkpoint of a run folder that can be read: EPOCH.pt or, inside an epoch, EPOCH+STEP.pt."""
+    """Return the furthest checkpoint of a run folder that can be continued from, or None.
+
+    Checkpoints are EPOCH.pt or, inside an epoch, EPOCH+STEP.pt. Those that are damaged or no checkpoints of a run are
+    passed over with a notice.
+    """
     found = []
     for path in Path(folder).glob("*.pt"):
         if match := re.fullmatch(r"(\d+)(?:\+(\d+))?\.pt", path.name):
             found.append((int(match[1]), int(match[2] or 0), path))
     for _, _, path in sorted(found, reverse=True):
         try:
-            load_(path)
+            check_run(path, load_(path))
             return path
         except UserError as error:
             print(f"passed over: {error}")
     return None
 
 
-def all_finite(tensors):
-    """Return whether all numbers of some tensors are finite; waits for the device."""
-    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+def check_run(file, state):
+    """Raise UserError unless the content of a checkpoint is that of a run: with its flags, position and weights."""
+    has_weights = isinstance(state.get("encoder", state.get("generator")), dict)
+    if not isinstance(state.get("args"), dict) or not isinstance(state.get("step"), int) or not has_weights:
+        raise UserError(f"{shown(file)} holds no run: give a checkpoint of the training scripts")
+
+
+def all_finite(values):
+    """Return whether all numbers of those values that are floating-point tensors are finite; waits for the device."""
+    checks = [
+        value.isfinite().all() for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()
+    ]
+    return not checks or bool(torch.stack(checks).all())
 
 
 def plain(args):
     """Return the flags as plain types, as checkpoints and args.json hold them."""
     values = {}
     for key, value in vars(args).items():
-        values[key] = value if isinstance(value, (bool, int, float, type(None))) else str(value)
+        if key != "given":  # of one start only
+            values[key] = value if isinstance(value, (bool, int, float, type(None))) else str(value)
     return values

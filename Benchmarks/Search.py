@@ -28,7 +28,6 @@ import Utils
 from Benchmarks.Collect import newest_generator
 from CamNet.Codes import make_keys
 from CamNet.Corruptions import pyramid
-from CamNet.IMLE import codes_of
 from CamNet.Measures import AT_ONCE
 from Flags import bounded
 
@@ -71,7 +70,7 @@ def plain_search(generator, distance, condition, targets, keys, counts, images, 
                 if not cached:
                     features = distance.features(target[rows])
                 whole = torch.cat([chosen[rows].repeat_interleave(k, 0), part.reshape(-1, 1)], dim=1)
-                image = generator(condition[rows].repeat_interleave(k, 0), codes_of(generator, whole))[-1]
+                image = generator(condition[rows].repeat_interleave(k, 0), generator.codes(whole))[-1]
                 distances.append(distance.between(distance.features(image), features).view(-1, k))
             best = torch.cat(distances, dim=1).argmin(dim=1, keepdim=True)
             picked.append(candidates.gather(1, best))
@@ -105,7 +104,8 @@ class Bench:
         self.counts = [int(count) for count in self.flags.m.split(",")]
         self.trainer = TrainCamNet.Trainer(self.flags, split, generator, distance, self.counts, device)
         self.trainer.load(file)
-        rows, self.images = self.trainer.images(torch.arange(min(args.images, len(split))))
+        rows = torch.arange(min(args.images, len(split)))
+        self.images = self.trainer.images(rows)
         self.keys = make_keys(self.flags.seed, rows).to(device)
         self.period = TrainCamNet.Period(self.trainer, rows, self.images, self.keys)
         self.period.keys = self.ours(bf16=False)  # what the training steps learn from

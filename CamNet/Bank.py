@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from CamNet.Codes import Purpose, make_keys
 
+CHECKED = 16 * 2**30  # bytes of a bank whose checksum is compared at every start: about 0.5 s per GiB, once it is read
 SAVED_EVERY = 20.0  # seconds between two notes of how far the filling is
 
 
@@ -48,53 +50,67 @@ def fingerprint_images(split, most=256):
 
 def read(file, n, size):
     """Return an .npy of positives, uint8 (n, K, 3, size, size), as a read-only memory map. ValueError if it is no such
-    file or of another shape or type."""
+    file or of another shape or type, or, where a note tells its checksum, if that is another."""
     try:
         images = np.load(file, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # NumPy raises half a dozen types on damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"--bank {file}: no array that NumPy can read ({reason}): save one by numpy.save") from error
-    if images.dtype != np.uint8 or images.ndim != 5 or images.shape[0] != n or images.shape[2:] != (3, size, size):
+    shape = getattr(images, "shape", ())
+    fits = len(shape) == 5 and shape[0] == n and shape[1] > 0 and shape[2:] == (3, size, size)
+    if not fits or images.dtype != np.uint8:
         wanted = f"uint8 ({n}, K, 3, {size}, {size}), in the order of the train split"
-        raise ValueError(f"--bank {file}: {images.dtype} {images.shape}, but needed is {wanted}")
+        found = f"{getattr(images, 'dtype', type(images).__name__)} {shape}"
+        raise ValueError(f"--bank {file}: {found}, but needed is {wanted}")
+    crc = _read_note(_note_of(Path(file))).get("crc")
+    if crc is not None and images.nbytes <= CHECKED and crc != checksum(images):
+        raise ValueError(f"--bank {file}: it is damaged (wrong checksum): delete it")
     return images
 
 
-def fill(file, generator, split, k, seed, device, autocast=contextlib.nullcontext, *, bs=256, quiet=True):
-    """Fill `file` with k restorations of every image of the split, or go on where an interrupted call stopped.
+def checksum(images, crc=0, rows_at_once=256):
+    """Return the CRC-32 of the rows of an array or memory map; crc: that of the rows before them."""
+    for start in range(0, len(images), rows_at_once):
+        crc = zlib.crc32(np.ascontiguousarray(images[start : start + rows_at_once]), crc)
+    return crc
 
-    The codes follow from seed, image and number alone. autocast: makes the context that the generator runs in.
+
+def fill(file, generator, split, k, seed, device, autocast=contextlib.nullcontext, *, bs=256, quiet=True):
+    """Fill `file` with k restorations of every image of the split, or continue where an interrupted call stopped.
+
+    The codes follow from seed, image and index alone. autocast: makes the context that the generator runs in.
     Returns whether anything was to be done. ValueError if the file was made from something else (generator, corruption,
     k, seed or data), or if the disk is full.
     """
-    file, shape = Path(file), (len(split), k, 3, split.size, split.size)
+    file = Path(file)
+    shape = (len(split), k, 3, split.size, split.size)
     made_from = {"generator": fingerprint(generator.state_dict()), **generator.config, "k": k, "seed": seed}
     made_from |= {"data": fingerprint_images(split), "shape": list(shape)}
-    note, part, part_note = (file.with_name(file.name + end) for end in (".json", ".part", ".part.json"))
     if file.exists():
-        _check(file, note, made_from)
+        _check(file, made_from)
         return False
-    done = 0
-    if part.exists() and part_note.exists():
-        _check(part, part_note, made_from)
-        done = json.loads(part_note.read_text())["done"]
+    part = file.with_name(file.name + ".part")
     try:
-        images = _open(part, shape, done)
-        _write_note(part_note, made_from | {"done": done})
-        saved, start = time.monotonic(), done
-        bar = tqdm(desc="bank", total=len(split), initial=done, unit="image", disable=quiet)
-        with bar:
-            for rows, x in split.batches(torch.arange(start, len(split)).split(bs), device):
-                images[rows.numpy()] = restore(generator, x, rows, k, seed, autocast).cpu().numpy()
-                bar.update(len(rows))
-                if time.monotonic() - saved > SAVED_EVERY:
-                    images.flush()
-                    _write_note(part_note, made_from | {"done": int(rows[-1]) + 1})
-                    saved = time.monotonic()
+        images, done, crc = _open(part, shape, made_from)
+        saved = time.monotonic()
+        with tqdm(desc="bank", total=len(split), initial=done, unit="image", disable=quiet) as bar:
+            try:
+                for rows, x in split.batches(torch.arange(done, len(split)).split(bs), device):
+                    restored = restore(generator, x, rows, k, seed, autocast).cpu().numpy()
+                    images[rows.numpy()] = restored
+                    crc = checksum(restored, crc)
+                    done = int(rows[-1]) + 1
+                    bar.update(len(rows))
+                    if time.monotonic() - saved > SAVED_EVERY:
+                        _save_progress(images, part, made_from, done, crc)
+                        saved = time.monotonic()
+            except (KeyboardInterrupt, SystemExit):
+                _save_progress(images, part, made_from, done, crc)
+                raise
         images.flush()
-        _write_note(note, made_from)
+        _write_note(_note_of(file), made_from | {"crc": crc})
         part.replace(file)
-        part_note.unlink()
+        _note_of(part).unlink()
     except OSError as error:
         raise ValueError(f"cannot write the bank {part}: {error}: free space there, then start again") from error
     return True
@@ -118,33 +134,62 @@ def to_uint8(images):
     return (255 * images.float()).round_().clamp_(0, 255).byte()
 
 
-def _open(part, shape, done):
-    """Return the array in the file as a memory map; its whole room is taken at once, so that a full disk shows now."""
-    if done:
-        return np.lib.format.open_memmap(part, mode="r+")
+def _open(part, shape, made_from):
+    """Return (the array in the file as a memory map, rows that are done, their checksum).
+
+    An interrupted filling continues if what it wrote is whole. Otherwise the file is made, and its whole room is taken
+    at once, so that a full disk shows now.
+    """
+    note = _read_note(_note_of(part))
+    if part.exists() and note:
+        _check(part, made_from)
+        with contextlib.suppress(Exception):  # a damaged file can fail in any way: it is made anew
+            images = np.lib.format.open_memmap(part, mode="r+")
+            done = int(note["done"])
+            if images.shape == shape and 0 <= done <= len(images) and checksum(images[:done]) == note["crc"]:
+                return images, done, note["crc"]
     try:
         images = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
         with part.open("r+b") as handle:
             os.posix_fallocate(handle.fileno(), 0, os.fstat(handle.fileno()).st_size)
+        _save_progress(images, part, made_from, 0, 0)
     except OSError:
         part.unlink(missing_ok=True)
         raise
-    return images
+    return images, 0, 0
 
 
-def _check(file, note, made_from):
-    try:
-        before = json.loads(note.read_text())
-    except (OSError, ValueError):
-        before = {}
+def _save_progress(images, part, made_from, done, crc):
+    images.flush()
+    _write_note(_note_of(part), made_from | {"done": done, "crc": crc})
+
+
+def _check(file, made_from):
+    before = _read_note(_note_of(file))
     different = [name for name, value in made_from.items() if before.get(name) != value]
     if different:
         raise ValueError(f"{file} was made from another {', '.join(different)}: delete it, or use another folder")
 
 
+def _note_of(file):
+    return file.with_name(file.name + ".json")
+
+
+def _read_note(note):
+    """Return the content of a note, {} where it is missing or damaged."""
+    try:
+        content = json.loads(note.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def _write_note(note, content):
     scratch = note.with_name(note.name + ".tmp")
-    scratch.write_text(json.dumps(content) + "\n")
+    with scratch.open("w") as handle:
+        handle.write(json.dumps(content) + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())
     scratch.replace(note)
 
 
@@ -165,7 +210,10 @@ class Bank:
     def take(self, rows, columns):
         """Return uint8 (b, c, 3, H, W) on the device: columns (b, c) of the restorations of rows (b,), both int64."""
         if isinstance(self.images, torch.Tensor):
-            rows, columns = (each.to(self.images.device, non_blocking=True) for each in (rows, columns))
+            rows = rows.to(self.images.device, non_blocking=True)
+            columns = columns.to(self.images.device, non_blocking=True)
             return self.images[rows[:, None], columns]
         picked = torch.from_numpy(self.images[rows.cpu().numpy()[:, None], columns.cpu().numpy()])
+        if self.device.type == "cuda":  # a copy from memory that is not pinned would wait
+            return picked.pin_memory().to(self.device, non_blocking=True)
         return picked.to(self.device)

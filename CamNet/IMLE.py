@@ -1,9 +1,11 @@
-"""Conditional implicit maximum likelihood, cIMLE (Li et al. 2020, arXiv:2004.03590): every target takes the nearest of
-m samples as its own, and training draws that one nearer; so no target can be dropped.
+"""Conditional implicit maximum likelihood estimation, cIMLE (Li et al. 2020, arXiv:2004.03590).
 
-The search goes from coarse to fine (Peng et al. 2022, arXiv:2211.14286): a level's code is judged by that level's own
-output, beside the target reduced to its side, and kept before the next level is looked at. It costs the sum of the
-counts, and reaches their product.
+For every target, several codes are tried; the one whose output is nearest to the target is kept, and training moves
+that output closer to the target. Every target has a nearest output, so no target can be ignored.
+
+The search goes from coarse to fine (Peng et al. 2022, arXiv:2211.14286): a level's code is chosen by comparing the
+output of that level with the target at the same resolution, and is fixed before the next level is searched. The cost
+is the sum of the levels' candidates; the number of combinations is their product.
 """
 
 import warnings
@@ -14,137 +16,182 @@ import torch
 from CamNet.Codes import make_keys
 from CamNet.Generator import State
 
-NONE = -1  # in the place of a key: no code has been chosen yet
+NONE = -1  # in place of a key: no code has been chosen yet
+HUGE = torch.finfo(torch.float32).max / 2  # rejected candidates have ranks in (HUGE / 2, HUGE], above any distance
 
 
 class Found(NamedTuple):
-    """keys: int64 (B, L), the chosen code of every level, for `Generator.draw`. distances: float32 (B, L)."""
+    """keys: int64 (B, L), the chosen code of every level, for `Generator.codes`. distances: float32 (B, L)."""
 
     keys: torch.Tensor
     distances: torch.Tensor
 
 
-def codes_of(generator, keys):
-    """Return the codes [(z, noise)] of keys (B, L), coarse to fine."""
-    return [generator.draw(column, level) for level, column in enumerate(keys.unbind(dim=1))]
+class _Images(NamedTuple):
+    """What the search of one level is given for B images; B is the first dimension of every tensor."""
+
+    condition: torch.Tensor  # c(x) (B, C, r, r)
+    seen: tuple  # this level's pair of `Generator.conditions`
+    state: State  # after the previous level
+    targets: list  # the features of the targets at this level
+    candidates: torch.Tensor  # int64 keys (B, m)
+
+
+class _Best(NamedTuple):
+    """The best candidate of each image on one level: the one of lowest rank."""
+
+    rank: torch.Tensor  # float32 (B,)
+    key: torch.Tensor  # int64 (B,)
+    distance: torch.Tensor  # float32 (B,)
+    state: State  # after this level
 
 
 class Search:
-    """Finds the codes of images. counts: candidates of each level, coarse to fine; the last is repeated.
+    """Finds codes whose outputs are close to given images.
 
-    chunk: candidates in one forward, which bounds the memory and changes nothing else but rounding; it halves itself,
-    for good, when memory runs out. reject: candidates nearer to the target than this are passed over (RS-IMLE, Vashist
-    et al. 2024, arXiv:2409.17439): the codes that training sees then resemble those drawn later, without any search.
+    counts: number of candidates per level, coarse to fine; further levels use the last number.
+    chunk: maximum number of candidates in one forward pass. It bounds the memory, and changes the result by rounding
+    only. When memory runs out it is halved, for all later calls too.
+    reject: candidates closer to the target than this are not chosen unless all of them are (RS-IMLE, Vashist et al.
+    2024, arXiv:2409.17439): the codes used in training then resemble codes that are drawn without a search.
     """
 
     def __init__(self, counts, chunk=1024, reject=0.0):
-        self.counts, self.chunk, self.reject = tuple(counts), chunk, reject
+        self.counts = tuple(counts)
+        self.chunk = chunk
+        self.reject = reject
 
     def count(self, level):
-        """Return the candidates of a level."""
+        """Return the number of candidates of a level."""
         return self.counts[min(level, len(self.counts) - 1)]
 
     @torch.inference_mode()
     def __call__(self, generator, distance, condition, wanted, keys, previous=None):
-        """Return the `Found` of B images.
+        """Return the `Found` codes of B images. The caller decides the precision, by autocast.
 
-        condition: c(x) (B, C, r, r); wanted: for every level the `distance.features` of its targets; keys: int64 (B,),
-        of which alone the candidates are made; previous: keys (B, L) that are kept where all levels' distances together
-        are no more than those of the codes found now (-1: an image has none), or None. Precision is the caller's, by
-        autocast.
+        condition: c(x) (B, C, r, r).
+        wanted: for every level the `distance.features` of its targets.
+        keys: int64 (B,), seeds of the candidates.
+        previous: int64 (B, L), codes of an earlier search, or None. An image keeps them if their summed distance is not
+        larger than that of the codes found now. -1 where an image has none.
         """
 
         def candidates(level):
             return make_keys(keys[:, None], level, torch.arange(self.count(level), device=keys.device))  # (B, m)
 
-        ranks, *found = self._chain(generator, distance, condition, wanted, candidates)
-        if previous is not None:
-            before, *old = self._chain(generator, distance, condition, wanted, lambda level: previous[:, level, None])
-            levels = ranks.shape[1]  # the ranks of the rejected are so large that the sum of several is infinite
-            kept = ((before / levels).sum(dim=1) <= (ranks / levels).sum(dim=1)) & (previous[:, 0] != NONE)
-            found = [torch.where(kept[:, None], *each) for each in zip(old, found)]
-        return Found(*found)
+        def earlier(level):
+            return previous[:, level, None]  # (B, 1)
 
-    def _chain(self, generator, distance, condition, wanted, candidates):
-        """Return (ranks, keys, distances), each (B, L), of the best of candidates(level) (B, m), level after level."""
-        seen, state, results = generator.conditions(condition), State(), []
-        for level, features in enumerate(wanted):
-            place = (generator, distance, level, condition, seen[level], state)
-            *best, state = self._level(*place, candidates(level), features)
-            results.append(best)
-        return [torch.stack(each, dim=1) for each in zip(*results)]
+        ranks, found = self._all_levels(generator, distance, condition, wanted, candidates)
+        if previous is None:
+            return found
 
-    def _level(self, generator, distance, level, condition, seen, state, candidates, features):
-        """Return (rank, key, distance, state after this level) of the best candidate of each image, by chunks."""
-        everything, done, results = [condition, seen, state, candidates, features], 0, []
-        while done < len(candidates):
-            rows = slice(done, done + max(1, self.chunk // candidates.shape[1]))
-            condition, seen, state, some, features = (_rows(each, rows) for each in everything)
+        # What the earlier codes are worth now: a search with a single candidate per level.
+        old_ranks, old = self._all_levels(generator, distance, condition, wanted, earlier)
+
+        # Compare the means over the levels, divided first: two ranks of rejected candidates can add up to infinity.
+        levels = ranks.shape[1]
+        not_worse = (old_ranks / levels).sum(dim=1) <= (ranks / levels).sum(dim=1)
+        kept = not_worse & (previous[:, 0] != NONE)
+        return _map(lambda before, now: torch.where(kept[:, None], before, now), old, found)
+
+    def _all_levels(self, generator, distance, condition, wanted, candidates):
+        """Search level after level; return (ranks (B, L), Found). candidates(level): their keys (B, m)."""
+        seen = generator.conditions(condition)
+        state = State()
+        ranks, keys, distances = [], [], []
+        for level, targets in enumerate(wanted):
+            images = _Images(condition, seen[level], state, targets, candidates(level))
+            best = self._level(generator, distance, level, images)
+            ranks.append(best.rank)
+            keys.append(best.key)
+            distances.append(best.distance)
+            state = best.state
+        return torch.stack(ranks, dim=1), Found(torch.stack(keys, dim=1), torch.stack(distances, dim=1))
+
+    def _level(self, generator, distance, level, images):
+        """Return the `_Best` of one level, computed in chunks."""
+        n_images, n_candidates = images.candidates.shape
+        done = 0  # images
+        results = []
+        while done < n_images:
+            # As many whole images as fit into a chunk, or one image whose candidates are split.
+            rows = slice(done, done + max(1, self.chunk // n_candidates))
+            some = _take(images, rows)
+            best = None
             try:
-                best = None
-                for part in some.split(self.chunk, dim=1):
-                    found = self._nearest(generator, distance, level, condition, seen, state, part, features)
-                    best = found if best is None else _nearer(best, found)
-            except RuntimeError as error:  # torch's OutOfMemoryError is one, and the CPU's allocator raises it plainly
-                if self.chunk == 1 or not _out_of_memory(error):
+                for part in some.candidates.split(self.chunk, dim=1):
+                    found = self._nearest(generator, distance, level, some._replace(candidates=part))
+                    best = found if best is None else _lower(best, found)
+            except RuntimeError as error:  # includes torch.OutOfMemoryError; the CPU raises a plain RuntimeError
+                if self.chunk == 1 or not _is_out_of_memory(error):
                     raise
-                self.chunk = max(1, min(self.chunk, candidates.numel()) // 2)
+                self.chunk = max(1, min(self.chunk, images.candidates.numel()) // 2)
                 warnings.warn(f"out of memory in the search: going on with --chunk {self.chunk}", stacklevel=5)
                 continue
             results.append(best)
             done = rows.stop
-        return _join(results)
+        if len(results) == 1:
+            return results[0]
+        return _map(lambda *parts: torch.cat(parts), *results)
 
-    def _nearest(self, generator, distance, level, condition, seen, state, candidates, features):
-        """Return (rank, key, distance, state after this level) of the best candidate (b, k) of each image."""
-        b, k = candidates.shape
-        code = generator.draw(candidates.flatten(), level)
-        seen = [None if each is None else each.repeat_interleave(k, 0) for each in seen]
-        image, after = generator.step(level, condition.repeat_interleave(k, 0), seen, state.repeat(k), code)
-        d = distance.between(distance.features(image), features).view(b, k)
-        # the rejected come last, the farthest of them first
-        rank = torch.where(d < self.reject, torch.finfo(d.dtype).max / 2 * (1 - d / (self.reject or 1) / 2), d)
-        lowest, index = rank.min(dim=1)
-        rows = torch.arange(b, device=d.device)
-        return lowest, candidates[rows, index], d[rows, index], _rows(after, rows * k + index)
+    def _nearest(self, generator, distance, level, images):
+        """Return the `_Best` of one chunk: all candidates in one forward pass."""
+        # Repeat every image, once per candidate, and run the level.
+        n_images, m = images.candidates.shape
+        condition = _repeat(images.condition, m)
+        seen = _repeat(images.seen, m)
+        state = _repeat(images.state, m)
+        code = generator.draw(images.candidates.flatten(), level)
+        image, after = generator.step(level, condition, seen, state, code)
+        d = distance.between(distance.features(image), images.targets).view(n_images, m)
 
+        # The rank is the distance, but candidates that are too near come last, the nearest of them at the very end.
+        too_near = d < self.reject
+        nearness = 1 - d / (self.reject or 1) / 2  # of those: 1 at distance 0, 1/2 at `reject`
+        ranks = torch.where(too_near, HUGE * nearness, d)
 
-def _rows(each, rows):
-    """Return these rows of a tensor, or of each part of a tuple or list; None stays."""
-    if isinstance(each, torch.Tensor):
-        return each[rows]
-    if isinstance(each, State):
-        return State(*(_rows(part, rows) for part in each))
-    return each if each is None else type(each)(_rows(part, rows) for part in each)
-
-
-def _zip(function, *parts):
-    """Return function(tensors) of equally built nests of tensors, in the same nest."""
-    if isinstance(parts[0], torch.Tensor):
-        return function(*parts)
-    values = [_zip(function, *each) for each in zip(*parts)]
-    return State(*values) if isinstance(parts[0], State) else tuple(values)
+        # Keep the candidate of lowest rank.
+        rank, index = ranks.min(dim=1)
+        rows = torch.arange(n_images, device=d.device)
+        return _Best(rank, images.candidates[rows, index], d[rows, index], _take(after, rows * m + index))
 
 
-def _nearer(one, other):
-    """Return, image by image, the result of lower rank; the first where both are equal."""
-    better = other[0] < one[0]
-    return _zip(lambda a, b: torch.where(better.view(-1, *[1] * (a.ndim - 1)), b, a), one, other)
+def _map(function, *nests):
+    """Apply a function to the corresponding tensors of tuples, lists and named tuples of one structure; keep None."""
+    first = nests[0]
+    if first is None:
+        return None
+    if isinstance(first, torch.Tensor):
+        return function(*nests)
+    values = [_map(function, *parts) for parts in zip(*nests, strict=True)]
+    return type(first)(*values) if hasattr(first, "_fields") else type(first)(values)
 
 
-def _join(results):
-    """Return the results of several chunks as one."""
-    return _zip(lambda *parts: torch.cat(parts), *results) if len(results) > 1 else results[0]
+def _take(nest, rows):
+    """Return these rows, a slice or indices, of every tensor."""
+    return _map(lambda x: x[rows], nest)
 
 
-def _out_of_memory(error):
+def _repeat(nest, m):
+    """Return every tensor with each of its rows m times in succession."""
+    return _map(lambda x: x.repeat_interleave(m, 0), nest)
+
+
+def _lower(one, other):
+    """Return, image by image, the `_Best` of lower rank; the first where both are equal."""
+    better = other.rank < one.rank
+    return _map(lambda a, b: torch.where(better.view(-1, *[1] * (a.ndim - 1)), b, a), one, other)
+
+
+def _is_out_of_memory(error):
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def loss(generator, distance, condition, wanted, keys):
     """Return the distance to the targets, summed over the levels and averaged over the images, with gradients.
 
-    Arguments as of `Search`, but keys (B, L): those that it found.
+    Arguments as in `Search`, except for keys: int64 (B, L), as the search found them.
     """
-    images = generator(condition, codes_of(generator, keys))
+    images = generator(condition, generator.codes(keys))
     return sum(distance.between(distance.features(x), y).mean() for x, y in zip(images, wanted))

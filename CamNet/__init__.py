@@ -1,5 +1,1 @@
-"""CAM-Net and cIMLE: a conditional generator that is trained by likelihood. Imports none of the top-level files."""
-
-from CamNet.Generator import Generator
-
-__all__ = ["Generator"]
+"""CAM-Net, a conditional generator, and cIMLE, which trains it. Imports none of the top-level files."""

@@ -1,34 +1,37 @@
-"""Gets mini-ImageNet (100 classes x 600 images) and lays out its two splits.
+"""Get mini-ImageNet (100 classes of 600 images) and write its two splits.
 
-    python Data/SetupMiniImagenet.py                            # from Google Drive, by gdown
-    python Data/SetupMiniImagenet.py --url URL                  # from a web server (a broken download is resumed)
-    python Data/SetupMiniImagenet.py --archive FILE [FILE ...]  # from zip, tar, tar.gz files already here
-    ... --csv_dir DIR   # with the few-shot lists {train,val,test}.csv (filename,label) where no archive has them
+    python Data/SetupMiniImagenet.py                            # download from Google Drive, with gdown
+    python Data/SetupMiniImagenet.py --url URL                  # download one archive; resumes a broken download
+    python Data/SetupMiniImagenet.py --archive FILE [FILE ...]  # zip or tar (.gz, .bz2, .xz) files that you have
+    ... --csv_dir DIR   # the few-shot lists train.csv, val.csv, test.csv (filename,label), if no archive holds them
 
-Writes  Data/miniImagenet/{train,val,test}/CLASS/IMAGE         SAME classes in each split, 384/96/120 of each class's
-                                                               600 images, drawn by --seed: for linear probes
-        Data/miniImagenet/few_shot_{train,val,test}.csv        the class-disjoint lists, where known
-        Data/miniImagenet/split.json                           the seed and the counts
-        Data/miniImagenetFewShot/{train,val,test}/CLASS/IMAGE  64/16/20 DISJOINT classes, hard links to the same files
-        Data/miniImagenet_downloads/                           what was downloaded; may be deleted afterwards
+Writes  Data/miniImagenet/{train,val,test}/CLASS/IMAGE         the SAME 100 classes in each split, for linear probes:
+                                                               384/96/120 images of each class, drawn by --seed
+        Data/miniImagenet/few_shot_{train,val,test}.csv        the lists of the few-shot split, if they are known
+        Data/miniImagenet/split.json                           the seed and the numbers of images
+        Data/miniImagenetFewShot/{train,val,test}/CLASS/IMAGE  64/16/20 DISJOINT classes: hard links to the same files
+        Data/miniImagenet_downloads/                           the downloaded archives; they may be deleted afterwards
 
-An archive may hold CLASS/IMAGE, {train,val,test}/CLASS/IMAGE, either of them under further folders, or images/IMAGE
-with the lists. Work goes on in hidden .partial folders renamed at the end: a kill or a full disk leaves nothing or a
-whole result. A finished result is recognised and only counted; --force rebuilds it.
+An archive may hold CLASS/IMAGE, {train,val,test}/CLASS/IMAGE, either of them inside further folders, or images/IMAGE
+with the lists. Hidden files and folders (.DS_Store, .ipynb_checkpoints, __MACOSX, Thumbs.db, ...) are skipped.
+A stopped run leaves no incomplete result: the work is done in hidden .partial folders, which are renamed at the end.
+Running the script again only counts the images of a finished result; --force rebuilds it.
 """
 
 import argparse
 import csv
+import errno
 import fcntl
-import gzip
 import hashlib
 import io
 import json
 import lzma
 import os
 import random
+import re
 import shutil
 import stat
+import struct
 import sys
 import tarfile
 import urllib.error
@@ -43,8 +46,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from tqdm import tqdm
 
 SPLITS = ("train", "val", "test")
-FOLDER_SPLIT = {"train": "train", "val": "val", "validation": "val", "test": "test"}
-CLASSES, PER_CLASS = 100, 600
+FOLDER_SPLIT = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+CLASSES = 100
+PER_CLASS = 600
 # The tar files that yaoyao-liu/mini-imagenet-tools links to ("Download tar files", mtl.yyliu.net/download). Drive ids
 # and MD5 sums as two unrelated public loaders agree on them; 64, 16 and 20 class folders.
 DRIVE = {
@@ -52,26 +56,75 @@ DRIVE = {
     "val": ("1hSMUMj5IRpf-nQs1OwgiQLmGZCN0KDWl", "ab02f050b0bf66823e7acb0c1ac1bc6b"),
     "test": ("1yKyKgxcnGMIAnA_6Vr2ilbpHMc9COg-v", "318185fc3e3bf8bc57de887d9682c666"),
 }
-SUFFIXES, MAGIC = {".jpg", ".jpeg", ".png"}, (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
-BROKEN = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
-BROKEN += (EOFError, KeyError, RuntimeError)  # a truncated file, a link to nothing, an encrypted zip
+# SUFFIXES, IGNORED, is_hidden and shown are the same in InvertDirStructure.py; a test compares them.
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".tif", ".tiff")
+SUFFIXES += (".webp", ".gif", ".avif", ".jp2")
+IGNORED = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
+IGNORED += ("thumbs.db", "ehthumbs.db", "desktop.ini")
+# the first bytes of JPEG, PNG, GIF, BMP, PNM, TIFF, WebP, AVIF, JPEG 2000
+IMAGE_START = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM|P[1-6]\s|II[*+]\0|MM\0[*+]|RIFF....WEBP"
+    rb"|....ftyp(avi[fs]|mif1|msf1)|\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
+    re.DOTALL,
+)
+ARCHIVES = {".tar", ".tgz", ".gz", ".bz2", ".xz", ".zip", ".7z", ".rar", ".zst"}
+ARRAYS = {".pkl", ".pickle", ".npy", ".npz", ".h5", ".hdf5", ".mat", ".pt", ".pth", ".tfrecord", ".tfrecords"}
+# files that are no archive that this script can read, by their first bytes
+KINDS = {
+    b"Rar!": "a RAR archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"\x80": "a Python pickle",
+    b"\x89HDF": "an HDF5 file",
+}
+KINDS |= {b"PK": "an incomplete zip archive", b"\x1f\x8b": "a gzip file that is damaged or holds no tar"}
+# what reading a damaged archive raises
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
+DAMAGED += (EOFError, KeyError, ValueError, OverflowError, MemoryError, OSError)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
-    """A mistake that its user can mend: told in one line, without a traceback."""
+    """An error that the user can fix: printed as one line, without a traceback."""
+
+
+class DamagedArchive(UserError):
+    """An archive that cannot be read to its end."""
+
+
+class NoList(UserError):
+    """A file that is no few-shot list."""
+
+
+def shown(text):
+    """Return the text as one line that is safe to print.
+
+    Names come from archives and disks. Control characters, escape sequences, line breaks, changes of the writing
+    direction and bytes that are not UTF-8 are written as \\x1b, \\n, \\u202e, ...
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def say(text):
+    print(shown(text))
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells an error in one line, without the usage text."""
+    """Print an error as one line, without the usage text."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: error: {shown(message)}\n")
+
+
+def is_hidden(name):
+    """Return whether a file or folder is never an image or a class: what file managers and notebooks leave behind."""
+    return name.startswith(".") or name.lower() in IGNORED
 
 
 def check_file(path, kind, digest, size=None):
-    """Compares a file's size and hash with what is expected of them."""
+    """Compare a file's size and hash with the expected ones."""
     if size is not None and path.stat().st_size != size:
-        raise UserError(f"--size {size}: {path} has {path.stat().st_size} bytes; get the file again or mend the flag")
+        found = path.stat().st_size
+        raise UserError(f"--size {size}: {path} has {found} bytes; correct the flag, or delete the file and run again")
     if digest is not None:
         with path.open("rb") as f:
             found = hashlib.file_digest(f, kind).hexdigest()
@@ -80,7 +133,7 @@ def check_file(path, kind, digest, size=None):
 
 
 def fetch(url, part):
-    """Downloads url to part, from where part ends if the server can; returns whether it is complete."""
+    """Download url to part, from where part ends if the server can; return whether it is complete."""
     start = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     with urllib.request.urlopen(request, timeout=60) as r:
@@ -101,12 +154,14 @@ def fetch(url, part):
 
 
 def download(url, folder, tries=4):
-    """Returns the file downloaded from url into folder; one that is already there is not downloaded again."""
+    """Return the file downloaded from url into folder; an archive that is already there is not downloaded again."""
     name = Path(urllib.parse.unquote(urllib.parse.urlparse(url).path)).name or "archive"
     target = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}"
     part = target.with_name(target.name + ".part")
     folder.mkdir(parents=True, exist_ok=True)
-    reason = "the connection broke off"
+    if target.exists() and not is_archive(target):
+        target.unlink()
+    reason = "the connection was lost"
     for _ in range(0 if target.exists() else tries):
         try:
             if fetch(url, part):
@@ -120,12 +175,13 @@ def download(url, folder, tries=4):
         except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError) as e:
             reason = getattr(e, "reason", e)
     if not target.exists():
-        raise UserError(f"--url {url}: {reason}; run the same command again (it resumes), or give --archive FILE")
+        raise UserError(f"--url {url}: {reason}; run the same command again to resume, or give --archive FILE")
+    keep_archive(target, f"--url {url}")
     return target
 
 
 def download_drive(folder):
-    """Returns the three tar files from Google Drive, each checked by its MD5 sum."""
+    """Return the three tar files from Google Drive, each checked by its MD5 sum."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, (drive_id, md5) in DRIVE.items():
         target = folder / f"{split}.tar"
@@ -138,97 +194,210 @@ def download_drive(folder):
             reason = str(e).strip().splitlines()[0][:150] if str(e).strip() else type(e).__name__
             hint = "give --url URL or --archive FILE instead, or try again later"
             raise UserError(f"Google Drive: {target.name} could not be downloaded ({reason}); {hint}") from None
+        keep_archive(target, "Google Drive")
         check_file(target, "md5", md5)
     return [folder / f"{split}.tar" for split in DRIVE]
 
 
+def is_tar(path):
+    try:
+        return tarfile.is_tarfile(path)
+    except DAMAGED:
+        return False
+
+
+def is_archive(path):
+    return is_tar(path) or zipfile.is_zipfile(path)
+
+
+def describe(path):
+    """Return what a file is that is not an archive, and what to do."""
+    with path.open("rb") as f:
+        start = f.read(256)
+    for first, kind in KINDS.items():
+        if start.startswith(first):
+            return f"{kind}; give a zip or tar archive of the image files"
+    if start and b"\0" not in start:
+        text = " ".join(start.decode("utf-8", "replace").split())[:60]
+        return f"a web page or text that begins with {text!r}; get the archive itself, with a browser for example"
+    return "not a zip or tar archive; get it again or give another file" if start else "empty; get it again"
+
+
+def keep_archive(path, source):
+    """Delete a download that is no archive, such as a web page, and say what it was."""
+    if not is_archive(path):
+        what = describe(path)
+        path.unlink()
+        raise UserError(f"{source}: the file was not kept, for it is {what}")
+
+
 def check_member(archive, name, link=None, hard=False):
-    """Refuses a member, or a link's target, that would lie outside the folder it is extracted to."""
+    """Refuse a member, or the target of a link, that would lie outside the folder it is extracted to."""
     path = PureWindowsPath(name)
-    if path.anchor or ".." in path.parts or "\0" in name:
-        raise UserError(f"{archive}: member {name!r} leaves the target folder; nothing was extracted, do not trust it")
+    if ".." in path.parts or "\0" in name:
+        raise UserError(f"{archive}: member {name} leaves the target folder; nothing was extracted; do not trust it")
+    if path.anchor:
+        hint = "unpack it into an empty folder yourself, pack that folder, and give the new file"
+        raise UserError(f"{archive}: holds absolute names such as {name}; nothing was extracted; {hint}")
     if link is not None:
         joined = os.path.normpath(link if hard else PurePosixPath(name).parent / link)
         if PureWindowsPath(link).anchor or joined.startswith(".."):
-            raise UserError(f"{archive}: member {name!r} links to {link!r}, outside; nothing was extracted")
+            hint = "do not trust it"
+            raise UserError(f"{archive}: member {name} links to {link}, outside; nothing was extracted; {hint}")
 
 
-def members(archive):
-    """Yields (name, open function) for each file of an archive, after all of its members have been checked."""
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as z:
-            for m in z.infolist():
-                check_member(archive, m.filename)
-                if (mode := m.external_attr >> 16) and stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
-                    raise UserError(f"{archive}: member {m.filename!r} is a link or device; nothing was extracted")
-            yield from ((m.filename, lambda m=m: z.open(m)) for m in z.infolist() if not m.is_dir())
-        return
-    try:
-        t = tarfile.open(archive)  # noqa: SIM115 - closed by the with below
-    except tarfile.TarError:
-        raise UserError(f"{archive}: is no whole zip or tar archive; get it again or give another file") from None
-    with t:
+def zip_members(archive):
+    """Yield (name, function that opens it) for each file of a zip archive, after checking all members."""
+    with zipfile.ZipFile(archive) as z:
+        for m in z.infolist():
+            check_member(archive, m.filename)
+            if (mode := m.external_attr >> 16) and stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
+                hint = "pack it again without links"
+                raise UserError(f"{archive}: member {m.filename} is a link or device; nothing was extracted; {hint}")
+            if m.flag_bits & 1:
+                raise UserError(
+                    f"{archive}: is encrypted; unpack it, pack the folder without a password, and give that"
+                )
+        for m in z.infolist():
+            if not m.is_dir():
+                yield m.filename, lambda m=m: z.open(m)
+
+
+def tar_members(archive):
+    """Yield (name, function that opens it) for each file of a tar archive, after checking all members."""
+    with tarfile.open(archive) as t:
         for m in t.getmembers():
             check_member(archive, m.name, m.linkname if m.issym() or m.islnk() else None, m.islnk())
             if m.isdev():
-                raise UserError(f"{archive}: member {m.name!r} is a device; nothing was extracted")
-        yield from ((m.name, lambda m=m: t.extractfile(m) or io.BytesIO()) for m in t.getmembers() if not m.isdir())
+                raise UserError(f"{archive}: member {m.name} is a device; nothing was extracted; do not trust it")
+        for m in t.getmembers():
+            if not m.isdir():
+                yield m.name, lambda m=m: t.extractfile(m) or io.BytesIO()
+
+
+def members(archive):
+    """Yield (path, function that opens it) for each file of an archive; a backslash separates folders like a slash."""
+    if is_tar(archive):  # first: a tar that holds zip files ends like a zip
+        files = tar_members(archive)
+    elif zipfile.is_zipfile(archive):
+        files = zip_members(archive)
+    else:
+        raise UserError(f"{archive}: is {describe(archive)}")
+    for name, opener in files:
+        name = name.replace("\\", "/")
+        if not name.endswith("/"):
+            yield PurePosixPath(name), opener
 
 
 def extract(archive, folder, skip_bad):
-    """Extracts images and lists; returns how many files were neither, and how many broken images were left out."""
-    counts = Counter()
+    """Extract images and lists; return how many other files there were: "hidden", "broken", or by their ending."""
+    left_out = Counter()
     try:
-        for name, opener in tqdm(members(archive), desc=archive.name, unit="file", disable=None):
-            path = PurePosixPath(name)
-            hidden = any(p.startswith(".") or p == "__MACOSX" for p in path.parts if p != ".")
+        for path, opener in tqdm(members(archive), desc=shown(archive.name), unit="file", disable=None):
             suffix = path.suffix.lower()
-            if hidden or suffix not in SUFFIXES | {".csv"}:
-                counts["other"] += 1
+            if any(is_hidden(part) for part in path.parts):
+                left_out["hidden"] += 1
+                continue
+            if suffix not in SUFFIXES and suffix != ".csv":
+                left_out[suffix or "no ending"] += 1
                 continue
             with opener() as source:
-                head = source.read(8)
-                if suffix != ".csv" and not head.startswith(MAGIC):
+                start = source.read(16)
+                if suffix != ".csv" and not IMAGE_START.match(start):
                     if not skip_bad:
-                        raise UserError(f"{archive}: {name} is no JPEG or PNG image; --skip_bad leaves such files out")
-                    counts["bad"] += 1
+                        raise UserError(f"{archive}: {path} is not an image; --skip_bad leaves such files out")
+                    left_out["broken"] += 1
                     continue
                 target = folder / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with target.open("xb") as f:
-                    f.write(head)
+                    f.write(start)
                     shutil.copyfileobj(source, f)
-    except FileExistsError as e:
+    except (FileExistsError, NotADirectoryError) as e:
         raise UserError(f"{archive}: holds {Path(e.filename).relative_to(folder)} twice; repack it") from None
-    except BROKEN as e:
-        raise UserError(f"{archive}: cannot be read ({e}); get it again or give another file") from None
-    return counts
+    except DAMAGED as e:
+        if getattr(e, "errno", None) not in (None, errno.EINVAL):  # of the disk
+            raise
+        raise DamagedArchive(f"{archive}: cannot be read ({e}); get it again or give another file") from None
+    except RuntimeError as e:  # a compression method that Python does not have, links in a circle
+        raise UserError(
+            f"{archive}: cannot be read ({e}); unpack it, pack the folder as zip or tar, and give that"
+        ) from None
+    return left_out
 
 
-def read_lists(folder, strict):
-    """Returns {split: [(filename, label), ...]} from train.csv, val.csv, test.csv; None if they are not such lists."""
-    lists, split_of = {}, {}
+def count_words(left_out):
+    """Return {"hidden": 2, ".tar": 3} as "2 hidden, 3 .tar", of the six most frequent ones."""
+    return ", ".join(f"{n} {kind}" for kind, n in left_out.most_common(6))
+
+
+def advise(left_out):
+    """Return what to do about archives that hold other files instead of images."""
+    if left_out.keys() & ARCHIVES:
+        return "unpack it, and give the archives in it to --archive"
+    if left_out.keys() & ARRAYS:
+        return "these are arrays, not image files: get an archive of the image files"
+    return "give an archive of CLASS/IMAGE, {train,val,test}/CLASS/IMAGE, or images/IMAGE with lists"
+
+
+def read_list(path, flag="", own=False):
+    """Return [(file name, label), ...] of a list with the columns filename and label.
+
+    Blanks around the values are removed, except in a list that this script wrote (own): there they are part of a name.
+    """
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
+        rows = [row for row in csv.reader(f, skipinitialspace=not own) if row]
+    if not own:
+        rows = [[cell.strip() for cell in row] for row in rows if "".join(row).strip()]
+    header = [cell.lower() for cell in rows[0]] if rows else []
+    if not {"filename", "label"} <= set(header):
+        raise NoList(f"{flag}{path}: is not a few-shot list; its first line must name the columns filename,label")
+    name_column = header.index("filename")
+    label_column = header.index("label")
+    pairs = []
+    for row in rows[1:]:
+        row += [""] * (len(header) - len(row))
+        pair = (row[name_column], row[label_column])
+        for value in pair:
+            if not value or is_hidden(value) or "\0" in value or len(PureWindowsPath(value).parts) != 1:
+                hint = "correct the list: one file name and one class name a line, without folders"
+                raise UserError(f"{flag}{path}: {','.join(pair)} are not a plain file and class name; {hint}")
+        pairs.append(pair)
+    return pairs
+
+
+def read_lists(folder, flag=""):
+    """Return {split: [(file name, label), ...]} of train.csv, val.csv and test.csv in a folder.
+
+    The lists that --csv_dir names (flag) must divide the classes; those found in an archive may not.
+    """
+    lists = {}
+    split_of = {}
     for split in SPLITS:
         path = folder / f"{split}.csv"
         try:
-            with path.open(newline="", encoding="utf-8-sig") as f:
-                rows = [(r["filename"], r["label"]) for r in csv.DictReader(f)]
-        except (OSError, KeyError, UnicodeDecodeError, csv.Error) as e:
-            if strict:
-                hint = f"it must be a list with the columns filename,label ({type(e).__name__})"
-                raise UserError(f"--csv_dir {folder}: {path.name} cannot be used; {hint}") from None
-            return None
-        for name, label in rows:
-            if any(not x or x.startswith(".") or len(PureWindowsPath(x).parts) != 1 for x in (name or "", label or "")):
-                raise UserError(f"{path}: {name!r},{label!r} are no plain file and class names; mend the list")
-            if split_of.setdefault(label, split) != split and strict:
-                raise UserError(f"{path}: class {label} is in the {split_of[label]} list too; mend the lists")
-        lists[split] = rows
+            lists[split] = read_list(path, flag)
+        except (OSError, csv.Error) as e:
+            reason = getattr(e, "strerror", None) or e
+            raise NoList(f"{flag}{folder}: {path.name} cannot be used ({reason}); give all three lists") from None
+        for _, label in lists[split]:
+            if split_of.setdefault(label, split) != split and flag:
+                raise UserError(f"{flag}{path}: class {label} is in {split_of[label]}.csv too; correct the lists")
     return lists
 
 
+def find_lists(raw):
+    """Return the first few-shot lists among the extracted files, or None."""
+    for path in sorted(raw.rglob("train.csv")):
+        try:
+            return read_lists(path.parent)
+        except NoList:
+            continue
+    return None
+
+
 def find_class(parts, labels, nested):
-    """Returns an image's class, or None: the list's where the folder is none, else the folder's name."""
+    """Return an image's class, or None: the name of its folder if that names a class, else what the lists say."""
     folders = [p for p in parts[2:-1] if p != "."]
     if nested and len(folders) > 1 and folders[-1].lower() == "images":
         folders.pop()
@@ -238,61 +407,71 @@ def find_class(parts, labels, nested):
 
 
 def collect(raw, lists):
-    """Returns {class: {file name: path}} and {class: set of the splits it was found in} of what was extracted."""
+    """Return {class: {file name: path}} and {class: set of the splits it was found in} of what was extracted."""
     labels = {name: label for rows in (lists or {}).values() for name, label in rows}
     paths = sorted(p for p in raw.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     nested = len({p.parent for p in paths if p.parent.name.lower() == "images"}) > 1
-    images, splits = {}, {}
+    images = {}
+    splits = {}
     for path in paths:
         parts = path.relative_to(raw).parts
         label = find_class(parts, labels, nested)
         if label is None:
-            hint = "give --csv_dir DIR with lists that name it"
+            hint = "correct the lists" if lists else "give --csv_dir DIR with lists that name it"
             raise UserError(f"{Path(*parts[1:])}: is in no class folder and in no few-shot list; {hint}")
         other = images.setdefault(label, {}).setdefault(path.name, path)
         if other != path:
-            raise UserError(f"{other.relative_to(raw)} and {path.relative_to(raw)}: two images of one class and name")
+            raise UserError(
+                f"{other.relative_to(raw)} and {path.relative_to(raw)}: two images of one class and name; rename one"
+            )
         found = next((FOLDER_SPLIT[p.lower()] for p in parts[-2::-1] if p.lower() in FOLDER_SPLIT), None)
         splits.setdefault(label, set()).add(found)
     return images, splits
 
 
 def few_shot_lists(images, splits, lists):
-    """Returns the class-disjoint lists of the images at hand, by the given lists or the archive's folders, or None."""
+    """Return the class-disjoint lists of the images at hand, by the given lists or the archive's folders, or None."""
     by_list = {s: {label for _, label in rows} for s, rows in (lists or {}).items()}
     if lists and sum(map(len, by_list.values())) == len(set.union(*by_list.values())):
-        of = {label: split for split, rows in lists.items() for _, label in rows}
+        split_of = {label: split for split, rows in lists.items() for _, label in rows}
     else:
-        of = {label: next(iter(found)) for label, found in splits.items() if len(found) == 1}
-        if len(of) < len(images) or set(of.values()) != set(SPLITS):
+        split_of = {label: next(iter(found)) for label, found in splits.items() if len(found) == 1}
+        if len(split_of) < len(images) or set(split_of.values()) != set(SPLITS):
             return None
-    if unknown := sorted(images.keys() - of.keys()):
-        raise UserError(
-            f"class {unknown[0]} is in none of the few-shot lists; give the --csv_dir that fits the archive"
-        )
-    return {s: [(n, c) for c in sorted(images) if of[c] == s for n in sorted(images[c])] for s in SPLITS}
+    if unknown := sorted(images.keys() - split_of.keys()):
+        hint = "give --csv_dir DIR with the lists of this archive"
+        raise UserError(f"class {unknown[0]} is in none of the few-shot lists; {hint}")
+    return {s: [(n, c) for c in sorted(images) if split_of[c] == s for n in sorted(images[c])] for s in SPLITS}
 
 
-def check_counts(images, any_count):
-    """Tells what was expected and found, by {class: number of images}; differing counts are an error."""
+def check_counts(images, left_out, any_count):
+    """Print what was expected and found, by {class: number of images}; other numbers are an error."""
     found = f"{len(images)} classes, {sum(images.values())} images"
     expected = f"{CLASSES} classes x {PER_CLASS} = {CLASSES * PER_CLASS} images"
-    print(f"expected: {expected}; found: {found}")
-    off = next((c for c, n in sorted(images.items()) if n != PER_CLASS), None)
-    if not any_count and (len(images) != CLASSES or off is not None):
-        more = f", class {off} has {images[off]}" if off is not None else ""
-        raise UserError(f"expected {expected} but found {found}{more}; give a whole archive, or --any_count")
+    say(f"expected: {expected}; found: {found}")
+    wrong = [name for name, n in sorted(images.items()) if n != PER_CLASS]
+    if any_count or (len(images) == CLASSES and not wrong):
+        return
+    if wrong:
+        found += f", class {wrong[0]} has {images[wrong[0]]}"
+    if left_out.keys() & (ARCHIVES | ARRAYS):
+        found += f", and {count_words(left_out)} files; {advise(left_out)}"
+    raise UserError(f"expected {expected} but found {found}; give a complete archive, or --any_count")
 
 
 def lay_out(images, out, seed):
-    """Moves the images to out/SPLIT/CLASS/IMAGE: 0.64/0.16/0.20 of each class, drawn by the seed and its name."""
+    """Move the images to out/SPLIT/CLASS/IMAGE: 0.64/0.16/0.20 of each class, drawn by the seed and its name."""
     counts = Counter()
     for label, files in tqdm(sorted(images.items()), desc="same-class split", unit="class", disable=None):
-        names, n = sorted(files), len(files)
+        names = sorted(files)
+        n = len(files)
         if n < 3:
-            raise UserError(f"class {label} has {n} images; each class needs one for each of train, val and test")
-        random.Random(f"{seed}/{label}").shuffle(names)
-        test, val = max(1, round(0.20 * n)), max(1, round(0.16 * n))
+            raise UserError(
+                f"class {label} has {n} images; give it at least three, one for each of train, val and test"
+            )
+        random.Random(f"{seed}/{label}".encode("utf-8", "surrogateescape")).shuffle(names)
+        test = max(1, round(0.20 * n))
+        val = max(1, round(0.16 * n))
         ends = {"train": names[test + val :], "val": names[test : test + val], "test": names[:test]}
         for split, chosen in ends.items():
             (out / split / label).mkdir(parents=True)
@@ -303,32 +482,55 @@ def lay_out(images, out, seed):
 
 
 def write_lists(lists, folder):
-    """Writes few_shot_{train,val,test}.csv, each whole or not at all."""
+    """Write few_shot_{train,val,test}.csv, each complete or not at all."""
     for split, rows in lists.items():
         part = folder / f".few_shot_{split}.part"
-        with part.open("w", newline="", encoding="utf-8") as f:
-            csv.writer(f, lineterminator="\n").writerows([("filename", "label"), *rows])
+        with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as f:
+            # csv does not quote a carriage return by itself
+            quoting = csv.QUOTE_ALL if any("\r" in value for row in rows for value in row) else csv.QUOTE_MINIMAL
+            csv.writer(f, lineterminator="\n", quoting=quoting).writerows([("filename", "label"), *rows])
         part.replace(folder / f"few_shot_{split}.csv")
 
 
+def read_archives(args, archives, raw):
+    """Extract the archives to raw; return {class: {file name: path}} and the few-shot lists (None: not known)."""
+    lists = read_lists(args.csv_dir, "--csv_dir ") if args.csv_dir else None
+    left_out = Counter()
+    for i, archive in enumerate(archives):
+        name = archive.name.lstrip(".").split(".")[0] or "archive"
+        try:
+            left_out += extract(archive, raw / str(i) / name, args.skip_bad)
+        except DamagedArchive as e:
+            if not args.url:
+                raise
+            archive.unlink()
+            raise UserError(f"{e}; the download was deleted, run the same command to get it again") from None
+    lists = lists or find_lists(raw)
+    images, splits = collect(raw, lists)
+    if not images:
+        names = ", ".join(str(path) for path in archives)
+        inside = f"no image in it, but these files: {count_words(left_out)}" if left_out else "no file in it"
+        raise UserError(f"{names}: {inside}; {advise(left_out)}")
+    hidden = left_out.pop("hidden", 0)
+    broken = left_out.pop("broken", 0)
+    kinds = f" ({count_words(left_out)})" if left_out else ""
+    say(f"skipped: {left_out.total()} files that are no images{kinds}, {hidden} hidden files, {broken} broken images")
+    check_counts({name: len(files) for name, files in images.items()}, left_out, args.any_count)
+    return images, few_shot_lists(images, splits, lists)
+
+
 def build(args, main):
-    """Makes the same-class split from the archives, in a partial folder renamed at the end."""
-    downloads, seed = args.dest / "miniImagenet_downloads", args.seed or 0
+    """Make the same-class split from the archives, in a partial folder that is renamed at the end."""
+    downloads = args.dest / "miniImagenet_downloads"
     archives = args.archive or ([download(args.url, downloads)] if args.url else download_drive(downloads))
-    partial, few, total = args.dest / ".miniImagenet.partial", args.dest / "miniImagenetFewShot", Counter()
     check_file(archives[0], "sha256", args.sha256, args.size)
+    partial = args.dest / ".miniImagenet.partial"
     out = partial / "out"
+    few = args.dest / "miniImagenetFewShot"
+    seed = args.seed or 0
     try:
         out.mkdir(parents=True)
-        lists = read_lists(args.csv_dir, strict=True) if args.csv_dir else None
-        for i, archive in enumerate(archives):
-            total += extract(archive, partial / "raw" / str(i) / archive.name.split(".")[0], args.skip_bad)
-        for path in sorted((partial / "raw").rglob("train.csv")):
-            lists = lists or read_lists(path.parent, strict=False)
-        images, splits = collect(partial / "raw", lists)
-        print(f"skipped: {total['other']} files that are no images, {total['bad']} broken images")
-        check_counts({c: len(files) for c, files in images.items()}, args.any_count)
-        few_shot = few_shot_lists(images, splits, lists)
+        images, few_shot = read_archives(args, archives, partial / "raw")
         counts = lay_out(images, out, seed)
         write_lists(few_shot or {}, out)
         record = {"seed": seed, "classes": len(images), **counts}
@@ -340,51 +542,60 @@ def build(args, main):
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def images_of(folder):
+    """Yield the paths of folder/SPLIT/CLASS/IMAGE, without hidden files, hidden folders and other files."""
+    for path in sorted(folder.glob("*/*/*")):
+        split, label, name = path.parts[-3:]
+        if split in SPLITS and not is_hidden(label) and not is_hidden(name) and path.suffix.lower() in SUFFIXES:
+            yield path
+
+
 def count_tree(folder):
-    """Returns {split: {class: number of images}} of an ImageFolder tree."""
-    tree = {s: sorted((folder / s).iterdir()) if (folder / s).is_dir() else [] for s in SPLITS}
-    return {s: {d.name: sum(p.suffix.lower() in SUFFIXES for p in d.iterdir()) for d in ds} for s, ds in tree.items()}
+    """Return {split: {class: number of images}} of a tree of folder/SPLIT/CLASS/IMAGE."""
+    tree = {split: Counter() for split in SPLITS}
+    for path in images_of(folder):
+        tree[path.parts[-3]][path.parts[-2]] += 1
+    return tree
 
 
 def verify(args, main):
-    """Checks a finished same-class split against its record and the known counts."""
+    """Check a finished same-class split against its record and the known counts."""
     try:
         record = json.loads((main / "split.json").read_text(encoding="utf-8"))
-        seed, expected = record["seed"], {s: record[s] for s in SPLITS}
+        seed = record["seed"]
+        expected = {s: record[s] for s in SPLITS}
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{main}: exists, but its split.json is missing or broken; rebuild with --force") from None
+        raise UserError(f"{main}: exists, but its split.json is missing or damaged; rebuild with --force") from None
     if args.seed is not None and seed != args.seed:
-        raise UserError(
-            f"--seed {args.seed}: {main} was drawn with seed {seed}; give that one, or rebuild with --force"
-        )
+        hint = "give that seed, or rebuild with --force"
+        raise UserError(f"--seed {args.seed}: {main} was drawn with seed {seed}; {hint}")
     tree = count_tree(main)
-    if expected != (found := {s: sum(tree[s].values()) for s in SPLITS}):
+    found = {s: tree[s].total() for s in SPLITS}
+    if found != expected:
         raise UserError(f"{main}: holds {found} images, its split.json says {expected}; rebuild with --force")
-    print(f"{main}: already there, nothing to do (seed {seed})")
-    check_counts(Counter(tree["train"]) + Counter(tree["val"]) + Counter(tree["test"]), args.any_count)
+    say(f"{main}: already there, nothing to do (seed {seed})")
+    check_counts(tree["train"] + tree["val"] + tree["test"], Counter(), args.any_count)
 
 
 def make_few_shot(main, few, partial):
-    """Makes the class-disjoint split from the lists in main, as hard links to its images or, failing that, copies."""
-    lists = {}
-    for split in SPLITS:
-        with (main / f"few_shot_{split}.csv").open(newline="", encoding="utf-8") as f:
-            lists[split] = [(r["label"], r["filename"]) for r in csv.DictReader(f)]
+    """Make the class-disjoint split from the lists in main, as hard links to its images or, failing that, copies."""
+    lists = {split: read_list(main / f"few_shot_{split}.csv", own=True) for split in SPLITS}
     if few.exists():
-        if count_tree(few) != {s: dict(Counter(label for label, _ in rows)) for s, rows in lists.items()}:
+        if count_tree(few) != {split: Counter(label for _, label in rows) for split, rows in lists.items()}:
             raise UserError(f"{few}: differs from the few_shot lists in {main}; rebuild with --force")
-        print(f"{few}: already there, nothing to do")
+        say(f"{few}: already there, nothing to do")
         return
-    where = {(p.parent.name, p.name): p for p in main.glob("*/*/*")}
+    where = {(path.name, path.parent.name): path for path in images_of(main)}
     try:
         for split, rows in lists.items():
-            for label, name in tqdm(rows, desc=f"few-shot {split}", unit="image", disable=None):
+            for name, label in tqdm(rows, desc=f"few-shot {split}", unit="image", disable=None):
+                source = where[name, label]
                 target = partial / split / label / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 try:
-                    os.link(where[label, name], target)
+                    os.link(source, target)
                 except OSError:
-                    shutil.copy2(where[label, name], target)
+                    shutil.copy2(source, target)
         partial.replace(few)
     except KeyError as e:
         raise UserError(f"{main}: lacks the image {e} of its few_shot lists; rebuild with --force") from None
@@ -393,69 +604,91 @@ def make_few_shot(main, few, partial):
 
 
 def run(args):
-    main, few = args.dest / "miniImagenet", args.dest / "miniImagenetFewShot"
+    main = args.dest / "miniImagenet"
+    few = args.dest / "miniImagenetFewShot"
     partials = [args.dest / f".{folder.name}.partial" for folder in (main, few)]
+    # one run at a time, and nothing of one that was killed
     args.dest.mkdir(parents=True, exist_ok=True)
     try:
         fcntl.flock(os.open(args.dest, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the process ends
     except BlockingIOError:
-        raise UserError(f"--dest {args.dest}: another run is at work there; wait until it ends") from None
+        raise UserError(f"--dest {args.dest}: another run is working there; wait until it ends") from None
     for leftover in [p for p in partials if p.exists()]:
         shutil.rmtree(leftover)
+    # the same-class split
     if main.exists() and not args.force:
         verify(args, main)
     elif few.exists() and not args.force:
         raise UserError(f"{few}: exists although {main} does not; remove it, or rebuild both with --force")
     else:
         build(args, main)
+    # the few-shot split
     if args.csv_dir and not (main / "few_shot_test.csv").exists():
         images = {}
-        for path in main.glob("*/*/*"):
+        for path in images_of(main):
             images.setdefault(path.parent.name, []).append(path.name)
-        write_lists(few_shot_lists(images, {}, read_lists(args.csv_dir, strict=True)), main)
+        write_lists(few_shot_lists(images, {}, read_lists(args.csv_dir, "--csv_dir ")), main)
     if (main / "few_shot_test.csv").exists():
         make_few_shot(main, few, partials[1])
     else:
-        print("few-shot split skipped: no lists known; run again with --csv_dir DIR (train.csv, val.csv, test.csv)")
+        say("few-shot split skipped: no lists found; run again with --csv_dir DIR (train.csv, val.csv, test.csv)")
     for folder in [p for p in (main, few) if p.exists()]:
-        found = {s: (len(classes), sum(classes.values())) for s, classes in count_tree(folder).items()}
-        print(f"{folder}:", ", ".join(f"{s} {c} classes, {n} images" for s, (c, n) in found.items()))
+        tree = count_tree(folder)
+        say(f"{folder}: " + ", ".join(f"{s} {len(tree[s])} classes, {tree[s].total()} images" for s in SPLITS))
+
+
+def explain(error, dest):
+    """Return an OSError as one line: the flag or file, the reason, the remedy."""
+    reason = error.strerror or str(error)
+    path = Path(os.fsdecode(error.filename)) if error.filename else dest
+    written = path in (dest, *dest.parents) or dest in path.parents
+    if error.errno in NO_SPACE:
+        return f"--dest {dest}: {reason}; free some space there, or give another --dest DIR"
+    if written or error.errno == errno.EROFS:
+        return f"--dest {dest}: {path}: {reason}; give a --dest DIR that you can write to"
+    return f"{path}: {reason}; correct this and run the same command again"
 
 
 def get_args(argv=None):
     P = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     source = P.add_mutually_exclusive_group()
-    source.add_argument("--archive", type=Path, nargs="+", metavar="FILE", help="local zip, tar or tar.gz file(s)")
+    source.add_argument(
+        "--archive", type=Path, nargs="+", metavar="FILE", help="zip, tar or tar.gz files that you have"
+    )
     source.add_argument("--url", help="http(s) or file URL of one archive (default: three tar files on Google Drive)")
     P.add_argument("--sha256", metavar="HEX", help="expected SHA-256 sum of the archive")
     P.add_argument("--size", type=int, metavar="BYTES", help="expected size of the archive")
-    P.add_argument("--csv_dir", type=Path, metavar="DIR", help="folder with the few-shot lists, used before any other")
+    P.add_argument(
+        "--csv_dir", type=Path, metavar="DIR", help="folder of the few-shot lists; used instead of any other"
+    )
     P.add_argument("--seed", type=int, help="seed of the same-class split (default: 0)")
-    P.add_argument("--any_count", action="store_true", help="accept other counts than 100 classes x 600 images")
-    P.add_argument("--skip_bad", action="store_true", help="leave out empty files and files that are no JPEG or PNG")
+    P.add_argument("--any_count", action="store_true", help="accept other numbers than 100 classes of 600 images")
+    P.add_argument("--skip_bad", action="store_true", help="leave out empty files and files that are not images")
     P.add_argument("--force", action="store_true", help="rebuild a finished result")
-    P.add_argument("--dest", type=Path, default=Path(__file__).resolve().parent, help="target (default: this folder)")
+    default = Path(__file__).resolve().parent
+    P.add_argument("--dest", type=Path, metavar="DIR", default=default, help="where to write (default: this folder)")
     args = P.parse_args(argv)
     if (args.sha256 or args.size is not None) and not args.url and len(args.archive or []) != 1:
         P.error("--sha256 and --size: need --url URL or a single --archive FILE")
     if args.sha256 and (len(args.sha256) != 64 or set(args.sha256.lower()) - set("0123456789abcdef")):
-        P.error(f"--sha256 {args.sha256}: is no SHA-256 sum; give 64 hexadecimal digits")
+        P.error(f"--sha256 {args.sha256}: is not a SHA-256 sum; give 64 hexadecimal digits")
     if args.url and urllib.parse.urlparse(args.url).scheme not in ("http", "https", "file"):
         P.error(f"--url {args.url}: give an http, https or file URL")
     for path in args.archive or []:
         if not path.is_file():
-            P.error(f"--archive {path}: is no file; give a zip, tar or tar.gz file")
+            P.error(f"--archive {path}: is not a file; give a zip, tar or tar.gz file")
     return P, args
 
 
 def main(argv=None):
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that knows fewer characters
     P, args = get_args(argv)
     try:
         run(args)
     except UserError as e:
         P.error(str(e))
     except OSError as e:
-        P.error(f"{e.filename or args.dest}: {e.strerror or e}; mend this and run the same command again")
+        P.error(explain(e, args.dest))
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -1,40 +1,67 @@
 """Image files of any kind as uint8 tensors of one size, singly or in batches by worker processes."""
 
 import errno
-import os
+import signal
+import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
-from Utils import UserError
+from Distributed import notice
+from Utils import UserError, shown
+
+# The only formats that Pillow may decode, and the endings of their files. Its other decoders are not reached, whatever
+# a file is called: one of them starts Ghostscript.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "AVIF": (".avif", ".avifs"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+}
+SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+
+warnings.filterwarnings("ignore", module="PIL")  # of EXIF blocks, mostly: what makes a file bad is raised
+Image.init()
+READABLE = [name for name in FORMATS if name in Image.OPEN]  # an older Pillow lacks some
 
 # transpositions by the value of the EXIF tag less 2
 TURNS = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
+BITS_PER_SAMPLE = 258  # a TIFF tag
+MORE_SHM = "in Docker: docker run --shm-size=1g"
 
 
 class BadFile(UserError):
-    """A file that cannot be decoded; args: its path and the reason."""
+    """A file that cannot be decoded; args: its path, the reason, and optionally the remedy."""
 
     def __str__(self):
-        path, reason = self.args
-        return f"{shown(path)}: {reason}: repair or remove it, or pass --skip_bad"
-
-
-def shown(path):
-    """Return the path as one line that any terminal can print, also where its name is no valid text."""
-    return os.fsencode(path).decode("utf-8", "replace").replace("\n", "?")
+        path, reason, *remedy = self.args
+        remedy = remedy[0] if remedy else "repair or remove it, or pass --skip_bad"
+        return f"{shown(path)}: {reason}: {remedy}"
 
 
 def _to_8_bit(image):
-    """Return a greyscale image of 16 bits a pixel as mode L, or LA where one of its values stands for transparent."""
+    """Return an image of integers as mode L, or LA where one of its values stands for transparent.
+
+    ValueError where the range of the integers is not known.
+    """
+    if image.mode == "I" and image.format not in ("PPM", "PNG"):  # those two have at most 16 bits, which Pillow scales
+        raise ValueError("32-bit integer pixels, whose range is not known")
+    bits = 16
+    if image.format == "TIFF":
+        bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0]
     values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError("32-bit pixels, whose range is not known")
+    largest = 2**bits - 1
+    grey = Image.fromarray(((values * 255 + largest // 2) // largest).astype(np.uint8))
     clear = image.info.get("transparency")
-    grey = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if clear is not None:
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     return grey
@@ -52,26 +79,38 @@ def _to_rgb(image):
     return image.convert("RGB")
 
 
+def _orientation(image):
+    """Return the EXIF orientation, 1 to 8; 1, upright, where there is none that can be read."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow raises nearly anything on a malformed block, and the pixels are fine
+        return 1
+    return value if isinstance(value, int) and 2 <= value <= 8 else 1
+
+
 def _centre_box(lengths, size):
     """Return the square (left, top, right, bottom) that torchvision's Resize and CenterCrop show, in source pixels."""
-    resized = [int(size * length / min(lengths)) for length in lengths]
-    starts = [round((length - size) / 2) for length in resized]
-    near = [start * length / new for start, length, new in zip(starts, lengths, resized)]
-    far = [min((start + size) * length / new, length) for start, length, new in zip(starts, lengths, resized)]
+    near = []
+    far = []
+    for length in lengths:
+        resized = int(size * length / min(lengths))
+        start = round((resized - size) / 2)
+        near.append(start * length / resized)
+        far.append(min((start + size) * length / resized, length))
     return (*near, *far)
 
 
 def _pixels(path, size):
-    """Do what decode() does, and raise whatever PIL raises."""
-    with Image.open(path) as image:
+    """Do what decode() does, and raise whatever Pillow raises."""
+    with Image.open(path, formats=READABLE) as image:
         image.draft(None, (4 * size, 4 * size))
         image.load()
-        turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation = _orientation(image)
         image = _to_rgb(image)
-    if turn in range(2, 9):
-        image = image.transpose(Image.Transpose[TURNS[turn - 2]])
+    if orientation > 1:
+        image = image.transpose(Image.Transpose[TURNS[orientation - 2]])
     if image.size != (size, size):
-        # only the square is resized: the strips beside it would cost time, and a very long image its memory
+        # only the square is resized: the strips outside it would cost time, and a very long image memory
         box = _centre_box(image.size, size)
         image = image.resize((size, size), Image.Resampling.BILINEAR, box, reducing_gap=3.0)
     return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
@@ -86,34 +125,93 @@ def decode(path, size):
     try:
         return _pixels(path, size)
     except UnidentifiedImageError:
-        reason = "empty file" if not Path(path).stat().st_size else "not an image that Pillow can read"
-    except Exception as error:  # PIL's decoders raise nearly anything on a broken file
+        empty = not Path(path).stat().st_size
+        reason = "empty file" if empty else f"not an image that can be read ({', '.join(READABLE)})"
+    except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
         if isinstance(error, MemoryError) or getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-    raise BadFile(str(path), reason)
+    raise BadFile(str(path), shown(reason))
+
+
+def _hand_over(item):
+    """Prepare an item of Files for its way out of a worker.
+
+    Images travel in shared memory. Where /dev/shm is full, as in a container with Docker's 64 MB, they are sent through
+    a pipe, as an array: torch would find it full in a thread of its own, and the item would never arrive.
+    """
+    indices, images, bad = item
+    if get_worker_info() is not None:
+        try:
+            images.share_memory_()
+        except RuntimeError:
+            images = images.numpy()
+    return indices, images, bad
+
+
+def _items(loader):
+    """Yield the items of a DataLoader. UserError where its workers cannot be started, or one fails or is killed."""
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        items = iter(loader)
+        if loader.num_workers and threading.current_thread() is threading.main_thread():
+            # torch's handler reports a killed worker by an error in whatever line is running, as in the middle of a
+            # save; without it the next item raises the same error, within 5 seconds
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+        yield from items
+        return
+    except (RuntimeError, OSError, MemoryError) as error:
+        if not loader.num_workers:
+            raise
+        reason = shown(str(error).strip().splitlines()[-1])
+    # raised here, and not above, so that nothing holds the torch error's frames: the other workers end first
+    items = None
+    remedy = f"there is too little memory for --n_workers {loader.num_workers}: pass fewer, or --n_workers 0"
+    raise UserError(f"a process that decodes images failed ({reason}): likely {remedy}; {MORE_SHM}")
 
 
 class Files:
     """A data set of which a list of indices is one item: (those that decode, their images, {index: reason})."""
 
     def __init__(self, paths, size):
-        self.paths, self.size = paths, size
+        self.paths = paths
+        self.size = size
 
     def __getitem__(self, indices):
-        images, bad = {}, {}
+        kept = []
+        images = []
+        bad = {}
         for index in indices:
             try:
-                images[index] = decode(self.paths[index], self.size)
+                images.append(decode(self.paths[index], self.size))
+                kept.append(index)
             except BadFile as error:  # raised in the main process: from a worker it would come as a long traceback
                 bad[index] = error.args[1]
-        kept = [index for index in indices if index in images]
-        pixels = [images[index] for index in kept] or [torch.empty(3, self.size, self.size, dtype=torch.uint8)]
-        return torch.tensor(kept, dtype=torch.int64), torch.stack(pixels)[: len(kept)], bad
+        if not images:
+            return kept, torch.empty(0, 3, self.size, self.size, dtype=torch.uint8), bad
+        return kept, torch.stack(images), bad
 
     def load(self, index_batches, n_workers, pin_memory=False):
-        """Return the items of an iterable of index tensors, in its order."""
-        batches = (batch.tolist() for batch in index_batches)
-        # its own generator: the loader draws a seed, which must not move the random numbers of the training
-        options = {"num_workers": n_workers, "pin_memory": pin_memory, "generator": torch.Generator()}
-        return DataLoader(self, sampler=batches, batch_size=None, **options)
+        """Yield (indices int64 (b,), images uint8 (b, 3, S, S), {index: reason}) of each tensor of indices, in order.
+
+        UserError where the workers cannot be started, or one of them fails or is killed.
+        """
+        loader = DataLoader(
+            self,
+            sampler=(batch.tolist() for batch in index_batches),
+            batch_size=None,
+            num_workers=n_workers,
+            collate_fn=_hand_over,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # the loader draws a seed, which must not move the numbers of the training
+        )
+        noticed = False
+        for indices, images, bad in _items(loader):
+            if isinstance(images, np.ndarray):
+                if not noticed:
+                    notice(f"/dev/shm is full, so that images are read more slowly: {MORE_SHM}, or pass --n_workers 0")
+                noticed = True
+                images = torch.from_numpy(images)
+                if pin_memory:
+                    images = images.pin_memory()
+            yield torch.tensor(indices, dtype=torch.int64), images, bad

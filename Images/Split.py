@@ -1,14 +1,33 @@
 """The images of a split: uint8, in memory or decoded for every batch, with labels and the names of the classes."""
 
-import sys
+import hashlib
 
 import torch
 
-from Images.Decode import BadFile, Files, shown
+from Images.Decode import BadFile, Files
 from Utils import UserError
 
+FINGERPRINTED = 256  # images, at most, whose pixels a fingerprint covers
 
-class Split:
+
+class _Images:
+    """What splits in memory and streamed ones share."""
+
+    def fingerprint(self):
+        """Return a hash of the number, size and labels of the images, and of the pixels of some, evenly spaced.
+
+        It is the same in memory and streamed, on every device, and wherever the files lie.
+        """
+        n_picked = min(len(self), FINGERPRINTED)
+        picked = torch.arange(n_picked) * len(self) // max(n_picked, 1)
+        digest = hashlib.sha256(f"{len(self)} {self.size}".encode())
+        digest.update(self.labels.numpy().tobytes())
+        for _, images in self.batches(picked.split(32)):
+            digest.update(images.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+class Split(_Images):
     """Images in memory: images uint8 (N, 3, S, S), labels int64 (N,) with -1 = unlabelled, the classes' names."""
 
     def __init__(self, images, labels, classes, name=""):
@@ -19,7 +38,10 @@ class Split:
             raise ValueError(f"labels: int64 ({len(images)},) expected, not {labels.dtype} {tuple(labels.shape)}")
         if len(labels) and not -1 <= labels.min() <= labels.max() < len(classes):
             raise ValueError(f"labels: -1 to {len(classes) - 1} expected, not {labels.min()} to {labels.max()}")
-        self.images, self.labels, self.classes, self.name = images, labels.cpu(), list(classes), name
+        self.images = images
+        self.labels = labels.cpu()
+        self.classes = list(classes)
+        self.name = name
 
     def __len__(self):
         return len(self.images)
@@ -34,10 +56,8 @@ class Split:
         try:
             images = self.images.to(device)
         except torch.OutOfMemoryError as error:
-            message = (
-                f"{self.name}: {self.images.nbytes:,} bytes of images do not fit on {device}: use --storage stream"
-            )
-            raise UserError(message) from error
+            message = f"{self.name}: {self.images.nbytes:,} bytes of images do not fit on {device}"
+            raise UserError(f"{message}: use --storage stream") from error
         return Split(images, self.labels, self.classes, self.name)
 
     def batches(self, index_batches, device="cpu"):
@@ -47,38 +67,34 @@ class Split:
             images = self.images.index_select(0, indices.to(self.images.device, non_blocking=True))
             if device.type == "cuda" and not images.is_cuda:
                 images = images.pin_memory()
-            # a copy to the CPU that does not block could be read before it is there
+            # a copy to the CPU that does not block could be read before it has ended
             yield indices, images.to(device, non_blocking=device.type == "cuda")
 
 
-class StreamedSplit:
-    """Image files decoded for every batch: a Split without .images. Its length counts the bad files as well."""
+class StreamedSplit(_Images):
+    """Image files decoded for every batch: a Split without .images. All its files could be decoded when it was made."""
 
-    def __init__(self, listing, size, n_workers=2, skip_bad=False, name=""):
-        self.labels, self.classes, self.size, self.name = listing.labels.clone(), listing.classes, size, name
-        self.files, self.n_workers, self.skip_bad, self.bad = Files(listing.paths, size), n_workers, skip_bad, {}
+    def __init__(self, listing, size, n_workers=2, name=""):
+        self.files = Files(listing.paths, size)
+        self.labels = listing.labels.clone()
+        self.classes = listing.classes
+        self.size = size
+        self.n_workers = n_workers
+        self.name = name
 
     def __len__(self):
         return len(self.labels)
 
     def to(self, device):
-        """Return itself: its images are nowhere."""
+        """Return itself: images are decoded for each batch, so there is nothing to move."""
         return self
 
     def batches(self, index_batches, device="cpu"):
-        """Yield what Split's does. Bad files are an error (BadFile); with skip_bad they are left out of the batch.
-
-        They are then noted in .bad, and their labels become -1. A batch of which nothing is left is left out.
-        """
+        """Yield what Split's does. BadFile where a file has been damaged or removed since the start."""
         device = torch.device(device)
         for indices, images, bad in self.files.load(index_batches, self.n_workers, device.type == "cuda"):
-            for index, reason in bad.items():
-                error = BadFile(self.files.paths[index], reason)
-                if not self.skip_bad:
-                    raise error
-                if not self.bad:
-                    first = f"the first: {shown(error.args[0])}: {reason}"
-                    print(f"{self.name}: files that cannot be decoded are left out, {first}", file=sys.stderr)
-                self.bad[index], self.labels[index] = reason, -1
-            if len(indices):
-                yield indices, images.to(device, non_blocking=True)
+            if bad:
+                index = min(bad)
+                remedy = "it was read at the start: put it back as it was, then start again with --resume auto"
+                raise BadFile(self.files.paths[index], bad[index], remedy)
+            yield indices, images.to(device, non_blocking=True)
