@@ -56,14 +56,20 @@ def real_file(name):
 # ---------------------------------------------------------------------------------------------------- users' errors
 
 
+def refuses(function, *parts, error=ValueError):
+    """Return the message of the error that the call raises, a single line with these parts. CamNet has no UserError."""
+    with pytest.raises(error) as caught:
+        function()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+    return message
+
+
 def one_line(function, *parts):
     """Return the message of the UserError that the call raises, a single line with these parts."""
-    with pytest.raises(UserError) as caught:
-        function()
-    assert "\n" not in str(caught.value)
-    for part in parts:
-        assert part in str(caught.value)
-    return str(caught.value)
+    return refuses(function, *parts, error=UserError)
 
 
 def one_error(done, *parts, code=2):
