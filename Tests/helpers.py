@@ -119,8 +119,9 @@ def check_board(folder, group):
     for line in lines(folder):
         for name in line.keys() - {"step", "epoch", "seconds"}:
             tag = Run.TAGS.get(name, f"{'Train' if 'loss' in line else group}/{name}")
-            logged.setdefault(tag, {})[line["step"]] = line[name]
-    assert {tag for tag in events.Tags()["scalars"] if not tag.startswith("Final/")} == logged.keys()
+            unit = 100 if tag.startswith("Accuracy/") else 1  # shown in per cent
+            logged.setdefault(tag, {})[line["step"]] = unit * line[name]
+    assert set(events.Tags()["scalars"]) == logged.keys()
     for tag, values in logged.items():
         shown = {event.step: event.value for event in events.Scalars(tag)}
         assert shown == pytest.approx(values, rel=1e-6, abs=1e-7), tag

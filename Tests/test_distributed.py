@@ -112,7 +112,7 @@ def test_without_torchrun_nothing_is_distributed():
 
 def test_a_run_in_two_processes_has_the_losses_of_one(quick, tmp_path, cli):
     # Rounding grows with every step, the faster the higher the rate: to 4e-2 in 14 steps at .1, 2e-4 at .001.
-    calm = ("--precision", "fp32", "--lr", "0.001", "--bs", "48", "--epochs", "2")
+    calm = ("--precision", "fp32", "--lr", "0.001", "--temp", "0.5", "--bs", "48", "--epochs", "2")
     assert cli(quick(tmp_path / "one", *calm)).code == 0
     done = run(*TORCHRUN, "TrainSimCLR.py", *quick(tmp_path / "two", *calm))
     assert done.code == 0, done.err
@@ -137,7 +137,7 @@ def test_a_mistake_is_reported_once(quick, tmp_path):
     assert done.out == ""
     (error,) = [line for line in done.err.splitlines() if "error: --bs" in line]
     assert "33" in error
-    assert "multiple of 2" in error
+    assert "multiple of the 2 processes" in error
     assert not (tmp_path / "models").exists()
 
 
