@@ -36,7 +36,8 @@ import Utils
 from CamNet.Corruptions import Corruption
 from Images.Split import Split
 
-GENERATOR = "--net tiny --corrupt gray+down2 --distance pixels --m 4,2 --period 16 --visits 2 --periods 1 --bs 8 --no-single_code"
+GENERATOR = "--net tiny --corrupt gray+down2 --distance pixels --m 4,2 --period 16 --visits 2 --periods 1 --bs 8"
+GENERATOR += " --no-single_code"
 
 
 @pytest.fixture
