@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torchvision import datasets
-from torchvision.datasets.utils import download_and_extract_archive
 
 from Augmentations import Augmentation
 from Distributed import first_rank_first, notice, say
 from Images import Shapes
 from Images.Folders import Options, check_same_classes, check_size, folders_in, holds_images, load_folder, some
 from Images.Split import Split, StreamedSplit
+from Lazy import lazy_import
 from Utils import UserError, shown
+
+torchvision = lazy_import("torchvision")
 
 DEFAULT_OPTIONS = Options()
 SPLITS = ("train", "val", "test")
@@ -156,8 +157,9 @@ def _fetch(row, root, work, remedy):
     return first_rank_first(guarded)
 
 
-def _load_cifar(dataset):
+def _load_cifar(name):
     def build(root, split):
+        dataset = getattr(torchvision.datasets, name)
         data = dataset(root, train=split == "train", download=True)
         return data.data.transpose(0, 3, 1, 2).copy(), data.targets, data.classes
 
@@ -165,7 +167,7 @@ def _load_cifar(dataset):
 
 
 def _stl10(root, split):
-    data = datasets.STL10(root, "train+unlabeled" if split == "train" else "test", download=True)
+    data = torchvision.datasets.STL10(root, "train+unlabeled" if split == "train" else "test", download=True)
     return data.data, data.labels, data.classes
 
 
@@ -176,7 +178,7 @@ def _load_tiny_imagenet(row, split, options):
 
     def work():
         if not (root / "train").is_dir():
-            download_and_extract_archive(url, options.data_dir, md5=md5)
+            torchvision.datasets.utils.download_and_extract_archive(url, options.data_dir, md5=md5)
             (options.data_dir / "tiny-imagenet-200").rename(root)  # whole: an interrupted extraction is done again
         if (root / "val" / "images").is_dir():
             _sort_tiny_imagenet_val(root / "val")
@@ -287,8 +289,8 @@ _SET_UP = "run `python Data/SetupMiniImagenet.py`"
 
 _ROWS = [  # loader, name, size, has_val, recipe, generator_recipe, on_cpu, generator_on_cpu, setup
     Row(_load_shapes, "shapes", 32, True, _SHAPES, _TINY),
-    Row(_load_cifar(datasets.CIFAR10), "cifar10", 32, False, _CIFAR, _SMALL, _ON_CPU, _TINY_10, _DOWNLOAD),
-    Row(_load_cifar(datasets.CIFAR100), "cifar100", 32, False, _CIFAR, _SMALL, _ON_CPU, _TINY_10, _DOWNLOAD),
+    Row(_load_cifar("CIFAR10"), "cifar10", 32, False, _CIFAR, _SMALL, _ON_CPU, _TINY_10, _DOWNLOAD),
+    Row(_load_cifar("CIFAR100"), "cifar100", 32, False, _CIFAR, _SMALL, _ON_CPU, _TINY_10, _DOWNLOAD),
     Row(_load_torchvision(_stl10), "stl10", 96, False, _LARGE, _SMALL, _ON_CPU, _TINY_6, _DOWNLOAD),
     Row(
         _load_tiny_imagenet,

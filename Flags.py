@@ -9,7 +9,7 @@ import torch
 
 import Data
 import Utils
-from Backbones import build_encoder
+from Backbones import build_encoder, load_weights
 from Distributed import say
 from Images.Folders import DATA_DIR
 
@@ -123,6 +123,8 @@ def add_run_group(parser, unit):
     add("--save_iter", type=bounded(int, 0), default=10, metavar=unit[0].upper(), help=save)
     precision = "of the network; auto: bf16 where the hardware has it, otherwise tf32, which CPUs ignore"
     add("--precision", choices=["auto", "bf16", "tf32", "fp32"], default="auto", help=precision)
+    deterministic = "on CUDA, use only convolutions that give the same bits again, as a resumed run on a CPU does"
+    add("--deterministic", action="store_true", help=deterministic)
     return group
 
 
@@ -151,6 +153,7 @@ RUN_FLAGS = {
     # speed
     "precision",
     "compile",
+    "deterministic",
     "chunk",
     # no flags: set by the scripts from the images, and by `parse`
     "small_stem",
@@ -193,7 +196,7 @@ def parse(argv, build_parser):
     kept = {key: stored[key] for key in vars(defaults) if key in stored and key not in ("device", "resume")}
     parser.set_defaults(**kept)
     args = parser.parse_args(argv)
-    args.given = given_flags(parser, argv)
+    args.given = sorted({*given_flags(parser, argv), *kept})  # what the first start said or fitted stays
 
     # what decides the result must be what it was; that the images of another --data are the same is seen later
     changed = []
@@ -272,8 +275,14 @@ def augmentation_for(args, aug=None):
     )
 
 
-def encoder_for(args):
-    """Return the encoder of a run's flags as it was before training: the seed decides."""
+def encoder_for(args, with_init=True):
+    """Return the encoder of a run's flags as it was before training: the seed decides, and the file of --init.
+
+    with_init: False where other weights are loaded anyway.
+    """
     torch.manual_seed(args.seed)
     with Utils.as_user_error():
-        return build_encoder(args.backbone, args.small_stem, args.image_size)
+        encoder = build_encoder(args.backbone, args.small_stem, args.image_size, args.normalise)
+        if args.init and with_init:
+            load_weights(encoder, args.init)
+    return encoder

@@ -5,13 +5,14 @@ import time
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.transforms.functional import to_pil_image, to_tensor
-from torchvision.utils import make_grid
 
 import Evaluate
 from Augmentations import to_float
+from Lazy import lazy_import
 from Losses import view_statistics
 from Utils import shown
+
+torchvision = lazy_import("torchvision")
 
 MEASURED = 512  # images whose pairs are measured
 LEAST_WIDTH = 600  # of a picture with captions, in pixels
@@ -111,9 +112,8 @@ def show_pairs(run, x, captions, step=0, images=8):
     """Write pairs.png: a row per view, with its caption, and a column per image: what the loss compares."""
     if not run.writes:
         return
-    rows = x.view(len(captions), -1, *x.shape[1:])[:, :images].flatten(0, 1).float().clamp(0, 1)
-    grid = make_grid(rows.cpu(), nrow=len(rows) // len(captions), padding=1, pad_value=1)
-    run.picture("pairs", captioned(grid, rows=captions), step)
+    rows = x.view(len(captions), -1, *x.shape[1:])[:, :images].float().clamp(0, 1)
+    run.picture("pairs", captioned(grid(rows), rows=captions), step)
 
 
 @torch.no_grad()
@@ -199,15 +199,21 @@ def show_embedding(run, encoder, split, device, most=1000):
 # ---------------------------------------------------------------------------------------------------- captions
 
 
-def captioned(grid, columns=(), rows=()):
+def grid(rows):
+    """Return images float (R, C, 3, H, W) as one picture, float (3, H', W'): R rows of C tiles."""
+    tiles = rows.flatten(0, 1).cpu()
+    return torchvision.utils.make_grid(tiles, nrow=rows.shape[1], padding=1, pad_value=1)
+
+
+def captioned(picture, columns=(), rows=()):
     """Return a picture, enlarged by a whole number to at least 600 pixels, with a caption for each column and row.
 
-    grid: float (3, H, W) in [0, 1], from `make_grid`, of tiles of equal size. columns: texts above, which break between
-    words; rows: texts on the left; either may be empty. Returns float (3, H', W') in [0, 1].
+    picture: float (3, H, W) in [0, 1], see `grid`. columns: texts above, which break between words; rows: texts on the
+    left; either may be empty. Returns float (3, H', W') in [0, 1].
     """
     # the picture, enlarged
-    scale = -(-LEAST_WIDTH // grid.shape[2])
-    tiles = to_pil_image(grid)
+    scale = -(-LEAST_WIDTH // picture.shape[2])
+    tiles = torchvision.transforms.functional.to_pil_image(picture)
     tiles = tiles.resize((tiles.width * scale, tiles.height * scale), Image.Resampling.NEAREST)
 
     # room for the captions
@@ -227,7 +233,7 @@ def captioned(grid, columns=(), rows=()):
     for index, text in enumerate(rows):
         middle = top + (index + 0.5) * tiles.height / len(rows)
         draw.text((left - 6, middle), text, "black", font, anchor="rm")
-    return to_tensor(page)
+    return torchvision.transforms.functional.to_tensor(page)
 
 
 def _wrapped(text, font, width):

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-import torchvision
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
-from torchvision.utils import save_image
 
 import Distributed
 import Utils
+from Lazy import lazy_import
 from Utils import UserError
+
+tensorboard = lazy_import("torch.utils.tensorboard")
+torchvision = lazy_import("torchvision")
 
 NOT_FINITE = "loss or weights are not finite"
 FIRST = ("data", "pair", "lr", "epochs", "seed")  # of the flags in TensorBoard's table
@@ -217,7 +217,7 @@ class Run:
         if resumed_step is not None:
             self._drop_after(resumed_step)
         purge_step = None if resumed_step is None else resumed_step + 1  # from this step on, itself included
-        self.board = SummaryWriter(self.folder, purge_step=purge_step)
+        self.board = tensorboard.SummaryWriter(self.folder, purge_step=purge_step)
 
     def _drop_after(self, step):
         kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
@@ -249,7 +249,7 @@ class Run:
 
         name: of the lines, "chance" for example; TensorBoard takes them for a run of its own in this run's folder.
         """
-        with SummaryWriter(self.folder / name) as board:
+        with tensorboard.SummaryWriter(self.folder / name) as board:
             for key, value in scores.items():
                 for place in (0, step):
                     board.add_scalar(self.TAGS[key], 100 * value, place)
@@ -263,12 +263,12 @@ class Run:
         shown |= {key: value for key, value in hyper.items() if key not in shown}
         shown = {key: Utils.shown(value) if isinstance(value, str) else value for key, value in shown.items()}
         shown = {key: "" if value is None else value for key, value in shown.items()}
-        for summary in hparams(shown, {self.TAGS.get(name, name): 0.0 for name in metrics}):
+        for summary in tensorboard.summary.hparams(shown, {self.TAGS.get(name, name): 0.0 for name in metrics}):
             self.board.file_writer.add_summary(summary)
 
     def picture(self, name, image, step=0):
         """Write NAME.png and the same to TensorBoard. image: float (3, H, W) in [0, 1]."""
-        save_image(image, self.folder / f"{name}.png")
+        torchvision.utils.save_image(image, self.folder / f"{name}.png")
         self.board.add_image(name, image, step)
 
     def failure(self, problem, causes):

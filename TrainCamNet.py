@@ -413,7 +413,7 @@ def finish_period(trainer, run, title, loss, seconds):
         trainer.save(run.folder)
     if is_last or (args.sample_iter and period % args.sample_iter == 0):
         columns = ["x", "c(x)", *(f"sample {index + 1}" for index in range(SHOWN))]
-        run.picture("samples", Reports.captioned(few.picture(trainer.ema), columns), period)
+        run.picture("samples", Reports.captioned(Reports.grid(few.shown(trainer.ema)), columns), period)
     text = "  ".join(f"{name.removeprefix('period_')} {value:.4f}" for name, value in values.items())
     tqdm.write(f"{title} {period}/{args.periods}  {seconds:.0f} s  {text}")
 
@@ -521,8 +521,9 @@ def describe(args, trainer, folder):
 
 
 def main(args):
-    """Train, train again on one code, measure. A signal ends the program after what there is has been saved."""
+    """Train, train again on one code, measure; return 0. A signal ends the program once everything is saved."""
     device = Utils.pick_device(args.device)
+    torch.backends.cudnn.deterministic = args.deterministic
     row = Data.get_row(args.data, args.size)
     args.image_size = row.size
     fit_distance(args)
@@ -531,13 +532,13 @@ def main(args):
     if args.dry_run:
         split, generator, distance = build(args, device)
         try_out(args, Trainer(args, split, generator, distance, codes_per_level(args), device), folder)
-        return
+        return 0
     with Runs.claimed(folder), warnings_in_one_line():
         checkpoint = Runs.checkpoint_for(args, folder)
         if is_complete(args, folder, checkpoint):
             print(f"this run is complete: measures from {folder / 'generator.json'}")
             show_result(folder, Utils.read_json(folder / "generator.json"))
-            return
+            return 0
 
         # images, and a trainer for each of the two trainings
         split, generator, distance = build(args, device)
@@ -559,9 +560,11 @@ def main(args):
             run_stage(stage, args, stage_folder, title)
 
         # measure
+        print("measuring", flush=True)
         result = measure(trainer, single)
         show_result(folder, result)  # first: there may be no room to write it
         Utils.write_json(folder / "generator.json", result)
+        return 0
 
 
 def try_out(args, trainer, folder):

@@ -299,6 +299,7 @@ def make_positives(args, splits, device):
     """Return the source of positives of a run's flags. Raises UserError on flags that do not go together."""
     split = splits.train
     source = Restored(args, warmup_steps=args.gen_warmup * (len(split) // args.bs))
+    TrainSimCLR.check_views(args, len(source))  # before a generator is trained
     if args.p_gen == 0:
         return source
     check_flags(args)

@@ -82,6 +82,9 @@ def add_model_flags(group):
     add("--backbone", metavar="NAME", help=backbone)
     stem = "first layer of a ResNet; small: 3x3, stride 1, no pooling; auto: small up to 64 pixels"
     add("--stem", choices=["auto", "small", "large"], default="auto", help=stem)
+    init = "weights to continue from: torchvision's for this backbone, an encoder.pt or a checkpoint"
+    add("--init", metavar="FILE", help=init)
+    add("--normalise", action="store_true", help="by ImageNet's mean and deviation, as such weights expect")
     add("--proj_dim", type=bounded(int, 1), metavar="D", help="length of a projection")
     add("--proj_hidden", type=bounded(int, 1), metavar="H", help="width of the projection head")
     add("--proj_norm", action=argparse.BooleanOptionalAction, help="batch normalisation in the projection head")
@@ -173,25 +176,25 @@ class Trainer:
         self.augmentation = Flags.augmentation_for(args)
         self.rng = torch.Generator().manual_seed(args.seed)  # of the views
 
-        # net and optimizer
-        encoder = Flags.encoder_for(args)
-        head = build_head(encoder.num_features, args.proj_hidden, args.proj_dim, args.proj_norm)
-        self.net = ContrastiveNet(encoder, head).to(device, memory_format=torch.channels_last)
-        self.forward = Distributed.wrap(self.net, device)
-        groups = parameter_groups(self.net, args.wd)
-        self.optimizer = build_optimizer(args.opt, groups, args.lr, args.mm, args.lars, args.trust)
-        positives.encoder = encoder  # some choose by what it has learnt
-
         # position
         self.steps_per_epoch = len(train_split) // args.bs
         self.steps = args.epochs * self.steps_per_epoch
         self.step = 0
+        self.pace = Reports.Pace(self.step, self.steps)
+
+        # net and optimizer
+        encoder = Flags.encoder_for(args)
+        head = build_head(encoder.num_features, args.proj_hidden, args.proj_dim, args.proj_norm)
+        self.net = ContrastiveNet(encoder, head).to(device, memory_format=torch.channels_last)
+        groups = parameter_groups(self.net, args.wd)
+        self.optimizer = build_optimizer(args.opt, groups, args.lr, args.mm, args.lars, args.trust)
+        positives.encoder = encoder  # some choose by what it has learnt
 
         # speed
-        self.pace = Reports.Pace(self.step, self.steps)
         self.bf16 = Utils.set_precision(args.precision, device)
-        if args.compile == "yes" or (args.compile == "auto" and device.type == "cuda" and self.steps >= 2000):
-            self.forward = torch.compile(self.forward)
+        is_long = device.type == "cuda" and self.steps >= 2000
+        compiled = args.compile == "yes" or (args.compile == "auto" and is_long)
+        self.forward = Distributed.wrap(self.net, device, compiled)
 
     @property
     def epoch(self):
@@ -250,13 +253,11 @@ class Trainer:
     def augment(self, batches):
         """Return float views (M b, 3, H, W) of M uint8 batches; parameters are drawn for the batch of all processes."""
         start = self.rank * (self.args.bs // self.world)
-        views = []
+        params = []
         for images in batches:
-            params = self.augmentation.draw(self.args.bs, *images.shape[2:], self.rng)
-            mine = slice(start, start + len(images))
-            params = {name: value[mine] for name, value in params.items()}
-            views.append(self.augmentation.apply(images, params))
-        return torch.cat(views).contiguous(memory_format=torch.channels_last)
+            drawn = self.augmentation.draw(self.args.bs, *images.shape[2:], self.rng)
+            params.append({name: value[start : start + len(images)] for name, value in drawn.items()})
+        return self.augmentation.apply_all(batches, params).contiguous(memory_format=torch.channels_last)
 
     def update(self, indices, images, lap=lambda stage: None):
         """Take one step; return (loss, projections (M, N, D), views (M b, 3, H, W)) without waiting for the device.
@@ -299,7 +300,6 @@ def train_epoch(trainer, run, interruption):
     trainer.net.train()
     trainer.positives.start_epoch(trainer.epoch)
     meter = Reports.Meter(trainer.device, trainer.step)
-    pace = trainer.pace
     title = f"epoch {trainer.epoch + 1}/{args.epochs}"
     count = trainer.steps_per_epoch
     bar = tqdm(desc=title, total=count, initial=trainer.step_in_epoch, unit="step", leave=False, disable=run.quiet)
@@ -314,10 +314,7 @@ def train_epoch(trainer, run, interruption):
             steps += 1
             bar.update()
 
-            if pace.tick(trainer.step) and run.writes:
-                tqdm.write(estimate(trainer))
-            if pace.seconds is not None:
-                bar.set_postfix_str(f"run: {Reports.duration(pace.left(trainer.step))} left", refresh=False)
+            show_pace(trainer, run, bar)
 
             # the first step, the last one of an epoch, and every --log_iter
             is_logged = trainer.step % args.log_iter == 0 or trainer.step == 1 or trainer.step_in_epoch == 0
@@ -335,6 +332,15 @@ def train_epoch(trainer, run, interruption):
     finite = Utils.all_finite(trainer.net.state_dict().values())
     check_health(trainer, run, mean if finite else float("nan"))
     return mean, stopped
+
+
+def show_pace(trainer, run, bar):
+    """Say once how long the training takes, and from then on, in the bar of the epoch, what is left of it."""
+    pace = trainer.pace
+    if pace.tick(trainer.step) and run.writes:
+        tqdm.write(estimate(trainer))
+    if pace.seconds is not None:
+        bar.set_postfix_str(f"run: {Reports.duration(pace.left(trainer.step))} left", refresh=False)
 
 
 def estimate(trainer):
@@ -412,7 +418,7 @@ def is_unscored(trainer, folder):
     is_boundary = 0 < trainer.step < trainer.steps and trainer.step_in_epoch == 0
     if not is_boundary or not is_scored(trainer.args, trainer.epoch):
         return False
-    return Distributed.first_rank_only(lambda: not Runs.has_logged(folder, trainer.step, "alignment"))
+    return Distributed.first_rank_only(lambda: not Runs.has_logged(folder, trainer.step, "cosine_real"))
 
 
 def measure_pairs(trainer, labelled):
@@ -436,7 +442,7 @@ def finish_run(trainer, run, splits, again):
     """
     # data without labels: only the pairs can be measured
     if not Evaluate.can_probe(splits):
-        if not Runs.has_logged(run.folder, trainer.step, "alignment"):
+        if not Runs.has_logged(run.folder, trainer.step, "cosine_real"):
             run.log(trainer.step, trainer.epoch, group="Pairs", **measure_pairs(trainer, labelled=False))
             run.show_flags(Flags.hyper_parameters(trainer.args), ["Pairs/alignment"])
         print("fewer than two classes, or too few labels: nothing to score")
@@ -450,6 +456,7 @@ def finish_run(trainer, run, splits, again):
         return result
 
     # scores
+    print("scoring", flush=True)
     encoder = trainer.net.encoder
     untrained = None
     if trainer.args.baselines:
@@ -507,6 +514,12 @@ def check_images(args, row, n, world, device):
         Flags.fit(args, "n_ramp", args.epochs / 10, f"--epochs {args.epochs} leaves nothing after it")
 
 
+def check_views(args, count):
+    """Raise UserError if the loss is for more views than there are."""
+    if args.loss == "align" and count == 2:
+        raise Utils.UserError("--loss align: it is for more than two views: choose lout, or a --pair of three")
+
+
 def describe(args, row, trainer, folder):
     """Print what is about to happen, in the values that count."""
     net = trainer.net
@@ -518,24 +531,9 @@ def describe(args, row, trainer, folder):
     print(f"{row.name}: {n} of {row.size} px, on {trainer.device} in {precision}")
     encoder = f"{args.backbone}, {stem}" if stem else args.backbone
     print(f"{encoder}: {count_parameters(net.encoder):,} weights, head {count_parameters(net.head):,}")
-    print(f"views: {views_text(trainer.augmentation)}")
+    print(f"views: {trainer.augmentation}")
     print(f"{steps} of {args.bs} images x {len(trainer.positives)} views, {optimizer}")
     print(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {folder}", flush=True)
-
-
-def views_text(views):
-    """Return what an `Augmentation` does, in words."""
-    parts = []
-    if views.crop_scale:
-        parts.append(f"crop from {views.crop_scale[0]:g} of the area")
-    if views.flip_p:
-        parts.append("flip")
-    if views.jitter_p and views.jitter:
-        parts.append(f"colour jitter {', '.join(f'{amount:g}' for amount in views.jitter)}")
-    for name, p in (("grey", views.gray_p), ("blur", views.blur_p), ("solarise", views.solarize_p)):
-        if p:
-            parts.append(f"{name} with probability {p:g}")
-    return ", ".join(parts) or "the images as they are"
 
 
 def main(args, make_positives=None, script=Path(__file__).stem, build_parser=build_parser):
@@ -545,6 +543,7 @@ def main(args, make_positives=None, script=Path(__file__).stem, build_parser=bui
     """
     # device, images, run folder
     rank, world, device = Distributed.start(Utils.pick_device(args.device))
+    torch.backends.cudnn.deterministic = args.deterministic
     row = check_flags(args, world)
     splits = Flags.splits_for(args, device)
     check_images(args, row, len(splits.train), world, device)
@@ -558,8 +557,7 @@ def main(args, make_positives=None, script=Path(__file__).stem, build_parser=bui
     with Runs.claimed(folder):
         checkpoint = Distributed.first_rank_only(lambda: Runs.checkpoint_for(args, folder))
         positives = make_positives(args, splits, device) if make_positives else SamePair(args.num_views)
-        if args.loss == "align" and len(positives) == 2:
-            raise Utils.UserError("--loss align: it is for more than two views: choose lout, or a --pair of three")
+        check_views(args, len(positives))
         trainer = Trainer(args, splits.train, positives, device, rank, world)
         if checkpoint:
             trainer.load(checkpoint)

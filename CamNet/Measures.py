@@ -4,7 +4,7 @@ Measured on images that it was not trained on.
 """
 
 import torch
-from torchvision.utils import make_grid
+from tqdm import tqdm
 
 from CamNet.Codes import Purpose, make_keys
 
@@ -111,7 +111,8 @@ class HeldOut:
         """Return k samples of each image, float32 (B, k, 3, S, S); vary: see `sample_grid`."""
         parts = []
         with self.autocast():
-            for condition, keys in zip(self.condition.split(AT_ONCE), self.keys.split(AT_ONCE)):
+            batches = list(zip(self.condition.split(AT_ONCE), self.keys.split(AT_ONCE)))
+            for condition, keys in tqdm(batches, "measuring", leave=False, disable=None):
                 parts.append(sample_grid(generator, condition, keys, k, vary))
         return torch.cat(parts)
 
@@ -130,13 +131,12 @@ class HeldOut:
                 total[name] = total.get(name, 0.0) + value * len(x) / len(samples)
         return total
 
-    def picture(self, generator):
-        """Return rows of x, c(x) and samples as one image, float32 (3, H, W) in [0, 1]."""
+    def shown(self, generator):
+        """Return x, c(x) and samples of a few images, float32 (b, 2 + SHOWN, 3, S, S) in [0, 1]."""
         samples = self.samples(generator, SHOWN)[:SHOWN]
         x = self.images[:SHOWN, None]
         c = self.corruption.upsample(self.condition[:SHOWN])[:, None]
-        rows = torch.cat([x, c, samples], dim=1)
-        return make_grid(rows.flatten(0, 1).cpu(), nrow=rows.shape[1], padding=1, pad_value=1)
+        return torch.cat([x, c, samples], dim=1)
 
     def measure(self, generator, single, jittered):
         """Return what the generator is worth, and next to it what it is to be compared with.

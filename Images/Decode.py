@@ -159,12 +159,15 @@ def _items(loader):
             # save; without it the next item raises the same error, within 5 seconds
             signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
         yield from items
+        return
     except (RuntimeError, OSError, MemoryError) as error:
         if not loader.num_workers:
             raise
         reason = shown(str(error).strip().splitlines()[-1])
-        remedy = f"there is too little memory for --n_workers {loader.num_workers}: pass fewer, or --n_workers 0"
-        raise UserError(f"a process that decodes images failed ({reason}): likely {remedy}; {MORE_SHM}") from error
+    # raised here, and not above, so that nothing holds the torch error's frames: the other workers end first
+    items = None
+    remedy = f"there is too little memory for --n_workers {loader.num_workers}: pass fewer, or --n_workers 0"
+    raise UserError(f"a process that decodes images failed ({reason}): likely {remedy}; {MORE_SHM}")
 
 
 class Files:

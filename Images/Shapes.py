@@ -9,7 +9,10 @@ import math
 from pathlib import Path
 
 import torch
-from torchvision.utils import make_grid, save_image
+
+from Lazy import lazy_import
+
+torchvision = lazy_import("torchvision")
 
 CLASSES = ["disc", "square", "triangle", "star", "cross", "ring", "crescent", "bars", "heart", "L"]
 SIZES = {"train": 8000, "val": 2000, "test": 2000}  # images per split, classes in equal shares
@@ -157,8 +160,8 @@ def main():
     """Write Results/shapes.png: twenty images of each class, a row per class."""
     images, labels = make_split("train")
     rows = torch.cat([images[labels == k][:20] for k in range(len(CLASSES))]).float() / 255
-    grid = make_grid(rows, nrow=20, padding=2, pad_value=1)
-    save_image(grid, Path(__file__).parents[1] / "Results" / "shapes.png")
+    grid = torchvision.utils.make_grid(rows, nrow=20, padding=2, pad_value=1)
+    torchvision.utils.save_image(grid, Path(__file__).parents[1] / "Results" / "shapes.png")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import torch
 from helpers import signal_when, start
 
 import Utils
-from CamNet import Bank, Generator
+from CamNet import Bank
 from CamNet.Codes import Purpose, make_keys
+from CamNet.Generator import Generator
 from Images import Shapes
 from Images.Split import Split
 
@@ -82,7 +83,8 @@ def test_bank_of_something_else_is_refused(tmp_path, generator, split, what):
 
 FILL = """
 import sys, time, torch
-from CamNet import Bank, Generator
+from CamNet import Bank
+from CamNet.Generator import Generator
 from Images import Shapes
 from Images.Split import Split
 torch.manual_seed(0)
