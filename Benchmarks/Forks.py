@@ -63,11 +63,9 @@ class Child:
     def _become(self, script, argv, prepare):
         code = 1
         try:
-            log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: PTH123  a descriptor, no path
-            sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: PTH123
+            sys.stdout = sys.stderr = self.log.open("w", buffering=1)
+            os.dup2(sys.stdout.fileno(), 1)
+            os.dup2(sys.stdout.fileno(), 2)
             sys.argv = [f"{script.__name__}.py", *argv]
             if prepare:
                 prepare()
@@ -136,7 +134,8 @@ def _digest(path):
         return fingerprint(tensors_of(torch.load(path, weights_only=True)))
     content = path.read_bytes()
     if path.suffix in (".json", ".jsonl") and not path.name.endswith(".npy.json"):
-        objects = [json.loads(content)] if path.suffix == ".json" else [json.loads(line) for line in content.splitlines()]
+        texts = content.splitlines() if path.suffix == ".jsonl" else [content]
+        objects = [json.loads(text) for text in texts]
         equal = [{key: value for key, value in each.items() if not key.startswith(UNEQUAL)} for each in objects]
         content = json.dumps(equal).encode()
     return hashlib.sha256(content).hexdigest()
