@@ -1,8 +1,10 @@
 """Random views of image batches, on the images' own device, with parameters of its own for every image.
 
 Every operation takes a batch (B, 3, H, W) in [0, 1] and parameters (B,), and equals torchvision's function of the same
-name applied image by image (`to_gray`: `rgb_to_grayscale`); none changes its input. `Augmentation` draws the parameters
-on the host with torchvision's distributions and applies them without waiting for the device.
+name applied to each image (`to_gray`: `rgb_to_grayscale`). `Augmentation` draws the parameters on the CPU with
+torchvision's distributions, and sends all parameters of a call to a GPU in one copy, without waiting for it.
+
+Bicubic interpolation, solarisation and normalisation have no flag: they are for callers from Python.
 """
 
 import math
@@ -13,7 +15,7 @@ import torch
 CONTRAST, SATURATION, HUE = 1, 2, 3  # torchvision's numbers for ColorJitter's operations; brightness is 0
 JITTER = ("brightness", "contrast", "saturation", "hue")
 INTERPOLATIONS = ("bilinear", "bicubic")
-CHUNK_FLOATS = 2**20  # on the CPU: smaller chunks measured slower (more calls), much larger ones leave the cache
+CHUNK_FLOATS = 2**19  # CPU: smaller chunks measured slower (more calls), larger ones too (memory is allocated anew)
 
 
 def _require(condition, name, value, allowed):
@@ -27,7 +29,7 @@ def _check_images(images):
 
 
 def to_float(images):
-    """float32 in [0, 1] from uint8 or from float in [0, 1]; float32 comes back as it is."""
+    """Return uint8 images, or float images in [0, 1], as float32 in [0, 1]; float32 images are returned themselves."""
     return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
 
 
@@ -44,18 +46,21 @@ def _interpolation_kernel(distance, interpolation):
     return torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2)
 
 
-def _resize_weights(start, length, n_in, n_out, flip, interpolation):
+def _resize_weights(start, length, n_in, n_out, interpolation, flip=None):
     """Matrices (B, n_out, n_in) that resize `length` pixels of a line, from `start` on, to n_out pixels, antialiased.
 
     Where `flip` is true the output runs backwards. A pixel outside the box has an infinite distance, so weight 0.
     """
-    start, length, flip = (values.view(-1, 1, 1) for values in (start, length, flip))
+    start = start.view(-1, 1, 1)
+    length = length.view(-1, 1, 1)
     scale = length / n_out
     stretch = scale.clamp(min=1)  # shrinking widens the kernel: every input pixel counts
     pixel = torch.arange(n_in, device=start.device) - start
-    position = (pixel + 0.5).div_(stretch).masked_fill_((pixel < 0) | (pixel >= length), torch.inf)
+    outside = (pixel < 0) | (pixel >= length)
+    position = (pixel + 0.5).div_(stretch).masked_fill_(outside, torch.inf)
     target = torch.arange(n_out, device=start.device).view(1, -1, 1)
-    target = torch.where(flip, n_out - 1 - target, target)
+    if flip is not None:
+        target = torch.where(flip.view(-1, 1, 1), n_out - 1 - target, target)
     weights = _interpolation_kernel((position - (target + 0.5) * (scale / stretch)).abs_(), interpolation)
     return weights.div_(weights.sum(-1, keepdim=True))
 
@@ -67,25 +72,17 @@ def _separable(x, rows, columns):
 
 
 def resized_crop(images, top, left, height, width, size, flip=None, interpolation="bilinear"):
-    """A box of every image, resized with antialiasing to float32 (B, 3, size, size) and mirrored where `flip` is true.
+    """Return one box of each image, resized with antialiasing to float32 (B, 3, size, size) in [0, 1].
 
-    images: uint8, or float in [0, 1]; box and flip: (B,), the box inside the image. Clamped to [0, 1], since bicubic
-    overshoots. All of it is linear, hence a product with dense matrices: fast for small images and on GPUs.
+    images: uint8, or float in [0, 1]. top, left, height, width: int64 (B,), in pixels; the box lies inside the image.
+    flip: bool (B,), whether to mirror; None: no image. The result is clamped, since bicubic interpolation overshoots.
+    Resizing and mirroring are linear, so both are a product with dense matrices: fast for small images and on GPUs.
     """
     _check_images(images)
     _require(interpolation in INTERPOLATIONS, "interpolation", interpolation, f"one of {INTERPOLATIONS}")
-    upright = torch.zeros_like(top, dtype=torch.bool)
-    rows = _resize_weights(top, height, images.shape[2], size, upright, interpolation)
-    columns = _resize_weights(left, width, images.shape[3], size, upright if flip is None else flip, interpolation)
+    rows = _resize_weights(top, height, images.shape[2], size, interpolation)
+    columns = _resize_weights(left, width, images.shape[3], size, interpolation, flip)
     return _separable(to_float(images), rows, columns)
-
-
-def resize(images, size, interpolation="bilinear"):
-    """Whole images, uint8 or float in [0, 1], resized with antialiasing to float32 (B, 3, size, size) in [0, 1]."""
-    _check_images(images)
-    zero = torch.zeros(len(images), dtype=torch.long, device=images.device)
-    box = (zero, zero, zero + images.shape[2], zero + images.shape[3])
-    return resized_crop(images, *box, size, interpolation=interpolation)
 
 
 def _luma(x):
@@ -94,46 +91,35 @@ def _luma(x):
     return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
-def _blend(x, target, factor):
-    return torch.lerp(target, x, _per_image(factor)).clamp_(0, 1)
+def _adjust_tone_(x, factor, operation):
+    """Adjust, in place, brightness, contrast or saturation of each image, as `operation` (B,) says.
 
-
-def adjust_brightness(x, factor):
-    """Blends with black; factor (B,) >= 0, 1 changes nothing."""
-    return _blend(x, x.new_zeros(()), factor)
-
-
-def adjust_contrast(x, factor):
-    """Blends with the mean of the greyscale image; factor (B,) >= 0, 1 changes nothing."""
-    return _blend(x, _luma(x).mean((-2, -1), keepdim=True), factor)
-
-
-def adjust_saturation(x, factor):
-    """Blends with the greyscale image; factor (B,) >= 0, 1 changes nothing."""
-    return _blend(x, _luma(x), factor)
-
-
-def _adjust_tone(x, factor, operation):
-    """Brightness, contrast or saturation, as `operation` (B,) says: all are blends, so one pass serves a mix."""
+    All three blend the image with a target: black, the mean of the greyscale image, the greyscale image. factor (B,):
+    0 gives the target, 1 changes nothing.
+    """
     gray = _luma(x)
     mean = gray.mean((-2, -1), keepdim=True).mul_(_per_image(operation == CONTRAST))
-    return _blend(x, gray.mul_(_per_image(operation == SATURATION)).add_(mean), factor)
+    target = gray.mul_(_per_image(operation == SATURATION)).add_(mean)
+    return torch.lerp(target, x, _per_image(factor), out=x).clamp_(0, 1)
 
 
-def adjust_hue(x, shift):
-    """Turns the hue by `shift` (B,) in [-0.5, 0.5] of the colour circle at constant HSV saturation and value.
+def adjust_hue(x, shift, out=None):
+    """Turn the hue by `shift` (B,) in [-0.5, 0.5] of the colour circle, at constant HSV saturation and value.
 
-    On the hexagonal colour circle, in sixths, red's distance from a hue is 1 + (g + b - r - min) / chroma, on the side
-    that the sign of g - b tells; each channel is the value less chroma * clamp(its distance - 1, 0, 1).
+    On the hexagonal colour circle, with red at 0, green at 1/3 and blue at 2/3, and chroma = max - min:
+        hue     = sign(green - blue) * (1 + (green + blue - red - min) / chroma) / 6
+        channel = max - chroma * clamp(6 * distance(hue + shift, channel's place) - 1, 0, 1)
+    The distance is the shorter one around the circle. out: where to write the result; it may be x.
     """
     red, green, blue = x.split(1, dim=1)
-    value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    value = x.amax(1, keepdim=True)
+    low = x.amin(1, keepdim=True)
     chroma = value - low
     distance = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=1e-12)).add_(1)
     hue = distance.copysign_(green - blue).div_(6).add_(_per_image(shift))
     turn = hue - torch.arange(3, device=x.device).div(3).view(3, 1, 1)
     turn.sub_(turn.round()).abs_().mul_(6).sub_(1).clamp_(0, 1)
-    return value - turn.mul_(chroma)
+    return torch.sub(value, turn.mul_(chroma), out=out)
 
 
 def to_gray(x):
@@ -145,15 +131,18 @@ def _blur_weights(n, kernel_size, sigma):
     """Band matrices (B, n, n) of a Gaussian of standard deviation sigma (B,), the line reflected at both ends."""
     radius = kernel_size // 2
     _require(kernel_size % 2 == 1 and 0 <= radius < n, "kernel_size", kernel_size, f"odd and in [1, {2 * n - 1}]")
-    tap, place = torch.arange(-radius, radius + 1, device=sigma.device), torch.arange(n, device=sigma.device)
+    tap = torch.arange(-radius, radius + 1, device=sigma.device)
+    place = torch.arange(n, device=sigma.device)
     bell = torch.softmax(-0.5 * (tap / sigma.view(-1, 1)) ** 2, dim=1)
     source = n - 1 - (n - 1 - (place + tap.view(-1, 1)).abs()).abs()
     return (bell @ (source.unsqueeze(2) == place).flatten(1).float()).unflatten(1, (n, n))
 
 
 def gaussian_blur(x, kernel_size, sigma):
-    """Gaussian blur with an odd kernel size, sigma (B,) > 0 and reflected borders."""
-    return _separable(x, *(_blur_weights(n, kernel_size, sigma) for n in x.shape[2:]))
+    """Gaussian blur with an odd kernel size, sigma (B,) > 0 in pixels, and reflected borders."""
+    rows = _blur_weights(x.shape[2], kernel_size, sigma)
+    columns = _blur_weights(x.shape[3], kernel_size, sigma)
+    return _separable(x, rows, columns)
 
 
 def solarize(x, threshold):
@@ -161,12 +150,23 @@ def solarize(x, threshold):
     return torch.where(x >= threshold, 1 - x, x)
 
 
-def _on_rows(x, chosen, operation, *values):
-    """x, changed in place to operation(x, *values) in the images where `chosen` (B,), a mask on the host, is true."""
-    rows = chosen.nonzero().flatten().to(x.device, non_blocking=True)
-    if not len(rows):
-        return x
-    return x.index_copy_(0, rows, operation(*(each.index_select(0, rows) for each in (x, *values))))
+def _change_rows_(x, rows, operation):
+    """Replace, in place, the images x[rows] by operation(x[rows]); rows: int64 (b,) on the device of x."""
+    if len(rows):
+        x.index_copy_(0, rows, operation(x.index_select(0, rows)))
+
+
+def _send(tensors, device):
+    """Return {name: CPU tensor} on the device, by a single copy; on CUDA from pinned memory, so without waiting."""
+    if device.type == "cpu":
+        return tensors
+    # All bytes in one tensor, those of the widest types first: each tensor is then aligned.
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    packed = torch.cat([tensors[name].flatten().view(torch.uint8) for name in names])
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    parts = packed.to(device, non_blocking=True).split([tensors[name].nbytes for name in names])
+    return {name: part.view(tensors[name].dtype).view(tensors[name].shape) for name, part in zip(names, parts)}
 
 
 @dataclass
@@ -199,7 +199,9 @@ class Augmentation:
         _require(isinstance(self.size, int) and self.size > 0, "size", self.size, "a positive integer")
         if self.blur_kernel is None:
             self.blur_kernel = max(3, self.size // 20 * 2 + 1)
-        scale, jitter, kernel = self.crop_scale, self.jitter or (0, 0, 0, 0), self.blur_kernel
+        scale = self.crop_scale
+        jitter = self.jitter or (0, 0, 0, 0)
+        kernel = self.blur_kernel
         blurs = not self.blur_p or (kernel % 2 == 1 and 0 < kernel < 2 * self.size)
         rules = {
             "crop_scale": (scale is None or 0 < scale[0] <= scale[1] <= 1, "None or 0 < low <= high <= 1"),
@@ -215,6 +217,20 @@ class Augmentation:
                 rules[name] = (0 < value[0] <= value[1], "0 < low <= high")
         for name, (valid, allowed) in rules.items():
             _require(valid, name, getattr(self, name), allowed)
+
+    def __str__(self):
+        """Return what is done to the images, in words."""
+        parts = []
+        if self.crop_scale:
+            parts.append(f"crop from {self.crop_scale[0]:g} of the area")
+        if self.flip_p:
+            parts.append("flip")
+        if self.jitter_p and self.jitter:
+            parts.append(f"colour jitter {', '.join(f'{amount:g}' for amount in self.jitter)}")
+        for name, p in (("grey", self.gray_p), ("blur", self.blur_p), ("solarise", self.solarize_p)):
+            if p:
+                parts.append(f"{name} with probability {p:g}")
+        return ", ".join(parts) or "the images as they are"
 
     def draw(self, n, height, width, generator):
         """Parameters of n views of height x width images: CPU tensors of first dimension n, of which rows may be taken.
@@ -238,73 +254,108 @@ class Augmentation:
 
     def _draw_boxes(self, uniform, height, width):
         """Boxes (n,) as torchvision's RandomResizedCrop draws them: the first of 10 tries that fits, else central."""
-        (low, high), (thin, wide) = self.crop_scale or (1, 1), self.crop_ratio
+        low, high = self.crop_scale or (1, 1)
+        thin, wide = self.crop_ratio
         area = uniform(low, high, 10) * (height * width)
         ratio = uniform(math.log(thin), math.log(wide), 10).exp_()
-        h, w = (area / ratio).sqrt_().round_(), (area * ratio).sqrt_().round_()
+        h = (area / ratio).sqrt_().round_()
+        w = (area * ratio).sqrt_().round_()
         fits = (h > 0) & (h <= height) & (w > 0) & (w <= width)
-        first, found = fits & (fits.cumsum(1) == 1), fits.any(1)
+        first = fits & (fits.cumsum(1) == 1)
+        found = fits.any(1)
         h = torch.where(found, (h * first).sum(1), min(height, round(width / thin)))
         w = torch.where(found, (w * first).sum(1), min(width, round(height * wide)))
         top = torch.where(found, uniform(0, 1) * (height - h + 1), (height - h) / 2)
         left = torch.where(found, uniform(0, 1) * (width - w + 1), (width - w) / 2)
         if self.crop_scale is None:
-            top, left, h, w = (torch.full_like(h, value) for value in (0, 0, height, width))
+            top.zero_()
+            left.zero_()
+            h.fill_(height)
+            w.fill_(width)
         return {"top": top.long(), "left": left.long(), "height": h.long(), "width": w.long()}
 
     def apply(self, images, params):
-        """Views, float32 (B, 3, size, size) in [0, 1] unless normalised, of images (B, 3, H, W), uint8 or in [0, 1].
+        """Return views of images (B, 3, H, W), uint8 or float in [0, 1], with the parameters that `draw` returned.
 
-        Images whose hue turns in the same round of the jitter go together, so that every round is one operation. All
-        that decides this is known on the host, so a GPU never has to be waited for.
+        The views are float32 (B, 3, size, size), in [0, 1] unless normalised. Raises ValueError on other shapes.
         """
         _check_images(images)
-        n, device = len(images), images.device
-        lengths = {key: len(values) for key, values in params.items()}
+        n = len(images)
+        lengths = {name: len(values) for name, values in params.items()}
         _require(set(lengths.values()) == {n}, "params' length", lengths, f"the number of images, {n}")
+        views = torch.empty(n, 3, self.size, self.size, device=images.device)
+        chunk = CHUNK_FLOATS // (3 * self.size**2) if images.device.type == "cpu" else n
+        chunk = max(1, chunk)
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            for start in range(0, n, chunk):
+                rows = slice(start, start + chunk)
+                self._write_views(views[rows], images[rows], {name: values[rows] for name, values in params.items()})
+        return views
+
+    def apply_all(self, batches, params):
+        """Return views (M B, 3, size, size) of M batches, one after the other: what `apply` returns, in one call.
+
+        batches: M of images (B, 3, H, W); params: M of what `draw` returned. A GPU then has M times fewer operations
+        to start.
+        """
+        joined = {name: torch.cat([each[name] for each in params]) for name in params[0]}
+        return self.apply(torch.cat(batches), joined)
+
+    def _write_views(self, views, images, params):
+        """Write the views of images into `views`. The CPU takes all decisions, so that a GPU is never waited for."""
+        # Sort the images by the round of the jitter that turns their hue (4: no jitter): each round is one operation.
         hue_round = torch.where(params["jitter"], (params["order"] == HUE).int().argmax(1), 4)
         order = hue_round.argsort(stable=True)
-        host = {key: values[order] for key, values in params.items()}
-        host["factor"] = torch.stack([host[name] for name in JITTER], 1).gather(1, host["order"])
-        local = {key: values.to(device, non_blocking=True) for key, values in host.items()}
-        views = torch.empty(n, 3, self.size, self.size, device=device)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            images = images.index_select(0, order.to(device, non_blocking=True))
-            for turn, rows in self._chunks(hue_round.bincount(minlength=5).tolist(), device):
-                parts = ({key: values[rows] for key, values in each.items()} for each in (host, local))
-                views[rows] = self._view(images[rows], *parts, turn)
-            return views.index_select(0, order.argsort().to(device, non_blocking=True))
+        ends = hue_round.bincount(minlength=5).cumsum(0).tolist()
+        host = {name: values[order] for name, values in params.items()}
 
-    def _chunks(self, counts, device):
-        """Pairs (group, slice) that cut a batch sorted into groups of `counts` images; on a GPU each group is whole."""
-        step = max(1, CHUNK_FLOATS // (3 * self.size**2)) if device.type == "cpu" else max(1, *counts)
-        end = 0
-        for group, count in enumerate(counts):
-            start, end = end, end + count
-            yield from ((group, slice(i, min(i + step, end))) for i in range(start, end, step))
-
-    def _view(self, images, host, local, hue_round):
-        """Views of images that turn their hue in one round (4: no jitter); host, local: parameters there and here."""
-        if self.crop_scale is None and images.shape[2:] == (self.size, self.size):
-            x = _on_rows(to_float(images), host["flip"], lambda x: x.flip(3))
-        else:
-            box = (local[key] for key in ("top", "left", "height", "width"))
-            x = resized_crop(images, *box, self.size, local["flip"], self.interpolation)
-        for turn in range(4 if hue_round < 4 else 0):
-            factor, operation = local["factor"][:, turn], local["order"][:, turn]
-            if turn != hue_round:
-                x = _adjust_tone(x, factor, operation)
-            elif host["hue"].any():
-                x = adjust_hue(x, factor)
-        x = _on_rows(x, host["gray"], to_gray)
-        x = _on_rows(x, host["blur"], lambda x, sigma: gaussian_blur(x, self.blur_kernel, sigma), local["sigma"])
-        x = _on_rows(x, host["solarize"], lambda x: solarize(x, self.solarize_threshold))
+        # Collect what the device needs.
+        table = {name: host[name] for name in ("top", "left", "height", "width", "flip")}
+        for name in ("flip", "gray", "blur", "solarize"):
+            table[f"{name}_rows"] = host[name].nonzero().flatten()
+        table["order"] = order
+        table["sigma"] = host["sigma"][table["blur_rows"]]
+        table["operation"] = host["order"].T  # (4, B), by round
+        table["factor"] = torch.stack([host[name] for name in JITTER]).gather(0, table["operation"])
         if self.mean is not None:
-            mean, std = (torch.tensor(v).view(3, 1, 1).to(x.device, non_blocking=True) for v in (self.mean, self.std))
-            x = x.sub_(mean).div_(std)
-        return x
+            table["mean"] = torch.tensor(self.mean).view(3, 1, 1)
+            table["std"] = torch.tensor(self.std).view(3, 1, 1)
+        table = _send(table, images.device)
+
+        # Work on the sorted images in place, and write them back in their own order.
+        x = self._crop(images.index_select(0, table["order"]), table)
+        self._jitter_(x, table, ends, turns_hue=bool(params["hue"].any()))
+        _change_rows_(x, table["gray_rows"], to_gray)
+        _change_rows_(x, table["blur_rows"], lambda x: gaussian_blur(x, self.blur_kernel, table["sigma"]))
+        _change_rows_(x, table["solarize_rows"], lambda x: solarize(x, self.solarize_threshold))
+        if self.mean is not None:
+            x.sub_(table["mean"]).div_(table["std"])
+        views.index_copy_(0, table["order"], x)
+
+    def _crop(self, images, table):
+        """Return the boxes of images, resized and mirrored; whole images of the right size are only mirrored."""
+        if self.crop_scale is None and images.shape[2:] == (self.size, self.size):
+            x = to_float(images)
+            _change_rows_(x, table["flip_rows"], lambda x: x.flip(3))
+            return x
+        box = [table[name] for name in ("top", "left", "height", "width")]
+        return resized_crop(images, *box, self.size, table["flip"], self.interpolation)
+
+    def _jitter_(self, x, table, ends, turns_hue):
+        """Jitter the images before ends[3] in place. Round r turns the hue of those from ends[r - 1] to ends[r].
+
+        The images before and after these have their tone adjusted in that round.
+        """
+        start = 0
+        for factor, operation, end in zip(table["factor"], table["operation"], ends):
+            for rows in (slice(0, start), slice(end, ends[3])):
+                if rows.start < rows.stop:
+                    _adjust_tone_(x[rows], factor[rows], operation[rows])
+            if start < end and turns_hue:
+                adjust_hue(x[start:end], factor[start:end], out=x[start:end])
+            start = end
 
     def __call__(self, images, generator):
-        """New random views of images (B, 3, H, W): `apply` with freshly drawn parameters."""
+        """Return new random views of images (B, 3, H, W): `apply` with parameters drawn from the generator."""
         _check_images(images)
         return self.apply(images, self.draw(len(images), *images.shape[2:], generator))

@@ -6,11 +6,17 @@ import difflib
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torchvision import models
-from torchvision.models.resnet import BasicBlock
+
+from Lazy import lazy_import
+
+torchvision = lazy_import("torchvision")
 
 # Suggestions for --help: any other classification model of torchvision works as well.
 BACKBONES = ("resnet8", "resnet18", "resnet34", "resnet50", "convnext_tiny", "vit_b_16", "efficientnet_b0")
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CLASSIFIERS = ("fc.", "classifier.", "head.", "heads.", "AuxLogits.", "aux1.", "aux2.")  # layers that encoders lack
 
 
 class ResNet8(nn.Module):
@@ -27,7 +33,7 @@ class ResNet8(nn.Module):
             nn.ReLU(inplace=True),
         )
         self.stages = nn.Sequential(
-            BasicBlock(width, width),
+            torchvision.models.resnet.BasicBlock(width, width),
             self._down(width, 2 * width),
             self._down(2 * width, 4 * width),
         )
@@ -38,25 +44,54 @@ class ResNet8(nn.Module):
     @staticmethod
     def _down(width, out):
         shortcut = nn.Sequential(nn.Conv2d(width, out, 1, stride=2, bias=False), nn.BatchNorm2d(out))
-        return BasicBlock(width, out, stride=2, downsample=shortcut)
+        return torchvision.models.resnet.BasicBlock(width, out, stride=2, downsample=shortcut)
 
     def forward(self, x):
         """Return features (B, 4 width) of images (B, 3, H, W)."""
         return self.stages(self.stem(x)).mean(dim=(2, 3))
 
 
-def build_encoder(name, small_stem, size):
+def build_encoder(name, small_stem, size, normalise=False):
     """Return an encoder with random weights and the attribute `num_features`, the length F of its output.
 
     name: "resnet8" or a classification model of torchvision, whose last layer becomes Identity. small_stem: give a
     ResNet of torchvision a 3x3 stem with stride 1 and no pooling (SimCLR, appendix B.9), for images of up to about
     64 pixels: the 7x7 stem throws three quarters of such an image away. resnet8 has one stem and ignores it.
-    size: side of the images in pixels. Raises what `check_backbone` raises.
+    size: side of the images in pixels. normalise: let the encoder itself normalise the images by ImageNet's mean and
+    standard deviation, as weights that were trained on ImageNet expect. Raises what `check_backbone` raises.
     """
     num_features = check_backbone(name, small_stem, size)
     encoder = _build(name, small_stem, size)
     encoder.num_features = num_features
+    if normalise:
+        encoder.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        encoder.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        encoder.register_forward_pre_hook(_normalise)
     return encoder
+
+
+def _normalise(encoder, inputs):
+    (images,) = inputs
+    return (images - encoder.mean) / encoder.std
+
+
+def load_weights(encoder, file):
+    """Load weights to continue from: a state dict of torchvision, an encoder.pt, or a checkpoint of this repository.
+
+    Layers of the classifier, which the encoder lacks, are left out. Raises ValueError if anything else does not fit.
+    """
+    try:
+        state = dict(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch raises half a dozen types on damaged files
+        raise ValueError(f"--init {file}: no file of weights ({type(error).__name__}): give a .pt or .pth") from error
+    state = state.get("encoder", state)
+    names = encoder.state_dict().keys()
+    classifier = [name for name in state if name not in names and name.startswith(CLASSIFIERS)]
+    try:
+        encoder.load_state_dict({name: value for name, value in state.items() if name not in classifier})
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"--init {file}: does not fit: {reason}: give the same --backbone and --stem") from error
 
 
 def check_backbone(name, small_stem, size):
@@ -83,14 +118,14 @@ def check_backbone(name, small_stem, size):
 
 def is_resnet(name):
     """Return whether a model is one of torchvision's ResNets, which can have the small stem."""
-    if name not in models.list_models(module=models):
+    if name not in torchvision.models.list_models(module=torchvision.models):
         return False
-    return models.get_model_builder(name).__module__ == models.resnet.__name__
+    return torchvision.models.get_model_builder(name).__module__ == torchvision.models.resnet.__name__
 
 
 def stem_text(encoder):
     """Return what the stem of one of torchvision's ResNets is, in words; "" for other encoders."""
-    if not isinstance(encoder, models.ResNet):
+    if not isinstance(encoder, torchvision.models.ResNet):
         return ""
     if isinstance(encoder.maxpool, nn.Identity):
         return "3x3 stem, stride 1, no pooling"
@@ -98,8 +133,8 @@ def stem_text(encoder):
 
 
 def list_backbones():
-    """Return the names of all backbones: resnet8, then torchvision's classification models."""
-    return ["resnet8", *models.list_models(module=models)]
+    """Return the names of all backbones: resnet8, then torchvision's classification torchvision.models."""
+    return ["resnet8", *torchvision.models.list_models(module=torchvision.models)]
 
 
 def model_options(name, size):
@@ -122,6 +157,12 @@ def find_classifier(model):
         if isinstance(layer, nn.Conv2d) and layer.out_channels == 1000:  # SqueezeNet's
             found = name
     return found
+
+
+def classifier_name(name, size):
+    """Return the name of the layer that is Identity in an encoder, "fc" or "classifier.2" for example."""
+    with _without_values():
+        return find_classifier(torchvision.models.get_model(name, weights=None, **model_options(name, size)))
 
 
 def _check_name(name):
@@ -153,7 +194,7 @@ def _without_values():
 def _build(name, small_stem, size):
     if name == "resnet8":
         return ResNet8()
-    encoder = models.get_model(name, weights=None, **model_options(name, size))
+    encoder = torchvision.models.get_model(name, weights=None, **model_options(name, size))
     encoder.set_submodule(find_classifier(encoder), nn.Identity())
     if small_stem:
         encoder.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)

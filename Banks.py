@@ -1,7 +1,6 @@
 """The banks of restorations that TrainISICLE.py trains on, and the generator that fills them."""
 
 import contextlib
-import json
 import time
 from pathlib import Path
 
@@ -19,13 +18,14 @@ from Distributed import first_rank_only, say
 class BankSchedule:
     """epoch -> Bank: made by a generator and kept in its run's folder; a new one every --refresh epochs."""
 
-    def __init__(self, args, split, device, checkpoint):
-        """split: the train split; checkpoint: the generator's file, of a run of TrainCamNet.py."""
+    def __init__(self, args, split, device, checkpoint, asked):
+        """split: the train split; checkpoint: the generator's file, of a run of TrainCamNet.py; asked: see
+        `find_generator`."""
         self.args = args
         self.split = split
         self.device = device
         self.checkpoint = checkpoint
-        state = load_generator(checkpoint, args)
+        state = load_generator(checkpoint, args, split, asked)
         self.generator = Generator(**state["config"]).to(device, memory_format=torch.channels_last)
         Utils.load_(checkpoint, generator=self.generator)
         self.fingerprint = fingerprint(self.generator.state_dict())[:8]
@@ -98,10 +98,13 @@ class BankSchedule:
         file.with_name(file.name + ".json").unlink(missing_ok=True)
 
 
-def find_generator(args):
-    """Return the checkpoint of --generator, or else of the newest finished run for the data and --corrupt, or None."""
+def find_generator(args, split, asked):
+    """Return the checkpoint of --generator, or else of the newest finished run for these images, or None.
+
+    split: the train split; asked: {flag of TrainCamNet.py: value} that the generator must have been trained with.
+    """
     if not args.generator:
-        return newest_generator(args)
+        return newest_generator(args, split, asked)
     file = Path(args.generator)
     if file.is_dir():
         file = Utils.newest_checkpoint(file)
@@ -110,13 +113,14 @@ def find_generator(args):
     return file
 
 
-def newest_generator(args):
-    """Return the checkpoint of the newest finished run of TrainCamNet.py for the data and --corrupt, or None."""
+def newest_generator(args, split, asked):
+    """Return the checkpoint of the newest finished run of TrainCamNet.py that `find_generator` looks for, or None."""
     found = []
     for file in Path(args.models_dir).glob("TrainCamNet-*/generator.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            flags = json.loads((file.parent / "args.json").read_text())["args"]
-            if not differences(flags, args):
+        flags = (Utils.read_json(file.parent / "args.json") or {}).get("args")
+        data = (Utils.read_json(file) or {}).get("data_fingerprint")
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not of ours
+            if data == split.fingerprint() and not differences(flags, args, asked):
                 found.append((file.stat().st_mtime, file.parent))
     for _, folder in sorted(found, reverse=True):
         checkpoint = Utils.newest_checkpoint(folder)
@@ -125,43 +129,53 @@ def newest_generator(args):
     return None
 
 
-def differences(flags, args):
+def differences(flags, args, asked):
     """Return in what a generator, made with these flags of TrainCamNet.py, is not the one that is asked for."""
     found = []
-    if Path(flags["data"]).resolve() != Path(args.data).resolve():
-        found.append(f"--data {flags['data']} (here {args.data})")
     size = Data.get_row(args.data, args.size).size
-    its_size = Data.get_row(args.data, flags["size"]).size
+    its_size = flags["image_size"]
     if its_size != size:
         found.append(f"--size {its_size} (here {size})")
-    if args.corrupt:
-        asked = Corruption(args.corrupt, size).spec
-        if asked != Corruption(flags["corrupt"], its_size).spec:
-            found.append(f"--corrupt {flags['corrupt']} (here {asked})")
+    asked = asked | ({"corrupt": args.corrupt} if args.corrupt else {})
+    for name, value in asked.items():
+        its_value = flags[name]
+        if name == "corrupt":  # one corruption can be written in several ways
+            value = Corruption(value, size).spec
+            its_value = Corruption(its_value, its_size).spec
+        if value != its_value:
+            found.append(f"--{name} {its_value} (here {value})")
     return found
 
 
-def load_generator(file, args):
-    """Return what a generator's checkpoint holds; warn if unfit. UserError if it is none, or not for this data."""
+def load_generator(file, args, split, asked):
+    """Return what a generator's checkpoint holds; warn if it is unfit or was trained on other images.
+
+    Raises UserError if it is no generator, or not the one that is asked for.
+    """
     state = Utils.load_(file)
     if not {"config", "generator", "args"} <= state.keys():
         raise Utils.UserError(f"--generator {file}: it holds no generator: give a run of TrainCamNet.py")
-    different = differences(state["args"], args)
+    try:
+        different = differences(state["args"], args, asked)
+    except KeyError as error:
+        raise Utils.UserError(f"--generator {file}: of another version: it lacks {error}: train a new one") from error
     if different:
         raise Utils.UserError(f"--generator {file}: trained for {', '.join(different)}: give another, or none")
-    say(f"generator: {file}")
-    measures = file.parent / "generator.json"
-    reason = unfit(json.loads(measures.read_text())) if measures.exists() else None
+    say(f"generator: {Utils.shown(file)}")
+    if state.get("data_fingerprint") != split.fingerprint():
+        say(f"warning: this generator was trained on other images ({Utils.shown(state['args']['data'])})")
+    measures = Utils.read_json(file.parent / "generator.json")
+    reason = unfit(measures) if measures else None
     if reason:
         say(f"warning: this generator is not fit for positives: {reason}")
     return state
 
 
-def corruption_for(args):
+def corruption_for(args, split, asked):
     """Return the corruption of --corrupt, or else of the generator that would be used, or else of the data's recipe."""
     if args.corrupt:
         return args.corrupt
-    file = find_generator(args)
+    file = find_generator(args, split, asked)
     if file:
-        return load_generator(file, args)["config"]["corrupt"]
-    return Data.get_row(args.data).generator["corrupt"]
+        return load_generator(file, args, split, asked)["config"]["corrupt"]
+    return Data.get_row(args.data).generator_recipe["corrupt"]

@@ -30,7 +30,7 @@ CURVES = {"loss": ("loss", 1), "knn": ("kNN accuracy, %", 100), "linear": ("line
 GENERATOR_CURVES = {"best_of_4": ("distance, best of 4 samples", 1), "diversity_pixels": ("diversity, pixels", 1)}
 # Flags.RUN_FLAGS without eval and suffix, which tell runs apart. Copied, because importing Flags.py takes seconds.
 RUN_FLAGS = """device n_workers data_dir storage skip_bad models_dir resume log_iter eval_iter save_iter sample_iter
-baselines precision compile small_stem chunk lpips_weights bank_storage"""
+baselines precision compile deterministic small_stem image_size given dry_run chunk lpips_weights bank_storage"""
 
 
 class UserError(ValueError):
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Run:
-    """What the files of a run folder say. Missing and damaged files leave gaps. A generator's epochs are its periods."""
+    """What the files of a run folder say. Missing or damaged files leave gaps. A generator's epochs are periods."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -72,7 +72,6 @@ class Run:
         if (seconds := self.number(last, "seconds")) is not None:
             self.scores["minutes"] = seconds / 60
 
-        # State
         self.state = "?" if self.problems else "interrupted"
         if is_complete:
             self.state = "complete"
@@ -99,7 +98,7 @@ class Run:
         return has_ended or (measured is not None and measured == self.epochs)
 
     def objects(self, name):
-        """Yield the JSON objects in a file, the last first. A .jsonl file holds one per line; half lines are left out."""
+        """Yield the JSON objects in a file, the last first; one per line in .jsonl, where half lines are left out."""
         try:
             text = (self.folder / name).read_bytes()
         except OSError as error:
@@ -257,7 +256,8 @@ def write_plot(file, groups):
         for index, run in ((index, run) for index, group in numbered for run in group):
             steps, values = run.curve(name, factor)
             (line,) = axes.plot(steps, values, color=f"C{index % 10}", marker="os^Dv*"[index % 6], markersize=4)
-            legend["  ".join([str(index), *cells(groups[index - 1], differing, {})])] = line
+            _, script, flags, _, seeds, _ = cells(groups[index - 1], differing, {})
+            legend[f"{index}  {script}  {flags}  seed {seeds}"] = line
             if steps:
                 axes.annotate(f" {index}", (steps[-1], values[-1]), color=f"C{index % 10}")
     figure.legend(legend.values(), legend.keys(), loc="outside lower left")
@@ -272,21 +272,19 @@ def main(argv=None):
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curves (needs matplotlib)")
     args = parser.parse_args(argv)
     try:
-        # Read
         folders = dict.fromkeys(folder for path in args.runs for folder in find_runs(path))
         runs = [Run(folder) for folder in folders]
         for run in runs:
             if run.problems:
                 print(escape(f"notice: {run.folder}: {'; '.join(dict.fromkeys(run.problems))}"), file=sys.stderr)
 
-        # Show
+        # Show them
         groups = group_by_seed(runs)
         for columns, is_generator in ((SCORES, False), (MEASURES, True)):
             numbered = [pair for pair in enumerate(groups, 1) if pair[1][0].is_generator == is_generator]
             if numbered:
                 print(table(numbered, columns))
 
-        # Write
         if args.csv:
             write_csv(args.csv, groups)
         if args.plot:

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torchvision import datasets
-from torchvision.datasets.utils import download_and_extract_archive
 
 from Augmentations import Augmentation
 from Distributed import first_rank_first, notice, say
 from Images import Shapes
 from Images.Folders import Options, check_same_classes, check_size, folders_in, holds_images, load_folder, some
 from Images.Split import Split, StreamedSplit
+from Lazy import lazy_import
 from Utils import UserError, shown
+
+torchvision = lazy_import("torchvision")
 
 DEFAULT_OPTIONS = Options()
 SPLITS = ("train", "val", "test")
@@ -42,9 +43,19 @@ class Row:
     has_val: bool  # a validation split of its own; else hyper-parameters are chosen by cross-validation on train
     recipe: dict  # defaults of the encoder's training flags that suit it
     generator_recipe: dict  # defaults of the flags of TrainCamNet.py
+    on_cpu: dict = field(default_factory=dict)  # what differs in the recipe where there is no GPU
+    generator_on_cpu: dict = field(default_factory=dict)
     setup: str = ""  # of image folders: what to do where a split's folder is missing
     folder: Path | None = None  # of `--data PATH`: where its files lie; None: data_dir / name
     splits: dict = field(default_factory=dict)  # names of split folders that differ: {"test": "val"}
+
+    def recipe_for(self, device_type):
+        """Return the defaults of the encoder's training flags on a type of device, such as "cuda"."""
+        return self.recipe | (self.on_cpu if device_type == "cpu" else {})
+
+    def generator_recipe_for(self, device_type):
+        """Return the defaults of the flags of TrainCamNet.py on a type of device."""
+        return self.generator_recipe | (self.generator_on_cpu if device_type == "cpu" else {})
 
     @property
     def small_images(self):
@@ -146,8 +157,9 @@ def _fetch(row, root, work, remedy):
     return first_rank_first(guarded)
 
 
-def _load_cifar(dataset):
+def _load_cifar(name):
     def build(root, split):
+        dataset = getattr(torchvision.datasets, name)
         data = dataset(root, train=split == "train", download=True)
         return data.data.transpose(0, 3, 1, 2).copy(), data.targets, data.classes
 
@@ -155,7 +167,7 @@ def _load_cifar(dataset):
 
 
 def _stl10(root, split):
-    data = datasets.STL10(root, "train+unlabeled" if split == "train" else "test", download=True)
+    data = torchvision.datasets.STL10(root, "train+unlabeled" if split == "train" else "test", download=True)
     return data.data, data.labels, data.classes
 
 
@@ -166,7 +178,7 @@ def _load_tiny_imagenet(row, split, options):
 
     def work():
         if not (root / "train").is_dir():
-            download_and_extract_archive(url, options.data_dir, md5=md5)
+            torchvision.datasets.utils.download_and_extract_archive(url, options.data_dir, md5=md5)
             (options.data_dir / "tiny-imagenet-200").rename(root)  # whole: an interrupted extraction is done again
         if (root / "val" / "images").is_dir():
             _sort_tiny_imagenet_val(root / "val")
@@ -252,19 +264,48 @@ _SMALL = {
     "lr": 2e-4,
     "ema": 0.999,
 }
+# What a CPU can do within the hour: the small net; --epochs is cut to what CPU_PIXELS allows. The learning rate and
+# the temperature were chosen by cross-validation on CIFAR-10 (Results/choice-cifar10.json).
+_ON_CPU = {
+    "backbone": "resnet8",
+    "proj_hidden": 256,
+    "proj_norm": True,
+    "temp": 0.2,
+    "bs": 256,
+    "epochs": 100,
+    "lr": 1.2,
+    "n_ramp": 2,
+}
+_TINY_10 = _TINY | {"corrupt": "gray+detail4", "periods": 10}
+_TINY_6 = _TINY | {"corrupt": "gray+detail4", "periods": 6}
+_OWN = {"size": 64}  # one's own images on a CPU
+CPU_PIXELS = 2e9  # pixels of all images of all epochs, that two cores train the small net on in about half an hour
+
 _PUT = "put images at {train,val,test}/CLASS/IMAGE; Data/README.md shows the layout"
 _DOWNLOAD = (
     "put images there as CLASS/IMAGE, or move the folder that it is missing from away: the set is then downloaded"
 )
+_SET_UP = "run `python Data/SetupMiniImagenet.py`"
 
-_ROWS = [  # loader, name, size, has_val, recipe, generator_recipe, setup
+_ROWS = [  # loader, name, size, has_val, recipe, generator_recipe, on_cpu, generator_on_cpu, setup
     Row(_load_shapes, "shapes", 32, True, _SHAPES, _TINY),
-    Row(_load_cifar(datasets.CIFAR10), "cifar10", 32, False, _CIFAR, _SMALL, _DOWNLOAD),
-    Row(_load_cifar(datasets.CIFAR100), "cifar100", 32, False, _CIFAR, _SMALL, _DOWNLOAD),
-    Row(_load_torchvision(_stl10), "stl10", 96, False, _LARGE, _SMALL, _DOWNLOAD),
-    Row(_load_tiny_imagenet, "tinyImagenet", 64, False, _CIFAR, _SMALL, _DOWNLOAD, splits={"test": "val"}),
-    Row(_load_tree, "miniImagenet", 84, True, _LARGE, _SMALL, "run `python Data/SetupMiniImagenet.py`"),
-    Row(_load_tree, "folder", 128, False, _LARGE, _SMALL, _PUT),
+    Row(_load_cifar("CIFAR10"), "cifar10", 32, False, _CIFAR, _SMALL, _ON_CPU, _TINY_10, _DOWNLOAD),
+    Row(_load_cifar("CIFAR100"), "cifar100", 32, False, _CIFAR, _SMALL, _ON_CPU, _TINY_10, _DOWNLOAD),
+    Row(_load_torchvision(_stl10), "stl10", 96, False, _LARGE, _SMALL, _ON_CPU, _TINY_6, _DOWNLOAD),
+    Row(
+        _load_tiny_imagenet,
+        "tinyImagenet",
+        64,
+        False,
+        _CIFAR,
+        _SMALL,
+        _ON_CPU,
+        _TINY_6,
+        _DOWNLOAD,
+        splits={"test": "val"},
+    ),
+    Row(_load_tree, "miniImagenet", 84, True, _LARGE, _SMALL, _ON_CPU, _TINY_6, _SET_UP),
+    Row(_load_tree, "folder", 128, False, _LARGE, _SMALL, _ON_CPU | _OWN | {"epochs": 200}, _TINY_6 | _OWN, _PUT),
 ]
 DATASETS = {row.name: row for row in _ROWS}
 no_val_split_datasets = [row.name for row in _ROWS if not row.has_val]

@@ -9,7 +9,7 @@ import torch
 
 import Data
 import Utils
-from Backbones import build_encoder
+from Backbones import build_encoder, load_weights
 from Distributed import say
 from Images.Folders import DATA_DIR
 
@@ -116,11 +116,15 @@ def add_run_group(parser, unit):
     add("--suffix", default="", help="a word of your own in the run folder's name")
     resume = "continue from a checkpoint, with its flags; auto: from the newest one of this run, if there is one"
     add("--resume", metavar="FILE|auto", help=resume)
+    dry_run = "say what the run would do and take, from a few real steps; write nothing"
+    add("--dry_run", action="store_true", help=dry_run)
     add("--log_iter", type=bounded(int, 1), default=20, metavar="N", help="steps between logged lines")
     save = f"{unit} between checkpoints; 0: only at the end"
     add("--save_iter", type=bounded(int, 0), default=10, metavar=unit[0].upper(), help=save)
     precision = "of the network; auto: bf16 where the hardware has it, otherwise tf32, which CPUs ignore"
     add("--precision", choices=["auto", "bf16", "tf32", "fp32"], default="auto", help=precision)
+    deterministic = "on CUDA, use only convolutions that give the same bits again, as a resumed run on a CPU does"
+    add("--deterministic", action="store_true", help=deterministic)
     return group
 
 
@@ -136,6 +140,7 @@ RUN_FLAGS = {
     "models_dir",
     "suffix",
     "resume",
+    "dry_run",
     "lpips_weights",
     "bank_storage",
     # what is scored, logged and saved
@@ -148,9 +153,11 @@ RUN_FLAGS = {
     # speed
     "precision",
     "compile",
+    "deterministic",
     "chunk",
-    # no flags: set by TrainSimCLR.check_flags from --stem and the size of the images, and by `parse`
+    # no flags: set by the scripts from the images, and by `parse`
     "small_stem",
+    "image_size",
     "given",
 }
 
@@ -163,16 +170,18 @@ def hyper_parameters(args):
 def parse(argv, build_parser):
     """Parse a training script's flags: as given; else as in the checkpoint of --resume FILE; else the recipe of --data.
 
-    build_parser: data -> parser. Adds args.given, the names of the flags that the user gave. Raises UserError where
-    given flags contradict the checkpoint.
+    build_parser: (data, type of device) -> parser. Adds args.given, the names of the flags that the user gave. Raises
+    UserError where given flags contradict the checkpoint.
     """
-    # --data and --resume come first: the defaults of all other flags depend on them
+    # --data, --device and --resume come first: the defaults of all other flags depend on them
     early_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early_parser.add_argument("--data")
+    early_parser.add_argument("--device", default="auto")
     early_parser.add_argument("--resume")
     early = early_parser.parse_known_args(argv)[0]
+    device_type = Utils.pick_device(early.device).type
     if early.resume in (None, "auto"):
-        parser = build_parser(early.data or "shapes")
+        parser = build_parser(early.data or "shapes", device_type)
         args = parser.parse_args(argv)
         args.given = given_flags(parser, argv)
         return args
@@ -181,13 +190,13 @@ def parse(argv, build_parser):
     stored = Utils.load_(early.resume).get("args", {})
     if not isinstance(stored, dict) or "data" not in stored:
         raise Utils.UserError(f"--resume {early.resume}: it holds no run: give a checkpoint of this script")
-    parser = build_parser(early.data or stored["data"])
+    parser = build_parser(early.data or stored["data"], device_type)
     defaults = parser.parse_args([])
     note_version(early.resume, stored, vars(defaults))
     kept = {key: stored[key] for key in vars(defaults) if key in stored and key not in ("device", "resume")}
     parser.set_defaults(**kept)
     args = parser.parse_args(argv)
-    args.given = given_flags(parser, argv)
+    args.given = sorted({*given_flags(parser, argv), *kept})  # what the first start said or fitted stays
 
     # what decides the result must be what it was; that the images of another --data are the same is seen later
     changed = []
@@ -266,14 +275,14 @@ def augmentation_for(args, aug=None):
     )
 
 
-def encoder_for(args):
-    """Return the encoder of a run's flags as it was before training: the seed decides."""
+def encoder_for(args, with_init=True):
+    """Return the encoder of a run's flags as it was before training: the seed decides, and the file of --init.
+
+    with_init: False where other weights are loaded anyway.
+    """
     torch.manual_seed(args.seed)
     with Utils.as_user_error():
-        return build_encoder(args.backbone, args.small_stem, image_size(args))
-
-
-def image_size(args):
-    """Return the side of a run's images in pixels, also where its folder of images is not there any more."""
-    row = Data.DATASETS.get(args.data, Data.DATASETS["folder"])
-    return args.size or row.size
+        encoder = build_encoder(args.backbone, args.small_stem, args.image_size, args.normalise)
+        if args.init and with_init:
+            load_weights(encoder, args.init)
+    return encoder

@@ -1,10 +1,26 @@
 # make demo: set up .venv and run the method on the embedded data.  make test: set up what the tests need on top, and run them.
-# PYTHON chooses the interpreter that .venv is made from (3.11 or newer).
+#
+# PYTHON=python3.12     the interpreter that .venv is made from, 3.11 or newer
+# LATEST=1              install the newest versions, not those of constraints.txt
+# PIP_FLAGS="..."       further flags of pip. CPU wheels of torch, 0.3 GB instead of 5.7, in a .venv that is not there yet:
+#                       make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 .DELETE_ON_ERROR:
-.PHONY: demo test lint clean
+.PHONY: demo test lint clean always
+
+ifdef LATEST
+PIP += --upgrade --upgrade-strategy eager
+# without a stamp, the next start without LATEST installs constraints.txt again
+STAMP := rm -f
+INSTALLED_BY := always
+else
+PIP += -c constraints.txt
+STAMP := touch
+INSTALLED_BY := constraints.txt
+endif
 
 demo: .venv/.installed
 	@echo "== ISICLE on generated shapes, generator included: minutes on two cores; everything goes to Models/"
@@ -25,17 +41,17 @@ lint: .venv/.installed-dev
 	@echo "== making a virtual environment in .venv"
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "cannot make .venv: install Python's venv module (Debian: python3-venv)"; exit 1; }
 
-.venv/.installed: requirements.txt | .venv/bin/python
+.venv/.installed: requirements.txt $(INSTALLED_BY) | .venv/bin/python
 	@echo "== installing requirements.txt: torch is large, this takes minutes the first time"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt || \
+	@$(PIP) -r requirements.txt || \
 		{ echo "the installation failed: see above; with a network and 8 GB of disk, run the same command again"; exit 1; }
-	@touch $@
+	@$(STAMP) $@
 
 .venv/.installed-dev: requirements-dev.txt .venv/.installed
 	@echo "== installing what tests and benchmarks need on top"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt || \
+	@$(PIP) -r requirements-dev.txt || \
 		{ echo "the installation failed: see above; with a network, run the same command again"; exit 1; }
-	@touch $@
+	@$(STAMP) $@
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -4,13 +4,19 @@ import time
 
 import torch
 import torch.nn.functional as F
-from torchvision.utils import make_grid
+from PIL import Image, ImageDraw, ImageFont
 
 import Evaluate
 from Augmentations import to_float
+from Lazy import lazy_import
 from Losses import view_statistics
+from Utils import shown
+
+torchvision = lazy_import("torchvision")
 
 MEASURED = 512  # images whose pairs are measured
+LEAST_WIDTH = 600  # of a picture with captions, in pixels
+FONT_SIZE = 13  # of its captions
 PROBED = 4000  # images that show how well the label is preserved: half to learn from, half to score
 
 
@@ -59,13 +65,55 @@ class Meter:
         return numbers | {f"time_{stage}": share for stage, share in shares.items()}
 
 
-def show_pairs(run, x, num_views, step=0, images=8):
-    """Write pairs.png: a row per view, a column per image: what the loss compares."""
+class Pace:
+    """How long a training will take, from its first steps."""
+
+    SKIPPED = 1  # steps that are slower than the others
+    MEASURED = 4
+
+    def __init__(self, step, steps):
+        """step: the one that comes next; steps: of the whole training."""
+        self.first = step
+        self.steps = steps
+        self.started = None
+        self.seconds = None  # of a step
+
+    def tick(self, step):
+        """Note that `step` steps are done. Return whether the pace is now known for the first time."""
+        if self.started is None and step - self.first >= self.SKIPPED:
+            self.started = time.perf_counter()
+            self.started_at = step
+        done = step - self.started_at if self.started else 0
+        if self.seconds is not None or done < self.MEASURED:
+            return False
+        self.seconds = (time.perf_counter() - self.started) / done
+        return True
+
+    def left(self, step):
+        """Return the seconds that the training still takes."""
+        return (self.steps - step) * self.seconds
+
+
+def duration(seconds):
+    """Return a duration in words."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def plural(count, noun):
+    """Return a count with its noun."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def show_pairs(run, x, captions, step=0, images=8):
+    """Write pairs.png: a row per view, with its caption, and a column per image: what the loss compares."""
     if not run.writes:
         return
-    rows = x.view(num_views, -1, *x.shape[1:])[:, :images].flatten(0, 1).float().clamp(0, 1)
-    grid = make_grid(rows.cpu(), nrow=min(images, len(rows) // num_views), padding=1, pad_value=1)
-    run.picture("pairs", grid, step)
+    rows = x.view(len(captions), -1, *x.shape[1:])[:, :images].float().clamp(0, 1)
+    run.picture("pairs", captioned(grid(rows), rows=captions), step)
 
 
 @torch.no_grad()
@@ -144,5 +192,60 @@ def show_embedding(run, encoder, split, device, most=1000):
     pictures = to_float(images)
     with torch.no_grad(), Evaluate.frozen(encoder):
         features = Evaluate.embed(encoder, pictures).cpu()
-    names = [split.classes[label] if label >= 0 else "?" for label in split.labels[rows].tolist()]
+    names = [shown(split.classes[label]) if label >= 0 else "?" for label in split.labels[rows].tolist()]
     run.board.add_embedding(features, names, pictures.cpu(), global_step=0)
+
+
+# ---------------------------------------------------------------------------------------------------- captions
+
+
+def grid(rows):
+    """Return images float (R, C, 3, H, W) as one picture, float (3, H', W'): R rows of C tiles."""
+    tiles = rows.flatten(0, 1).cpu()
+    return torchvision.utils.make_grid(tiles, nrow=rows.shape[1], padding=1, pad_value=1)
+
+
+def captioned(picture, columns=(), rows=()):
+    """Return a picture, enlarged by a whole number to at least 600 pixels, with a caption for each column and row.
+
+    picture: float (3, H, W) in [0, 1], see `grid`. columns: texts above, which break between words; rows: texts on the
+    left; either may be empty. Returns float (3, H', W') in [0, 1].
+    """
+    # the picture, enlarged
+    scale = -(-LEAST_WIDTH // picture.shape[2])
+    tiles = torchvision.transforms.functional.to_pil_image(picture)
+    tiles = tiles.resize((tiles.width * scale, tiles.height * scale), Image.Resampling.NEAREST)
+
+    # room for the captions
+    font = ImageFont.load_default(FONT_SIZE)
+    tile_width = tiles.width / max(1, len(columns))
+    heads = [_wrapped(text, font, tile_width - 6) for text in columns]
+    top = (FONT_SIZE + 5) * max(text.count("\n") + 1 for text in heads) + 8 if heads else 0
+    left = round(max(font.getlength(text) for text in rows)) + 12 if rows else 0
+
+    # all of it on white
+    page = Image.new("RGB", (left + tiles.width, top + tiles.height), "white")
+    page.paste(tiles, (left, top))
+    draw = ImageDraw.Draw(page)
+    for index, text in enumerate(heads):
+        middle = left + (index + 0.5) * tile_width
+        draw.multiline_text((middle, top - 5), text, "black", font, anchor="md", align="center")
+    for index, text in enumerate(rows):
+        middle = top + (index + 0.5) * tiles.height / len(rows)
+        draw.text((left - 6, middle), text, "black", font, anchor="rm")
+    return torchvision.transforms.functional.to_tensor(page)
+
+
+def _wrapped(text, font, width):
+    """Return a text with a line break wherever the next word would not fit into the width, in pixels."""
+    lines = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split():
+            longer = f"{line} {word}".strip()
+            if line and font.getlength(longer) > width:
+                lines.append(line)
+                longer = word
+            line = longer
+        lines.append(line)
+    return "\n".join(lines)

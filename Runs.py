@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-import torchvision
-from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import save_image
 
 import Distributed
 import Utils
+from Lazy import lazy_import
 from Utils import UserError
 
+tensorboard = lazy_import("torch.utils.tensorboard")
+torchvision = lazy_import("torchvision")
+
 NOT_FINITE = "loss or weights are not finite"
+FIRST = ("data", "pair", "lr", "epochs", "seed")  # of the flags in TensorBoard's table
 METRICS = "metrics.jsonl"
 NAME_LENGTH = 100  # of a run folder's name, without its hash
 MAIN = ("pair", "p_gen", "net", "corrupt", "backbone", "bs", "epochs", "periods", "lr", "temp", "seed")
@@ -215,7 +217,7 @@ class Run:
         if resumed_step is not None:
             self._drop_after(resumed_step)
         purge_step = None if resumed_step is None else resumed_step + 1  # from this step on, itself included
-        self.board = SummaryWriter(self.folder, purge_step=purge_step)
+        self.board = tensorboard.SummaryWriter(self.folder, purge_step=purge_step)
 
     def _drop_after(self, step):
         kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
@@ -239,11 +241,34 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write {self.metrics}: {error}: free space there, then --resume auto") from error
         for name, value in values.items():
-            self.board.add_scalar(self.TAGS.get(name, f"{group}/{name}"), value, step)
+            tag = self.TAGS.get(name, f"{group}/{name}")
+            self.board.add_scalar(tag, 100 * value if tag.startswith("Accuracy/") else value, step)
+
+    def baseline(self, name, scores, step):
+        """Show scores, fractions of 1, as lines from step 0 to `step` in TensorBoard's charts of the accuracy.
+
+        name: of the lines, "chance" for example; TensorBoard takes them for a run of its own in this run's folder.
+        """
+        with tensorboard.SummaryWriter(self.folder / name) as board:
+            for key, value in scores.items():
+                for place in (0, step):
+                    board.add_scalar(self.TAGS[key], 100 * value, place)
+
+    def show_flags(self, hyper, metrics):
+        """Show the flags in TensorBoard's HPARAMS, the FIRST ones first, next to charts that exist.
+
+        hyper: {flag: value}; metrics: names of values that were logged.
+        """
+        shown = {key: hyper[key] for key in FIRST if key in hyper}
+        shown |= {key: value for key, value in hyper.items() if key not in shown}
+        shown = {key: Utils.shown(value) if isinstance(value, str) else value for key, value in shown.items()}
+        shown = {key: "" if value is None else value for key, value in shown.items()}
+        for summary in tensorboard.summary.hparams(shown, {self.TAGS.get(name, name): 0.0 for name in metrics}):
+            self.board.file_writer.add_summary(summary)
 
     def picture(self, name, image, step=0):
         """Write NAME.png and the same to TensorBoard. image: float (3, H, W) in [0, 1]."""
-        save_image(image, self.folder / f"{name}.png")
+        torchvision.utils.save_image(image, self.folder / f"{name}.png")
         self.board.add_image(name, image, step)
 
     def failure(self, problem, causes):

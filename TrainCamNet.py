@@ -27,6 +27,7 @@ from tqdm import tqdm
 import Data
 import Distributed
 import Flags
+import Reports
 import Runs
 import Utils
 from Backbones import count_parameters
@@ -34,7 +35,7 @@ from CamNet import IMLE, Distances
 from CamNet.Codes import Purpose, make_keys, uniforms
 from CamNet.Corruptions import pyramid
 from CamNet.Generator import NETS, Generator
-from CamNet.Measures import AT_ONCE, HeldOut, fitness_table, unfit
+from CamNet.Measures import AT_ONCE, SHOWN, HeldOut, fitness_table, unfit
 from Flags import bounded
 from Optimizers import learning_rate
 
@@ -53,8 +54,8 @@ def get_args(argv=None):
     return Flags.parse(argv, build_parser)
 
 
-def build_parser(data="shapes"):
-    """Return the parser; the defaults are the generator's recipe in the row of `data`."""
+def build_parser(data="shapes", device_type="cpu"):
+    """Return the parser; the defaults are the generator's recipe in the row of `data` on the device."""
     parser = Flags.plain_parser(__doc__)
     group = parser.add_argument_group("data")
     Flags.add_data_place(group)
@@ -66,7 +67,7 @@ def build_parser(data="shapes"):
     run = Flags.add_run_group(parser, "periods")
     sample = "periods between pictures; 0: only at the end"
     run.add_argument("--sample_iter", type=bounded(int, 0), default=5, metavar="P", help=sample)
-    parser.set_defaults(**Data.get_row(data).generator)
+    parser.set_defaults(**Data.get_row(data).generator_recipe_for(device_type))
     return parser
 
 
@@ -90,6 +91,11 @@ def add_generator_flags(group):
 def counts(text):
     """Check --m: integers of at least 1, joined by commas."""
     return ",".join(str(bounded(int, 1)(part)) for part in text.split(","))
+
+
+def codes_per_level(args):
+    """Return --m as a list."""
+    return [int(count) for count in args.m.split(",")]
 
 
 def add_search_flags(group):
@@ -234,11 +240,8 @@ class Trainer:
         return torch.stack(rows)
 
     def images(self, rows):
-        """Return (rows, their images uint8 (n, 3, S, S) on the device); --skip_bad can leave some out."""
-        found = list(self.split.batches(rows.split(512), self.device))
-        if not found:
-            raise Utils.UserError(f"--data {self.args.data}: too many bad images to train on: repair or remove them")
-        return torch.cat([rows for rows, _ in found]), torch.cat([images for _, images in found])
+        """Return images uint8 (n, 3, S, S) on the device; rows: int64 (n,)."""
+        return torch.cat([images for _, images in self.split.batches(rows.split(512), self.device)])
 
     def prepare(self, interruption, title, quiet):
         """Return the current `Period`, its codes searched, or None if interrupted before they all were."""
@@ -246,7 +249,8 @@ class Trainer:
         index = self.period
 
         # images, half of them mirrored, and their keys
-        rows, images = self.images(self.rows_of(index))
+        rows = self.rows_of(index)
+        images = self.images(rows)
         if args.flip:
             is_flipped = uniforms(make_keys(args.seed, Purpose.FLIP, index, rows), 1)[:, 0] < 0.5
             images = torch.where(is_flipped.to(images.device)[:, None, None, None], images.flip(3), images)
@@ -264,6 +268,9 @@ class Trainer:
         found = []
         for part in tqdm(parts, f"{title}: search", leave=False, disable=quiet):
             found.append(period.search(self, part, keys))
+            seconds = (time.perf_counter() - started) * len(parts)
+            if self.step == 0 and len(found) == 1 and seconds > 30:
+                tqdm.write(f"the search of a period takes about {Reports.duration(seconds)}")
             if interruption.signal is not None:
                 return None
         period.keys = torch.cat([each.keys for each in found])
@@ -308,8 +315,8 @@ class Trainer:
 
     def held_out_images(self, most=HELD_OUT):
         """Return the first of the images that were held out, as `HeldOut`."""
-        rows, images = self.images(self.held_out[:most])
-        return HeldOut(rows, images, self.net.corruption, self.distance, self.args.seed, self.autocast)
+        rows = self.held_out[:most]
+        return HeldOut(rows, self.images(rows), self.net.corruption, self.distance, self.args.seed, self.autocast)
 
 
 class Period:
@@ -337,6 +344,7 @@ class Period:
 def train(trainer, run, interruption, title):
     """Train to the last period or to an interruption; return whether it was interrupted."""
     args = trainer.args
+    pace = Reports.Pace(trainer.step, trainer.steps)
     while trainer.step < trainer.steps:
         # search
         started = time.perf_counter()
@@ -356,7 +364,11 @@ def train(trainer, run, interruption, title):
         parts = list(trainer.parts(len(period.condition)))
         for part in tqdm(parts, f"{bar}: train", leave=False, disable=run.quiet):
             loss = trainer.update(period, part)
-            if trainer.step % args.log_iter == 0:
+            if pace.tick(trainer.step):
+                seconds = pace.left(trainer.step) + (args.periods - 1 - trainer.period) * (searched - started)
+                memory = Utils.peak_memory(trainer.device) / 2**30
+                tqdm.write(f"{title}s: about {Reports.duration(seconds)} in all; memory {memory:.1f} GiB")
+            if trainer.step % args.log_iter == 0 or trainer.step == 1:
                 value = check_loss(trainer, run, loss)
                 lr = trainer.optimizer.param_groups[0]["lr"]
                 speed = (trainer.step - logged_step) * len(part) / (time.perf_counter() - logged_at)
@@ -395,15 +407,29 @@ def finish_period(trainer, run, title, loss, seconds):
     few = trainer.held_out_images(FEW)
     values = {"period_loss": loss, **few.quality(few.samples(trainer.ema, 4), (1, 4))}
     run.log(trainer.step, period, **values)
+    if is_last:
+        run.show_flags(Flags.hyper_parameters(args), ["Train/best_of_1", "Train/diversity_pixels"])
     if is_last or (args.save_iter and period % args.save_iter == 0):
         trainer.save(run.folder)
     if is_last or (args.sample_iter and period % args.sample_iter == 0):
-        run.picture("samples", few.picture(trainer.ema), period)
+        columns = ["x", "c(x)", *(f"sample {index + 1}" for index in range(SHOWN))]
+        run.picture("samples", Reports.captioned(Reports.grid(few.shown(trainer.ema)), columns), period)
     text = "  ".join(f"{name.removeprefix('period_')} {value:.4f}" for name, value in values.items())
     tqdm.write(f"{title} {period}/{args.periods}  {seconds:.0f} s  {text}")
 
 
 # ---------------------------------------------------------------------------------------------------- script
+
+
+def fit_distance(args):
+    """Use the distance of pixels where the weights of LPIPS would have to be downloaded and the user did not ask."""
+    is_lpips = args.distance != "pixels"
+    if is_lpips and "distance" not in args.given and not args.lpips_weights and not Distances.is_at_hand(args.distance):
+        Distributed.say(
+            f"--distance {args.distance} becomes pixels: the weights of {args.distance} are not on this machine "
+            f"(--distance {args.distance} downloads them)"
+        )
+        args.distance = "pixels"
 
 
 def build(args, device):
@@ -438,6 +464,7 @@ def measure(trainer, single):
     result["seconds_search_per_1000"] = 1000 * trainer.seconds["search"] / n_searched
     result["seconds_train_per_1000"] = 1000 * trainer.seconds["train"] / n_trained
     result["peak_memory_bytes"] = Utils.peak_memory(trainer.device)
+    result["data_fingerprint"] = trainer.data_fingerprint
     result["distance"] = args.distance
     result["corrupt"] = trainer.net.corruption.spec
     result["fit"] = not unfit(result)
@@ -494,24 +521,31 @@ def describe(args, trainer, folder):
 
 
 def main(args):
-    """Train, train again on one code, measure. A signal ends the program after what there is has been saved."""
+    """Train, train again on one code, measure; return 0. A signal ends the program once everything is saved."""
     device = Utils.pick_device(args.device)
+    torch.backends.cudnn.deterministic = args.deterministic
     row = Data.get_row(args.data, args.size)
-    usual = Flags.hyper_parameters(build_parser(args.data).parse_args([]))
+    args.image_size = row.size
+    fit_distance(args)
+    usual = Flags.hyper_parameters(build_parser(args.data, device.type).parse_args([]))
     folder = Runs.find_run(args, Path(__file__).stem, row.name, Flags.hyper_parameters(args), usual)
+    if args.dry_run:
+        split, generator, distance = build(args, device)
+        try_out(args, Trainer(args, split, generator, distance, codes_per_level(args), device), folder)
+        return 0
     with Runs.claimed(folder), warnings_in_one_line():
         checkpoint = Runs.checkpoint_for(args, folder)
         if is_complete(args, folder, checkpoint):
             print(f"this run is complete: measures from {folder / 'generator.json'}")
             show_result(folder, Utils.read_json(folder / "generator.json"))
-            return
+            return 0
 
         # images, and a trainer for each of the two trainings
         split, generator, distance = build(args, device)
         single = None
         if args.single_code:
             single = Trainer(args, split, copy.deepcopy(generator), distance, [1], device)
-        trainer = Trainer(args, split, generator, distance, [int(count) for count in args.m.split(",")], device)
+        trainer = Trainer(args, split, generator, distance, codes_per_level(args), device)
         stages = [(trainer, folder, checkpoint, "period")]
         if single:
             single_checkpoint = Utils.newest_checkpoint(folder / SINGLE) if args.resume else None
@@ -526,9 +560,35 @@ def main(args):
             run_stage(stage, args, stage_folder, title)
 
         # measure
+        print("measuring", flush=True)
         result = measure(trainer, single)
         show_result(folder, result)  # first: there may be no room to write it
         Utils.write_json(folder / "generator.json", result)
+        return 0
+
+
+def try_out(args, trainer, folder):
+    """Say what the run would do, and what it would take by a part of a search and a few real steps; write nothing."""
+    describe(args, trainer, folder)
+    rows = trainer.rows_of(0)[:AT_ONCE]
+    images = trainer.images(rows)
+    keys = make_keys(args.seed, Purpose.CODE, 0, rows).to(trainer.device)
+    period = Period(trainer, rows, images, keys)
+    everything = torch.arange(len(rows), device=trainer.device)
+
+    started = time.perf_counter()
+    period.keys = period.search(trainer, everything, keys).keys
+    period.keys.cpu()  # waits for the device
+    search = (time.perf_counter() - started) * trainer.visited / len(rows)
+
+    pace = Reports.Pace(0, trainer.steps)
+    while not pace.tick(trainer.step):
+        trainer.update(period, everything[: args.bs]).item()
+    seconds = args.periods * search + trainer.steps * pace.seconds
+    memory = Utils.peak_memory(trainer.device) / 2**30
+    twice = ", and as much for the net of one code" if args.single_code else ""
+    print(f"generator: about {Reports.duration(seconds)}{twice}; memory {memory:.1f} GiB")
+    print("dry run: nothing was written")
 
 
 def run_stage(trainer, args, folder, title):

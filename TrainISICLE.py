@@ -61,9 +61,9 @@ def get_args(argv=None):
     return Flags.parse(argv, build_parser)
 
 
-def build_parser(data="shapes"):
+def build_parser(data="shapes", device_type="cpu"):
     """Return the parser: SimCLR's, with the flags of where the positives come from."""
-    return TrainSimCLR.build_parser(data, __doc__, add_positives)
+    return TrainSimCLR.build_parser(data, device_type, __doc__, add_positives)
 
 
 def add_positives(group):
@@ -84,6 +84,8 @@ def add_positives(group):
     add("--corrupt", metavar="SPEC", help=corrupt)
     generator = "a run of TrainCamNet.py; default: the newest one for this data, or a new one"
     add("--generator", metavar="FILE|DIR", help=generator)
+    camnet = 'flags of TrainCamNet.py for the generator, in one string, for example "--periods 12 --distance pixels"'
+    add("--camnet", default="", metavar="FLAGS", help=camnet)
     bank = "your own positives instead of a generator: .npy, uint8 (N, K, 3, H, W), in the order of the train split"
     add("--bank", metavar="FILE", help=bank)
     where = (
@@ -115,6 +117,12 @@ class Restored:
 
     def __len__(self):
         return (self.pair.real + self.made) * self.pair.times
+
+    @property
+    def captions(self):
+        """What each view shows, in words."""
+        restored = "restored" if self.args.p_gen == 1 else "restored or image"
+        return (["image"] * self.pair.real + [restored] * self.made) * self.pair.times
 
     def start_epoch(self, epoch):
         """Take the bank of an epoch; see TrainSimCLR.SamePair."""
@@ -175,6 +183,11 @@ class Corrupted(Restored):
         self.corruption = corruption
         self.synthetic_share = 1.0
 
+    @property
+    def captions(self):
+        """What each view shows, in words."""
+        return ["c(x)"] * 2
+
     def __call__(self, indices, images, step):
         """Return c(x), uint8 (b, 3, H, W), twice; see TrainSimCLR.SamePair."""
         return [self.synthetic(indices, images, step)] * 2
@@ -229,35 +242,44 @@ def farthest(bank, indices, count, images, encoder):
 # ---------------------------------------------------------------------------------------------------- generator, bank
 
 
-def train_generator(args):
-    """Train a generator by the recipe of the data, or continue to; return its checkpoint."""
+def generator_flags(args):
+    """Return the words of --camnet, and {flag: value} of what they say about the generator."""
+    words = shlex.split(args.camnet)
+    given = Flags.parse([*words, f"--data={args.data}"], TrainCamNet.build_parser)
+    asked = {name: value for name, value in Flags.hyper_parameters(given).items() if name in given.given}
+    asked.pop("data")
+    return words, asked
+
+
+def generator_words(args, words):
+    """Return the command line of TrainCamNet.py for the generator of a run; words: those of --camnet."""
     shared = ("data", "size", "device", "n_workers", "data_dir", "storage", "models_dir", "precision", "corrupt")
     argv = [f"--{name}={getattr(args, name)}" for name in shared if getattr(args, name) is not None]
     if args.skip_bad:
         argv.append("--skip_bad")
-    argv.append("--resume=auto")
+    return [*argv, "--no-single_code", *words]
+
+
+def train_generator(args, split, words, asked):
+    """Train a generator by the recipe of the data, or continue to; return its checkpoint."""
+    argv = [*generator_words(args, words), "--resume=auto"]
     command = shlex.join(["python", "TrainCamNet.py", *argv])
     if Distributed.is_launched():
         raise Utils.UserError(f"--generator: none for {args.data} yet, and torchrun trains none: first run {command}")
-    models = Path(args.models_dir)
-    try:
-        models.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Utils.UserError(f"--models_dir {models}: {error}: name another folder") from error
-    lock = models / f".generator-{Data.get_row(args.data).name}.lock"
+    lock = Path(args.models_dir) / f".generator-{Data.get_row(args.data).name}.lock"
     with Utils.locked(lock, f"training a generator for {args.data}"):
-        found = Banks.newest_generator(args)
+        found = Banks.newest_generator(args, split, asked)
         if found:  # another process has trained it meanwhile
             return found
         print(f"no generator for {args.data} yet: {command}", flush=True)
         TrainCamNet.main(TrainCamNet.get_args(argv))  # ends the program where a signal ends it
-        return Banks.newest_generator(args)
+        return Banks.newest_generator(args, split, asked)
 
 
 def check_flags(args):
     """Raise UserError on flags that do not go together."""
     if args.bank:
-        for name in ("generator", "corrupt", "refresh"):
+        for name in ("generator", "corrupt", "camnet", "refresh"):
             if getattr(args, name):
                 raise Utils.UserError(
                     f"--bank {args.bank}: --{name} is for banks that a generator makes: leave one of them out"
@@ -277,13 +299,15 @@ def make_positives(args, splits, device):
     """Return the source of positives of a run's flags. Raises UserError on flags that do not go together."""
     split = splits.train
     source = Restored(args, warmup_steps=args.gen_warmup * (len(split) // args.bs))
+    TrainSimCLR.check_views(args, len(source))  # before a generator is trained
     if args.p_gen == 0:
         return source
     check_flags(args)
     with Utils.as_user_error():
         # the control without a generator
+        words, asked = generator_flags(args)
         if args.pair == "corrupted":
-            return Corrupted(args, Corruption(Banks.corruption_for(args), split.size))
+            return Corrupted(args, Corruption(Banks.corruption_for(args, split, asked), split.size))
 
         # a bank of one's own
         if args.bank:
@@ -295,11 +319,24 @@ def make_positives(args, splits, device):
 
         # banks that a generator makes
         check_count(args, source, args.num_codes, "--num_codes:")
-        checkpoint = Banks.find_generator(args) or train_generator(args)
-        schedule = Banks.BankSchedule(args, split, device, checkpoint)
+        if args.dry_run:
+            return try_out_bank(args, split, device, source, words, asked)
+        checkpoint = Banks.find_generator(args, split, asked) or train_generator(args, split, words, asked)
+        schedule = Banks.BankSchedule(args, split, device, checkpoint, asked)
         source.bank_of_epoch = schedule
         source.fingerprint = schedule.fingerprint
         return source
+
+
+def try_out_bank(args, split, device, source, words, asked):
+    """Return the source of a dry run: instead of restorations its bank shows the images, as many times."""
+    if not Banks.find_generator(args, split, asked):
+        TrainCamNet.main(TrainCamNet.get_args([*generator_words(args, words), "--dry_run"]))
+    gib = len(split) * args.num_codes * 3 * split.size**2 / 2**30
+    print(f"bank: {args.num_codes} restorations of {len(split):,} images, {gib:.2f} GiB")
+    images = torch.cat([images for _, images in split.batches(torch.arange(len(split)).split(512), device)])
+    source.bank = Bank(images[:, None].expand(-1, args.num_codes, -1, -1, -1), device, on_device=False)
+    return source
 
 
 def main(args):

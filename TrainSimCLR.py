@@ -29,6 +29,7 @@ import Reports
 import Runs
 import Utils
 from Backbones import BACKBONES, ContrastiveNet, build_head, check_backbone, count_parameters, is_resnet, stem_text
+from EncoderFiles import encoder_metadata, save_encoder
 from Flags import bounded
 from Optimizers import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 
@@ -43,8 +44,8 @@ def get_args(argv=None):
     return Flags.parse(argv, build_parser)
 
 
-def build_parser(data="shapes", doc=__doc__, add_positives=None):
-    """Return the parser of a contrastive script; the defaults are the recipe of the row of `data`.
+def build_parser(data="shapes", device_type="cpu", doc=__doc__, add_positives=None):
+    """Return the parser of a contrastive script; the defaults are the recipe of the row of `data` on the device.
 
     add_positives: adds the flags of where the views come from to an argument group; None: SimCLR's.
     """
@@ -54,7 +55,7 @@ def build_parser(data="shapes", doc=__doc__, add_positives=None):
     add_model_flags(parser.add_argument_group("model and loss"))
     add_optimisation_flags(parser.add_argument_group("optimisation"))
     add_run_flags(Flags.add_run_group(parser, "epochs"))
-    parser.set_defaults(**Data.get_row(data).recipe)
+    parser.set_defaults(**Data.get_row(data).recipe_for(device_type))
     return parser
 
 
@@ -81,6 +82,9 @@ def add_model_flags(group):
     add("--backbone", metavar="NAME", help=backbone)
     stem = "first layer of a ResNet; small: 3x3, stride 1, no pooling; auto: small up to 64 pixels"
     add("--stem", choices=["auto", "small", "large"], default="auto", help=stem)
+    init = "weights to continue from: torchvision's for this backbone, an encoder.pt or a checkpoint"
+    add("--init", metavar="FILE", help=init)
+    add("--normalise", action="store_true", help="by ImageNet's mean and deviation, as such weights expect")
     add("--proj_dim", type=bounded(int, 1), metavar="D", help="length of a projection")
     add("--proj_hidden", type=bounded(int, 1), metavar="H", help="width of the projection head")
     add("--proj_norm", action=argparse.BooleanOptionalAction, help="batch normalisation in the projection head")
@@ -130,6 +134,11 @@ class SamePair:
     def __len__(self):
         return self.num_views
 
+    @property
+    def captions(self):
+        """What each view shows, in words."""
+        return ["image"] * self.num_views
+
     def start_epoch(self, epoch):
         """Prepare for an epoch; all processes call this at the same time."""
 
@@ -167,24 +176,25 @@ class Trainer:
         self.augmentation = Flags.augmentation_for(args)
         self.rng = torch.Generator().manual_seed(args.seed)  # of the views
 
-        # net and optimizer
-        encoder = Flags.encoder_for(args)
-        head = build_head(encoder.num_features, args.proj_hidden, args.proj_dim, args.proj_norm)
-        self.net = ContrastiveNet(encoder, head).to(device, memory_format=torch.channels_last)
-        self.forward = Distributed.wrap(self.net, device)
-        groups = parameter_groups(self.net, args.wd)
-        self.optimizer = build_optimizer(args.opt, groups, args.lr, args.mm, args.lars, args.trust)
-        positives.encoder = encoder  # some choose by what it has learnt
-
         # position
         self.steps_per_epoch = len(train_split) // args.bs
         self.steps = args.epochs * self.steps_per_epoch
         self.step = 0
+        self.pace = Reports.Pace(self.step, self.steps)
+
+        # net and optimizer
+        encoder = Flags.encoder_for(args)
+        head = build_head(encoder.num_features, args.proj_hidden, args.proj_dim, args.proj_norm)
+        self.net = ContrastiveNet(encoder, head).to(device, memory_format=torch.channels_last)
+        groups = parameter_groups(self.net, args.wd)
+        self.optimizer = build_optimizer(args.opt, groups, args.lr, args.mm, args.lars, args.trust)
+        positives.encoder = encoder  # some choose by what it has learnt
 
         # speed
         self.bf16 = Utils.set_precision(args.precision, device)
-        if args.compile == "yes" or (args.compile == "auto" and device.type == "cuda" and self.steps >= 2000):
-            self.forward = torch.compile(self.forward)
+        is_long = device.type == "cuda" and self.steps >= 2000
+        compiled = args.compile == "yes" or (args.compile == "auto" and is_long)
+        self.forward = Distributed.wrap(self.net, device, compiled)
 
     @property
     def epoch(self):
@@ -226,6 +236,7 @@ class Trainer:
             )
         Utils.load_(file, encoder=self.net.encoder, head=self.net.head, optimizer=self.optimizer)
         self.step = state["step"]
+        self.pace = Reports.Pace(self.step, self.steps)
         self.rng.set_state(state["random"]["views"])
         torch.set_rng_state(state["random"]["torch"])
 
@@ -242,13 +253,11 @@ class Trainer:
     def augment(self, batches):
         """Return float views (M b, 3, H, W) of M uint8 batches; parameters are drawn for the batch of all processes."""
         start = self.rank * (self.args.bs // self.world)
-        views = []
+        params = []
         for images in batches:
-            params = self.augmentation.draw(self.args.bs, *images.shape[2:], self.rng)
-            mine = slice(start, start + len(images))  # --skip_bad can shorten a streamed batch
-            params = {name: value[mine] for name, value in params.items()}
-            views.append(self.augmentation.apply(images, params))
-        return torch.cat(views).contiguous(memory_format=torch.channels_last)
+            drawn = self.augmentation.draw(self.args.bs, *images.shape[2:], self.rng)
+            params.append({name: value[start : start + len(images)] for name, value in drawn.items()})
+        return self.augmentation.apply_all(batches, params).contiguous(memory_format=torch.channels_last)
 
     def update(self, indices, images, lap=lambda stage: None):
         """Take one step; return (loss, projections (M, N, D), views (M b, 3, H, W)) without waiting for the device.
@@ -305,11 +314,14 @@ def train_epoch(trainer, run, interruption):
             steps += 1
             bar.update()
 
-            is_logged = trainer.step % args.log_iter == 0
+            show_pace(trainer, run, bar)
+
+            # the first step, the last one of an epoch, and every --log_iter
+            is_logged = trainer.step % args.log_iter == 0 or trainer.step == 1 or trainer.step_in_epoch == 0
             if is_logged:
                 log_step(trainer, run, loss, z, meter)
             if is_shown:
-                Reports.show_pairs(run, x, len(z), trainer.step)
+                Reports.show_pairs(run, x, trainer.positives.captions, trainer.step)
                 meter.start(trainer.step)
             stopped = Distributed.any_process(interruption.signal is not None)
             if stopped:
@@ -320,6 +332,28 @@ def train_epoch(trainer, run, interruption):
     finite = Utils.all_finite(trainer.net.state_dict().values())
     check_health(trainer, run, mean if finite else float("nan"))
     return mean, stopped
+
+
+def show_pace(trainer, run, bar):
+    """Say once how long the training takes, and from then on, in the bar of the epoch, what is left of it."""
+    pace = trainer.pace
+    if pace.tick(trainer.step) and run.writes:
+        tqdm.write(estimate(trainer))
+    if pace.seconds is not None:
+        bar.set_postfix_str(f"run: {Reports.duration(pace.left(trainer.step))} left", refresh=False)
+
+
+def estimate(trainer):
+    """Return how long the training takes, in words."""
+    left = trainer.pace.left(trainer.step)
+    save_iter = trainer.args.save_iter or trainer.args.epochs
+    to_checkpoint = min(
+        save_iter * trainer.steps_per_epoch - trainer.step % (save_iter * trainer.steps_per_epoch),
+        trainer.steps - trainer.step,
+    )
+    checkpoint = Reports.duration(to_checkpoint * trainer.pace.seconds)
+    memory = Utils.peak_memory(trainer.device) / 2**30
+    return f"training takes about {Reports.duration(left)}; next checkpoint in {checkpoint}; memory {memory:.1f} GiB"
 
 
 def log_step(trainer, run, loss, z, meter):
@@ -384,7 +418,7 @@ def is_unscored(trainer, folder):
     is_boundary = 0 < trainer.step < trainer.steps and trainer.step_in_epoch == 0
     if not is_boundary or not is_scored(trainer.args, trainer.epoch):
         return False
-    return Distributed.first_rank_only(lambda: not Runs.has_logged(folder, trainer.step, "alignment"))
+    return Distributed.first_rank_only(lambda: not Runs.has_logged(folder, trainer.step, "cosine_real"))
 
 
 def measure_pairs(trainer, labelled):
@@ -401,25 +435,28 @@ def measure_pairs(trainer, labelled):
 
 
 def finish_run(trainer, run, splits, again):
-    """Score the last epoch next to its baselines; write evaluation.json and what TensorBoard shows of it.
+    """Score the last epoch next to its baselines; write evaluation.json and what TensorBoard shows of it; return
+    the scores.
 
     again: the run was complete when this start resumed it; what it scored then is shown if it scored the same split.
     """
     # data without labels: only the pairs can be measured
     if not Evaluate.can_probe(splits):
-        if not Runs.has_logged(run.folder, trainer.step, "alignment"):
+        if not Runs.has_logged(run.folder, trainer.step, "cosine_real"):
             run.log(trainer.step, trainer.epoch, group="Pairs", **measure_pairs(trainer, labelled=False))
+            run.show_flags(Flags.hyper_parameters(trainer.args), ["Pairs/alignment"])
         print("fewer than two classes, or too few labels: nothing to score")
-        return
+        return {}
 
     # a complete run that was resumed
     file = run.folder / "evaluation.json"
     result = Utils.read_json(file) or {}
     if again and result.get("split") == splits.eval and Runs.has_logged(run.folder, trainer.step, "knn"):
         print(f"this run is complete: scores from {file}\n{Evaluate.scores_table(result)}")
-        return
+        return result
 
     # scores
+    print("scoring", flush=True)
     encoder = trainer.net.encoder
     untrained = None
     if trainer.args.baselines:
@@ -432,9 +469,13 @@ def finish_run(trainer, run, splits, again):
     Utils.write_json(file, result)
     scores = {name: result[name] for name in ("knn", "linear")}
     run.log(trainer.step, trainer.epoch, group="Pairs", **scores, **result["pairs"])
-    final = {f"Final/{name}": result[name] for name in ("knn", "linear", "linear_aug") if name in result}
-    run.board.add_hparams(Flags.hyper_parameters(trainer.args), final, run_name=".")
+    run.show_flags(Flags.hyper_parameters(trainer.args), scores)
+    run.baseline("chance", {"knn": result["chance"], "linear": result["chance"]}, trainer.step)
+    if untrained:
+        run.baseline("untrained", {name: result[f"untrained_{name}"] for name in scores}, trainer.step)
+        run.baseline("pixels", {"knn": result["pixels_knn"]}, trainer.step)
     Reports.show_embedding(run, encoder, splits.test, trainer.device)
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------- script
@@ -444,23 +485,39 @@ def check_flags(args, world):
     """Return the row of the data; fit what the user did not say. Raises UserError on flags that do not go together."""
     row = Data.get_row(args.data, args.size)
     can_be_small = args.backbone == "resnet8" or is_resnet(args.backbone)
+    args.image_size = row.size
     args.small_stem = args.stem == "small" or (args.stem == "auto" and row.small_images and can_be_small)
     with Utils.as_user_error():
         check_backbone(args.backbone, args.small_stem, row.size)
-    if args.n_ramp >= args.epochs:
-        Flags.fit(args, "n_ramp", args.epochs / 10, f"--epochs {args.epochs} leaves nothing after it")
     if args.bs % world:
         Flags.fit(args, "bs", args.bs // world * world, f"it must be a multiple of the {world} processes")
     return row
 
 
-def check_images(args, row, n, world):
+def check_images(args, row, n, world, device):
     """Fit to the n training images what the user did not say. Raises UserError on flags that do not fit them."""
-    if n < args.bs:
-        half = 2 ** int(math.log2(max(2, n // 2)))  # at least two steps in an epoch
+    # a batch of at most half of the images, with a learning rate for it
+    if n < args.bs or (n < 2 * args.bs and "bs" not in args.given):
+        before = args.bs
+        half = 2 ** int(math.log2(max(2, n // 2)))
         Flags.fit(args, "bs", half // world * world, f"{row.name} has {n} images")
+        if "lr" not in args.given:
+            Flags.fit(args, "lr", args.lr * args.bs / before, f"it was for --bs {before}")
     if args.bs < max(2, world):
         raise Utils.UserError(f"--data {args.data}: {n} images are too few for {world} processes: start fewer")
+
+    # as many epochs as a CPU does within the hour
+    epochs = max(1, int(Data.CPU_PIXELS / (n * row.size**2)))
+    if device.type == "cpu" and "epochs" not in args.given and epochs < args.epochs:
+        Flags.fit(args, "epochs", epochs, f"{n:,} images of {row.size} px on a CPU; give --epochs for more")
+    if args.n_ramp >= args.epochs:
+        Flags.fit(args, "n_ramp", args.epochs / 10, f"--epochs {args.epochs} leaves nothing after it")
+
+
+def check_views(args, count):
+    """Raise UserError if the loss is for more views than there are."""
+    if args.loss == "align" and count == 2:
+        raise Utils.UserError("--loss align: it is for more than two views: choose lout, or a --pair of three")
 
 
 def describe(args, row, trainer, folder):
@@ -469,11 +526,13 @@ def describe(args, row, trainer, folder):
     precision = Utils.precision_name(args.precision, trainer.bf16)
     stem = stem_text(net.encoder)
     optimizer = f"{args.opt}{' + LARS' if args.lars else ''}, lr {args.lr:g}"
-    print(f"{row.name}: {len(trainer.train_split)} images of {row.size} px, on {trainer.device} in {precision}")
+    n = Reports.plural(len(trainer.train_split), "image")
+    steps = Reports.plural(trainer.steps, "step")
+    print(f"{row.name}: {n} of {row.size} px, on {trainer.device} in {precision}")
     encoder = f"{args.backbone}, {stem}" if stem else args.backbone
     print(f"{encoder}: {count_parameters(net.encoder):,} weights, head {count_parameters(net.head):,}")
-    print(f"{trainer.augmentation}")
-    print(f"{trainer.steps} steps of {args.bs} images x {len(trainer.positives)} views, {optimizer}")
+    print(f"views: {trainer.augmentation}")
+    print(f"{steps} of {args.bs} images x {len(trainer.positives)} views, {optimizer}")
     print(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {folder}", flush=True)
 
 
@@ -484,22 +543,42 @@ def main(args, make_positives=None, script=Path(__file__).stem, build_parser=bui
     """
     # device, images, run folder
     rank, world, device = Distributed.start(Utils.pick_device(args.device))
+    torch.backends.cudnn.deterministic = args.deterministic
     row = check_flags(args, world)
     splits = Flags.splits_for(args, device)
-    check_images(args, row, len(splits.train), world)
-    usual = Flags.hyper_parameters(build_parser(args.data).parse_args([]))
+    check_images(args, row, len(splits.train), world, device)
+    usual = Flags.hyper_parameters(build_parser(args.data, device.type).parse_args([]))
     folder = Runs.find_run(args, script, row.name, Flags.hyper_parameters(args), usual)
+    if args.dry_run:
+        positives = make_positives(args, splits, device) if make_positives else SamePair(args.num_views)
+        return try_out(args, row, folder, Trainer(args, splits.train, positives, device, rank, world))
 
     # only one process, or group of processes, works on a run
     with Runs.claimed(folder):
         checkpoint = Distributed.first_rank_only(lambda: Runs.checkpoint_for(args, folder))
         positives = make_positives(args, splits, device) if make_positives else SamePair(args.num_views)
-        if args.loss == "align" and len(positives) == 2:
-            raise Utils.UserError("--loss align: it is for more than two views: choose lout, or a --pair of three")
+        check_views(args, len(positives))
         trainer = Trainer(args, splits.train, positives, device, rank, world)
         if checkpoint:
             trainer.load(checkpoint)
         return pretrain(args, row, folder, splits, trainer)
+
+
+def try_out(args, row, folder, trainer):
+    """Say what the run would do, and what it would take by a few real steps; write nothing."""
+    trainer.positives.start_epoch(0)
+    describe(args, row, trainer, folder)
+    trainer.net.train()
+    while trainer.pace.seconds is None and trainer.step < trainer.steps:
+        for indices, images in trainer.batches():
+            trainer.update(indices, images)[0].item()  # waits for the device
+            if trainer.pace.tick(trainer.step):
+                break
+    if trainer.pace.seconds is not None:  # else that was all of it
+        print(estimate(trainer))
+    print("dry run: nothing was written")
+    Distributed.stop()
+    return 0
 
 
 def pretrain(args, row, folder, splits, trainer):
@@ -529,7 +608,9 @@ def pretrain(args, row, folder, splits, trainer):
 
         # score
         if run.writes and not stopped:
-            finish_run(trainer, run, splits, again=first_step == trainer.step)
+            result = finish_run(trainer, run, splits, again=first_step == trainer.step)
+            metadata = encoder_metadata(trainer.net.encoder, args, trainer.epoch, result)
+            save_encoder(folder / "encoder.pt", trainer.net.encoder, metadata)
             Runs.farewell(folder)
     Distributed.stop()
     return interruption.exit_code if stopped else 0

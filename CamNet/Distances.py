@@ -174,6 +174,11 @@ def _load_backbone(backbone, file):
     backbone.load_state_dict({names[key]: value for key, value in state.items()})
 
 
+def is_at_hand(name):
+    """Return whether torchvision's weights for LPIPS on this backbone have been downloaded before."""
+    return (Path(torch.hub.get_dir()) / "checkpoints" / FILES[name]).exists()
+
+
 def build_distance(name, weights=None, side=64, alpha=0.1):
     """Return `Pixels` for the name "pixels", and for the others `LPIPS` of that network with the other arguments."""
     if name == "pixels":

@@ -166,7 +166,7 @@ class Level(nn.Module):
 
         # Head: two convolutions at 2r pixels, then the image.
         if seen_by_head is not None:
-            x = torch.cat([x, seen_by_head], dim=1)
+            x = torch.cat([x, seen_by_head.to(x.dtype)], dim=1)
         for conv in self.head:
             x = F.leaky_relu(conv(x), SLOPE, inplace=True)
         return torch.tanh(self.to_rgb(x).float()), x

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.utils import make_grid
+
+from Lazy import lazy_import
+
+torchvision = lazy_import("torchvision")
 
 CLASSES = ["disc", "square", "triangle", "star", "cross", "ring", "crescent", "bars", "heart", "L"]
 SIZES = {"train": 8000, "val": 2000, "test": 2000}  # images per split, classes in equal shares
@@ -179,7 +182,7 @@ def main():
     """Write Results/shapes.png: twenty images of each class, a row per class, with its name on the left."""
     images, labels = make_split("train")
     picked = torch.cat([images[labels == k][:20] for k in range(len(CLASSES))])
-    grid = make_grid(picked, nrow=20, padding=2, pad_value=255)
+    grid = torchvision.utils.make_grid(picked, nrow=20, padding=2, pad_value=255)
     left = 90
     picture = Image.new("RGB", (left + grid.shape[2], grid.shape[1]), "white")
     picture.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (left, 0))

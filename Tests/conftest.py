@@ -1,19 +1,18 @@
 """A small data set in files, and the flags and the finished run that several test files start from."""
 
 import os
-import subprocess
+import signal
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import save_shapes
+from helpers import only_run, run, save_shapes
 
+import Signals
 import TrainSimCLR
 import Utils
 
-ROOT = Path(__file__).parents[1]
 SMALL = "--size 32 --backbone resnet8 --bs 8 --epochs 3 --n_ramp 1 --lr 0.1 --proj_hidden 32 --blur_p 0"
 OFTEN = "--log_iter 1 --save_iter 1 --eval_iter 0 --n_workers 0 --device cpu"
 
@@ -38,28 +37,38 @@ def flags(tree):
 
 
 @pytest.fixture(scope="session")
-def whole(flags, tmp_path_factory):
-    """A finished run, made by its own process: .folder .models_dir .code .out .err .argv."""
+def quick(flags):
+    """The same as `flags` with images of 16 pixels, which take half the time."""
+    return lambda models_dir, *more: flags(models_dir, "--size", "16", *more)
+
+
+@pytest.fixture(scope="session")
+def whole(quick, tmp_path_factory):
+    """A finished run of the quick flags, made by its own process: .folder .models_dir .code .out .err .argv."""
     models_dir = tmp_path_factory.mktemp("whole")
-    argv = flags(models_dir)
-    done = subprocess.run(
-        [sys.executable, "TrainSimCLR.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    (folder,) = models_dir.iterdir()
-    output = {"code": done.returncode, "out": done.stdout, "err": done.stderr}
-    return SimpleNamespace(folder=folder, models_dir=models_dir, argv=argv, **output)
+    argv = quick(models_dir)
+    done = run("TrainSimCLR.py", *argv)
+    return SimpleNamespace(folder=only_run(models_dir), models_dir=models_dir, argv=argv, **vars(done))
 
 
 @pytest.fixture
 def cli(monkeypatch, capfd):
-    """(argv) -> .code .out .err of TrainSimCLR.py with these flags, run in this process as its last lines run it."""
+    """(argv, script) -> .code .out .err of a script with these flags, run in this process as its last lines run it.
 
-    def run(argv):
-        monkeypatch.setattr(sys, "argv", ["TrainSimCLR.py", *argv])
+    script: its module; TrainSimCLR where it is left out.
+    """
+
+    def run_here(argv, script=TrainSimCLR):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
+        handlers = {number: signal.getsignal(number) for number in Signals.EXIT_CODES}
         capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            Utils.run_script(TrainSimCLR.main, lambda: TrainSimCLR.get_args(argv))
+        try:
+            with pytest.raises(SystemExit) as caught:
+                Utils.run_script(script.main, lambda: script.get_args(sys.argv[1:]))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         out, err = capfd.readouterr()
-        return SimpleNamespace(code=caught.value.code, out=out, err=err)
+        return SimpleNamespace(code=caught.value.code or 0, out=out, err=err)
 
-    return run
+    return run_here

@@ -58,19 +58,36 @@ def test_resized_crop_equals_torchvision(interpolation):
         assert_close(views, torch.stack([torchvision_crop(*row) for row in rows]))
 
 
-def test_resize_equals_torchvision():
+@pytest.mark.parametrize("size", [8, 32, 64])
+def test_whole_images_are_resized_as_torchvision_does(size):
     images = torch.rand(2, 3, 40, 23, generator=seeded())
-    for size in (8, 32, 64):
-        expected = torch.stack([tv.resize(image, [size, size], antialias=True) for image in images])
-        assert_close(Augmentations.resize(images, size), expected)
+    aug = Augmentation(size, crop_scale=None, flip_p=0, jitter=None, gray_p=0)
+    expected = torch.stack([tv.resize(image, [size, size], antialias=True) for image in images])
+    assert_close(aug(images, seeded()), expected)
 
 
-COLOUR = {
+def test_to_float_divides_uint8_by_255_and_returns_float32_itself():
+    images = uint8_images(4)
+    floats = Augmentations.to_float(images)
+    assert floats.dtype == torch.float32
+    assert torch.equal(floats, images / 255)
+    assert Augmentations.to_float(floats) is floats
+
+
+COLOUR = {  # in the order of ColorJitter's numbers, with the range of the factor or shift
     "adjust_brightness": (0, 2),
     "adjust_contrast": (0, 2),
     "adjust_saturation": (0, 2),
     "adjust_hue": (-0.5, 0.5),
 }
+
+
+def adjust(name, images, values):
+    """One colour operation, as the jitter applies it."""
+    if name == "adjust_hue":
+        return Augmentations.adjust_hue(images, values)
+    operation = torch.full((len(images),), list(COLOUR).index(name))
+    return Augmentations._adjust_tone_(images.clone(), values, operation)
 
 
 @pytest.mark.parametrize("name", COLOUR)
@@ -83,17 +100,25 @@ def test_colour_equals_torchvision(name, levels):
     values = torch.rand(20, generator=g) * (high - low) + low
     values[:2] = torch.tensor([low, high])
     before = images.clone()
-    actual = getattr(Augmentations, name)(images, values)
+    actual = adjust(name, images, values)
     assert_close(actual, torch.stack([getattr(tv, name)(x, float(v)) for x, v in zip(images, values)]))
     assert torch.equal(images, before)
 
 
-def test_tone_mix_equals_single_operations():
-    images, factor = torch.rand(9, 3, 8, 8, generator=seeded()), torch.linspace(0, 2, 9)
-    kind = torch.arange(9) % 3
-    mixed = Augmentations._adjust_tone(images, factor, kind)
+def test_a_mix_of_tone_operations_equals_each_alone():
+    images = torch.rand(9, 3, 8, 8, generator=seeded())
+    factor = torch.linspace(0, 2, 9)
+    mixed = Augmentations._adjust_tone_(images.clone(), factor, torch.arange(9) % 3)
     for i, name in enumerate(list(COLOUR)[:3]):
-        assert_close(mixed[i::3], getattr(Augmentations, name)(images[i::3], factor[i::3]), 1e-6)
+        assert_close(mixed[i::3], adjust(name, images[i::3], factor[i::3]), 1e-6)
+
+
+def test_hue_written_in_place_has_the_same_bits():
+    images = torch.rand(9, 3, 8, 8, generator=seeded())
+    shift = torch.linspace(-0.5, 0.5, 9)
+    expected = Augmentations.adjust_hue(images, shift)
+    assert Augmentations.adjust_hue(images, shift, out=images) is images
+    assert torch.equal(images, expected)
 
 
 def test_gray_and_solarize_equal_torchvision():
@@ -166,6 +191,25 @@ def test_rows_and_chunks_equal_whole_batch(monkeypatch):
     assert_close(aug.apply(images, params), whole, 1e-6)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        EVERYTHING,
+        {"crop_scale": None, "jitter": None},
+        {"interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.2,) * 3},
+    ],
+)
+@pytest.mark.parametrize("chunk", [Augmentations.CHUNK_FLOATS, 7 * 3 * 32 * 32])
+def test_all_views_in_one_call_have_the_bits_of_each_alone(settings, chunk, monkeypatch):
+    aug = Augmentation(32, **settings)
+    batches = [uint8_images(100, seed=seed) for seed in range(3)]
+    params = [aug.draw(100, 32, 32, seeded(seed)) for seed in range(3)]
+    expected = torch.cat([aug.apply(images, drawn) for images, drawn in zip(batches, params)])
+    monkeypatch.setattr(Augmentations, "CHUNK_FLOATS", chunk)
+    assert torch.equal(aug.apply_all(batches, params), expected)
+
+
 @pytest.mark.parametrize("settings", [{}, {"crop_scale": None}, EVERYTHING | {"interpolation": "bicubic"}])
 def test_uint8_and_float_agree_in_range_and_stay_as_they_are(settings):
     aug, images = Augmentation(32, **settings), uint8_images(40)
@@ -189,7 +233,8 @@ def test_no_augmentation_is_division_by_255():
 @pytest.mark.parametrize("settings", [EVERYTHING, {"crop_scale": None, "mean": (0.5,) * 3, "std": (0.5,) * 3}])
 def test_cuda_equals_cpu_without_synchronisation(settings):
     aug, images = Augmentation(32, **settings), uint8_images(200)
-    params, on_gpu = aug.draw(200, 32, 32, seeded()), images.cuda()
+    params = aug.draw(200, 32, 32, seeded())
+    on_gpu = images.cuda()
     aug.apply(on_gpu, params)  # the first call may set up libraries
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -328,6 +373,7 @@ def test_bad_images_and_parameters_are_named():
     with pytest.raises(ValueError, match=r"length is .* 4"):
         aug.apply(images, aug.draw(5, 32, 32, seeded()))
     with pytest.raises(ValueError, match="interpolation is 'area'"):
-        Augmentations.resize(images, 8, "area")
+        box = torch.zeros(4, dtype=torch.long)
+        Augmentations.resized_crop(images, box, box, box + 32, box + 32, 8, interpolation="area")
     with pytest.raises(ValueError, match="kernel_size is 4"):
         Augmentations.gaussian_blur(images / 255, 4, torch.ones(4))

@@ -3,22 +3,18 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import signal_when, start
 
 import Utils
-from CamNet import Bank, Generator
-from CamNet.Codes import make_keys
+from CamNet import Bank
+from CamNet.Codes import Purpose, make_keys
+from CamNet.Generator import Generator
 from Images import Shapes
 from Images.Split import Split
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +36,10 @@ def fill(file, generator, split, k=3, seed=0, **more):
 def test_bank_holds_samples_of_every_image(tmp_path, generator, split):
     assert fill(tmp_path / "b.npy", generator, split)
     images = np.load(tmp_path / "b.npy")
-    assert images.dtype == np.uint8 and images.shape == (30, 3, 3, 16, 16)
+    assert images.dtype == np.uint8
+    assert images.shape == (30, 3, 3, 16, 16)
     for row, number in ((0, 0), (17, 2), (29, 1)):  # one by one, as the sampling itself makes them
-        key = make_keys(0, Bank.PURPOSE, torch.tensor([row]))
+        key = make_keys(0, Purpose.BANK, torch.tensor([row]))
         condition = generator.corruption(split.images[row : row + 1], key)
         sample = generator.sample(condition, make_keys(key, number))[0]
         assert np.abs(images[row, number] / 255 - sample.numpy()).max() <= 0.5 / 255 + 1e-5
@@ -53,11 +50,13 @@ def test_bank_holds_samples_of_every_image(tmp_path, generator, split):
 
 
 def test_second_call_finds_it_and_codes_follow_from_the_seed(tmp_path, generator, split):
-    assert fill(tmp_path / "a.npy", generator, split) and not fill(tmp_path / "a.npy", generator, split)
+    assert fill(tmp_path / "a.npy", generator, split)
+    assert not fill(tmp_path / "a.npy", generator, split)
     fill(tmp_path / "b.npy", generator, split)
     fill(tmp_path / "c.npy", generator, split, seed=1)
     a, b, c = (np.load(tmp_path / f"{name}.npy") for name in "abc")
-    assert (a == b).all() and (a != c).any()
+    assert (a == b).all()
+    assert (a != c).any()
     assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] == "a") == ["a.npy", "a.npy.json"]
 
 
@@ -78,18 +77,22 @@ def test_bank_of_something_else_is_refused(tmp_path, generator, split, what):
         arguments[what] += 1
     with pytest.raises(ValueError, match=rf"^\S+ was made from another .*{what}.*: delete it") as caught:
         fill(file, generator, split, **arguments)
-    assert "\n" not in str(caught.value) and file.read_bytes() == before
+    assert "\n" not in str(caught.value)
+    assert file.read_bytes() == before
 
 
 FILL = """
 import sys, time, torch
-from CamNet import Bank, Generator
+from CamNet import Bank
+from CamNet.Generator import Generator
 from Images import Shapes
 from Images.Split import Split
 torch.manual_seed(0)
-generator, labels = Generator("tiny", 16, "gray+down2"), torch.arange(10).repeat(3)
+generator = Generator("tiny", 16, "gray+down2")
+labels = torch.arange(10).repeat(3)
 split = Split(Shapes.draw(labels, 16, torch.Generator().manual_seed(0)), labels, Shapes.CLASSES)
-Bank.SAVED_EVERY, restore = 0, Bank.restore
+Bank.SAVED_EVERY = 0
+restore = Bank.restore
 def slow(*arguments):
     time.sleep(0.3)
     return restore(*arguments)
@@ -100,19 +103,19 @@ Bank.fill(sys.argv[1], generator, split, 3, 0, torch.device("cpu"), bs=2)
 
 def test_killed_filling_goes_on_where_it_was(tmp_path, generator, split, monkeypatch):
     file, note = tmp_path / "b.npy", tmp_path / "b.npy.part.json"
-    process = subprocess.Popen([sys.executable, "-c", FILL, str(file)], cwd=ROOT, env={**os.environ, "PYTHONPATH": "."})
-    deadline = time.monotonic() + 60
-    while not (note.exists() and json.loads(note.read_text())["done"] >= 6):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    started = start("-c", FILL, file)
+    signal_when(started, signal.SIGKILL, lambda: note.exists() and json.loads(note.read_text())["done"] >= 6)
     done = json.loads(note.read_text())["done"]
-    assert not file.exists() and 6 <= done < 30
-    seen, restore = [], Bank.restore
-    monkeypatch.setattr(
-        Bank, "restore", lambda g, x, rows, *more: seen.extend(rows.tolist()) or restore(g, x, rows, *more)
-    )
+    assert not file.exists()
+    assert 6 <= done < 30
+    seen = []
+    restore = Bank.restore
+
+    def heard(generator, images, rows, *more):
+        seen.extend(rows.tolist())
+        return restore(generator, images, rows, *more)
+
+    monkeypatch.setattr(Bank, "restore", heard)
     assert fill(file, generator, split)
     assert seen == list(range(done, 30))
     fill(tmp_path / "whole.npy", generator, split)
@@ -149,7 +152,8 @@ def test_take_picks_rows_and_columns(tmp_path, storage):
     images = np.random.default_rng(0).integers(0, 256, (7, 4, 3, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "b.npy", images)
     bank = Bank.Bank(Bank.read(tmp_path / "b.npy", 7, 8), "cpu", storage == "memory")
-    assert (bank.k, len(bank)) == (4, 7) and isinstance(bank.images, torch.Tensor) == (storage == "memory")
+    assert (bank.k, len(bank)) == (4, 7)
+    assert isinstance(bank.images, torch.Tensor) == (storage == "memory")
     rows, columns = torch.tensor([6, 0, 6]), torch.tensor([[0, 3], [1, 2], [2, 0]])
     taken = bank.take(rows, columns)
     for i in range(3):
@@ -161,4 +165,5 @@ def test_auto_storage_looks_at_what_is_free(monkeypatch):
     for free, held in ((200, True), (199, False)):
         monkeypatch.setattr(Utils, "free_memory", lambda device, free=free: free)
         assert Utils.is_held("auto", 100, "cpu") == held
-    assert Utils.is_held("memory", 100, "cpu") and not Utils.is_held("map", 1, "cpu")
+    assert Utils.is_held("memory", 100, "cpu")
+    assert not Utils.is_held("map", 1, "cpu")

@@ -1,4 +1,4 @@
-"""Random numbers by key: against SplitMix64 in plain integers, against scipy's distributions, and in any batch."""
+"""Random numbers by key: against SplitMix64 in Python integers, against SciPy's distributions, in any batch."""
 
 import itertools
 import math
@@ -13,10 +13,13 @@ from CamNet.Codes import make_keys, normals, uniforms
 
 MASK = 2**64 - 1
 SEEDS = (0, 1, 1234567, 2**63, MASK)
-VECTORS = {  # the generator's state at the start: its first numbers, as published
+VECTORS = {  # seed: the first numbers of SplitMix64, as published
     1234567: [
-        *(6457827717110365317, 3203168211198807973, 9817491932198370423),
-        *(4593380528125082431, 16408922859458223821),
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
     ],
     0: [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC, 0x1B39896A51A8749B],
 }
@@ -31,7 +34,8 @@ def mix(z):
 
 def splitmix(seed, count):
     """The first numbers of SplitMix64, one after the other."""
-    state, numbers = seed, []
+    state = seed
+    numbers = []
     for _ in range(count):
         state = (state + 0x9E3779B97F4A7C15) & MASK
         numbers.append(mix(state))
@@ -58,7 +62,7 @@ def key(seed):
 
 
 @pytest.mark.parametrize("seed", VECTORS)
-def test_published_vectors(seed):
+def test_bits_equal_the_published_numbers(seed):
     assert splitmix(seed, 5) == VECTORS[seed]  # the reference of this file is right
     assert [number & MASK for number in Codes._bits(key(seed), 5)[0].tolist()] == VECTORS[seed]
 
@@ -85,7 +89,7 @@ def test_keys_equal_the_slow_ones(parts):
     assert make_keys(*tensors).tolist() == [wanted]
 
 
-def test_keys_broadcast():
+def test_parts_of_keys_broadcast():
     rows, columns = torch.tensor([3, 0, -9]), torch.arange(4)
     keys = make_keys(11, rows[:, None], columns)
     assert keys.shape == (3, 4)
@@ -94,12 +98,16 @@ def test_keys_broadcast():
 
 
 def test_keys_of_any_parts_are_distinct():
-    seeds, periods, images, levels = (torch.arange(n).view(-1, *[1] * k) for n, k in ((4, 4), (5, 3), (50, 2), (4, 1)))
+    seeds = torch.arange(4).view(-1, 1, 1, 1, 1)
+    periods = torch.arange(5).view(-1, 1, 1, 1)
+    images = torch.arange(50).view(-1, 1, 1)
+    levels = torch.arange(4).view(-1, 1)
     keys = make_keys(seeds, periods, images, levels, torch.arange(40))
-    assert keys.shape == (4, 5, 50, 4, 40) and keys.unique().numel() == keys.numel()
+    assert keys.shape == (4, 5, 50, 4, 40)
+    assert keys.unique().numel() == keys.numel()
 
 
-def test_keys_know_the_place_of_a_part_and_their_number():
+def test_keys_depend_on_the_order_and_the_number_of_their_parts():
     values = [parts for n in (1, 2, 3) for parts in itertools.product(range(12), repeat=n)]
     assert len({make_keys(*parts).item() for parts in values}) == len(values)
 
@@ -136,7 +144,9 @@ def test_normals_equal_the_slow_ones(count):
 def test_uniforms_are_inside_the_open_interval():
     ends = torch.tensor([0, 0x7FFFFF, -1, 1 << 23, 0x3FFFFF])
     unit = Codes._to_unit(ends)
-    assert unit.dtype == torch.float32 and unit.min() > 0 and unit.max() < 1
+    assert unit.dtype == torch.float32
+    assert unit.min() > 0
+    assert unit.max() < 1
     assert unit.tolist() == [2**-24, 1 - 2**-24, 1 - 2**-24, 2**-24, 0.5 - 2**-24]
     assert normals(make_keys(torch.arange(2000)), 501).isfinite().all()
 
@@ -176,30 +186,33 @@ def test_neighbouring_keys_are_independent():
     assert correlation.abs().max() < 6 / 2000**0.5
 
 
-# of the key alone
+# numbers depend on the key only
 
 
 @pytest.mark.parametrize("draw", [uniforms, normals])
 @pytest.mark.parametrize("count", [1, 13, 200])
-def test_batch_chunk_and_order_play_no_part(draw, count):
+def test_batch_chunk_and_order_have_no_effect(draw, count):
     keys = make_keys(7, torch.arange(37))
-    whole, order = draw(keys, count), torch.randperm(37, generator=torch.Generator().manual_seed(0))
-    assert whole.shape == (37, count) and whole.dtype == torch.float32
+    whole = draw(keys, count)
+    order = torch.randperm(37, generator=torch.Generator().manual_seed(0))
+    assert whole.shape == (37, count)
+    assert whole.dtype == torch.float32
     assert torch.equal(draw(keys[order], count), whole[order])
     for chunk in (1, 3, 8, 36):
         assert torch.equal(torch.cat([draw(part, count) for part in keys.split(chunk)]), whole)
     assert torch.equal(draw(torch.stack([keys, keys], 1)[:, 0], count), whole)  # keys with gaps in memory
 
 
-def test_torchs_own_generator_plays_no_part():
+def test_torchs_own_generator_has_no_effect():
     torch.manual_seed(0)
-    state, first = torch.get_rng_state(), normals(torch.arange(3), 9)
+    state = torch.get_rng_state()
+    first = normals(torch.arange(3), 9)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(1)
     assert torch.equal(normals(torch.arange(3), 9), first)
 
 
-def test_autocast_plays_no_part():
+def test_autocast_has_no_effect():
     with torch.autocast("cpu", torch.bfloat16):
         low = normals(torch.arange(3), 50)
     assert torch.equal(low, normals(torch.arange(3), 50))

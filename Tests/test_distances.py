@@ -1,4 +1,4 @@
-"""The distances against loops and against lpips.LPIPS itself, and the errors for weights that cannot be had."""
+"""The distances against loops and against lpips.LPIPS itself, and the errors for weights that cannot be loaded."""
 
 import copy
 import sys
@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from helpers import real_file, refuses
 
 from CamNet import Distances
 from CamNet.Distances import FILES, LPIPS, MINIMUM, Pixels, build_distance, check_side
 from Images import Shapes
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "weights" / "squeezenet1_1_features.pth"
+REAL = "weights/squeezenet1_1_features.pth"  # in the folder ISICLE_REAL_DATA
 ARCHITECTURES = {"squeeze": "squeezenet1_1", "alex": "alexnet", "vgg": "vgg16"}
-needs_real = pytest.mark.skipif(not REAL.exists(), reason=f"needs {REAL}")
 
 
 def pictures(n=6, side=32, seed=0):
@@ -28,7 +28,7 @@ def pictures(n=6, side=32, seed=0):
 
 
 def meta_features(net):
-    """The shapes of the features of torchvision's network, without making its numbers."""
+    """The parameters of the features of torchvision's network, as shapes only."""
     with torch.device("meta"):
         model = getattr(torchvision.models, ARCHITECTURES[net])(weights=None)
     return {name: value for name, value in model.state_dict().items() if name.startswith("features.")}
@@ -36,20 +36,24 @@ def meta_features(net):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """{net: file} of features alone, with random numbers of a size that keeps the signal alive."""
-    generator, folder = torch.Generator().manual_seed(0), tmp_path_factory.mktemp("weights")
+    """{net: file with the features only}: random weights, scaled so that activations keep their size."""
+    generator = torch.Generator().manual_seed(0)
+    folder = tmp_path_factory.mktemp("weights")
     for net in MINIMUM:
         state = {}
         for name, value in meta_features(net).items():
-            fan_in = value[0].numel() if value.ndim > 1 else 1
-            state[name] = torch.randn(value.shape, generator=generator) * (2 / fan_in) ** 0.5 * (value.ndim > 1)
+            state[name] = torch.randn(value.shape, generator=generator)
+            if value.ndim > 1:
+                state[name] *= (2 / value[0].numel()) ** 0.5
+            else:
+                state[name].zero_()  # a bias
         torch.save(state, folder / f"{net}.pth")
     return {net: folder / f"{net}.pth" for net in MINIMUM}
 
 
 @pytest.fixture(scope="module")
 def build(files):
-    """(name, **attributes) -> the distance with random weights, made once, or a copy of it with other attributes."""
+    """(name, **attributes) -> a copy of the distance with random weights, which is built once, and these attributes."""
     made = {}
 
     def build(name, **attributes):
@@ -64,7 +68,7 @@ def build(files):
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-    """Torch's cache is an empty folder, and every download fails: (the checkpoints' folder, the addresses asked)."""
+    """Torch's cache is an empty folder and every download fails: (the folder of checkpoints, the requested URLs)."""
     asked = []
 
     def fail(url, *args, **kwargs):
@@ -76,34 +80,28 @@ def offline(tmp_path, monkeypatch):
     return tmp_path / "hub" / "checkpoints", asked
 
 
-def refuses(function, *parts):
-    """Check that the call raises ValueError, a single line with these parts."""
-    with pytest.raises(ValueError) as caught:
-        function()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
-    return message
-
-
 # what holds for all of them
 
 
 @pytest.mark.parametrize("name", Distances.NAMES)
-def test_is_a_distance(build, name):
-    distance, x = build(name, side=32), pictures(3)
+def test_distances_are_symmetric_and_zero_for_equal_images_only(build, name):
+    distance = build(name, side=32)
+    x = pictures(3)
     y = x.roll(1, 0)
     d = distance(x, y)
-    assert d.shape == (3,) and d.dtype == torch.float32 and (d > 0).all()
+    assert d.shape == (3,)
+    assert d.dtype == torch.float32
+    assert (d > 0).all()
     assert torch.equal(distance(x, x), torch.zeros(3))
     torch.testing.assert_close(distance(y, x), d)
-    torch.testing.assert_close(distance(x[2:3], y[2:3]), d[2:3])  # the batch plays no part
+    torch.testing.assert_close(distance(x[2:3], y[2:3]), d[2:3])  # other images in the batch have no effect
 
 
 @pytest.mark.parametrize("name", Distances.NAMES)
-def test_every_candidate_meets_its_own_target(build, name):
-    distance, targets, candidates = build(name, side=32), pictures(2), pictures(6, seed=1)
+def test_every_candidate_is_compared_with_its_own_target(build, name):
+    distance = build(name, side=32)
+    targets = pictures(2)
+    candidates = pictures(6, seed=1)
     d = distance.between(distance.features(candidates), distance.features(targets))
     assert d.shape == (6,) and d.dtype == torch.float32
     slow = [distance(candidates[i : i + 1], targets[i // 3 : i // 3 + 1]).item() for i in range(6)]
@@ -114,7 +112,7 @@ def test_every_candidate_meets_its_own_target(build, name):
 
 @pytest.mark.parametrize("name", Distances.NAMES)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_constant_images_are_finite(build, name, autocast):
+def test_constant_images_have_finite_distances_and_gradients(build, name, autocast):
     distance = build(name, side=32)
     levels = torch.tensor([0.0, 0.0, 1.0, 0.5]).view(4, 1, 1, 1)
     x = levels.expand(4, 3, 32, 32).clone().requires_grad_()
@@ -122,21 +120,27 @@ def test_constant_images_are_finite(build, name, autocast):
         features = distance.features(x.bfloat16() if autocast else x)
         d = distance(x, levels.flip(0).expand(4, 3, 32, 32))
     assert all(feature.dtype == torch.float32 for feature in features)
-    assert d.dtype == torch.float32 and d.isfinite().all() and d.max() > 0
+    assert d.dtype == torch.float32
+    assert d.isfinite().all()
+    assert d.max() > 0
     d.sum().backward()
     assert x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", Distances.NAMES)
-def test_gradient_reaches_the_images_alone(build, name):
-    distance, x, targets = build(name, side=32), pictures(2).requires_grad_(), pictures(2, seed=1).requires_grad_()
+def test_the_gradient_reaches_the_images_only(build, name):
+    distance = build(name, side=32)
+    x = pictures(2).requires_grad_()
+    targets = pictures(2, seed=1).requires_grad_()
     distance(x, targets).sum().backward()
-    assert x.grad.abs().max() > 0 and targets.grad is None
+    assert x.grad.abs().max() > 0
+    assert targets.grad is None
     assert all(not p.requires_grad and p.grad is None for p in distance.parameters())
 
 
-def test_cached_targets_of_inference_mode_serve_the_search(build):
-    distance, x = build("squeeze"), pictures(2)
+def test_targets_computed_in_inference_mode_can_be_used_in_training(build):
+    distance = build("squeeze")
+    x = pictures(2)
     with torch.inference_mode():
         cached = distance.features(pictures(2, seed=1))
     d = distance.between(distance.features(x.requires_grad_()), cached)
@@ -150,13 +154,16 @@ def test_cached_targets_of_inference_mode_serve_the_search(build):
 
 def slow_pixels(a, b):
     """Mean absolute difference over the scales, block by block in NumPy; the side is a power of two."""
-    total, scales, side = 0.0, 0, a.shape[-1]
+    total = 0.0
+    scales = 0
+    side = a.shape[-1]
     while side >= 4:
         block = a.shape[-1] // side
         for c, row, column in np.ndindex(3, side, side):
             area = (c, slice(row * block, (row + 1) * block), slice(column * block, (column + 1) * block))
             total += abs(a[area].mean() - b[area].mean()) / (3 * side * side)
-        side, scales = side // 2, scales + 1
+        side //= 2
+        scales += 1
     return total / scales
 
 
@@ -173,7 +180,7 @@ def test_pixels_equal_the_slow_ones(side):
 def test_pixels_take_any_side(side, sides):
     features = Pixels().features(torch.ones(1, 3, side, side))
     assert [feature.shape[-1] for feature in features] == sides
-    assert all((feature == 1).all() for feature in features)  # nothing is padded in
+    assert all((feature == 1).all() for feature in features)  # no padding enters the means
     assert Pixels()(torch.ones(1, 3, side, side), torch.zeros(1, 3, side, side)).item() == 1
 
 
@@ -181,7 +188,7 @@ def test_pixels_take_any_side(side, sides):
 
 
 def original(net, file):
-    """lpips.LPIPS with weights put into it slice by slice, by hand."""
+    """lpips.LPIPS with these weights, copied parameter by parameter."""
     with warnings.catch_warnings(action="ignore"):
         model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
     state = torch.load(file, weights_only=True)
@@ -192,7 +199,7 @@ def original(net, file):
 
 @pytest.mark.parametrize("net", MINIMUM)
 @torch.no_grad()
-def test_equals_lpips(files, build, net):
+def test_equals_the_lpips_package(files, build, net):
     x, y = pictures(2, 64), pictures(2, 64, seed=1)
     wanted = original(net, files[net])(x, y, normalize=True).flatten()
     torch.testing.assert_close(build(net, alpha=0.0)(x, y), wanted, rtol=1e-4, atol=0)
@@ -200,9 +207,10 @@ def test_equals_lpips(files, build, net):
     torch.testing.assert_close(build(net, alpha=0.7)(x, y), wanted, rtol=1e-4, atol=0)
 
 
-@needs_real
 def test_equals_lpips_with_real_weights():
-    distance, model = LPIPS("squeeze", REAL, side=64, alpha=0.0), original("squeeze", REAL)
+    file = real_file(REAL)
+    distance = LPIPS("squeeze", file, side=64, alpha=0.0)
+    model = original("squeeze", file)
     x = pictures(4, 64)
     noisy = (x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
     for y in (noisy, x.flip(0), torch.zeros_like(x)):
@@ -212,9 +220,10 @@ def test_equals_lpips_with_real_weights():
     assert (distance(x, noisy) < distance(x, x.flip(0))).all()
 
 
-@needs_real
 def test_bfloat16_is_near_with_real_weights():
-    distance, x, y = LPIPS("squeeze", REAL), pictures(4), pictures(4, seed=1)
+    distance = LPIPS("squeeze", real_file(REAL))
+    x = pictures(4)
+    y = pictures(4, seed=1)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         low = distance(x, y)
     torch.testing.assert_close(low, distance(x, y), rtol=0.02, atol=0)
@@ -222,7 +231,9 @@ def test_bfloat16_is_near_with_real_weights():
 
 def test_small_images_are_enlarged_and_large_ones_stay(files):
     x, y = pictures(2, 20), pictures(2, 20, seed=1)
-    plain, distance, both = (LPIPS("squeeze", files["squeeze"], *more) for more in ((0, 0.0), (40, 0.0), (40, 1.0)))
+    plain = LPIPS("squeeze", files["squeeze"], side=0, alpha=0.0)
+    distance = LPIPS("squeeze", files["squeeze"], side=40, alpha=0.0)
+    both = LPIPS("squeeze", files["squeeze"], side=40, alpha=1.0)
     assert distance.features(x)[0].shape == plain.features(pictures(2, 40))[0].shape
     assert distance.features(pictures(2, 48))[0].shape == plain.features(pictures(2, 48))[0].shape
     larger = [torch.nn.functional.interpolate(each, scale_factor=2, mode="bilinear") for each in (x, y)]
@@ -248,22 +259,25 @@ def test_unit_length_is_exact_from_bfloat16():
 def test_stays_frozen_and_in_eval_mode(build):
     distance = build("alex")
     whole = torch.nn.Sequential(distance).train()
-    assert whole.training and not any(module.training for module in distance.modules())
-    assert list(distance.parameters()) and not any(p.requires_grad for p in distance.parameters())
+    assert whole.training
+    assert not any(module.training for module in distance.modules())
+    assert list(distance.parameters())
+    assert not any(p.requires_grad for p in distance.parameters())
 
 
 def test_construction_is_silent_and_draws_nothing(files, capsys, recwarn):
     state = torch.get_rng_state()
     build_distance("squeeze", files["squeeze"])
     assert torch.equal(torch.get_rng_state(), state)
-    assert capsys.readouterr() == ("", "") and not recwarn.list
+    assert capsys.readouterr() == ("", "")
+    assert not recwarn.list
 
 
 # sides
 
 
 @pytest.mark.parametrize("net, minimum", MINIMUM.items())
-def test_minimum_sides(build, net, minimum):
+def test_the_smallest_sides_are_exact(build, net, minimum):
     x = pictures(2, minimum)
     assert build(net, side=0)(x, x.flip(0)).isfinite().all()
     assert build(net, side=minimum)(pictures(2, 8), pictures(2, 8, seed=1)).isfinite().all()
@@ -274,7 +288,7 @@ def test_minimum_sides(build, net, minimum):
 
 
 @pytest.mark.parametrize("net, minimum", MINIMUM.items())
-def test_check_side(net, minimum):
+def test_check_side_refuses_sides_below_the_smallest(net, minimum):
     for side in (0, minimum, 64):
         check_side(net, side)
     for side in (-1, 1, minimum - 1):
@@ -285,20 +299,22 @@ def test_check_side(net, minimum):
     refuses(lambda: check_side(net, 0, 8), "--lpips_side 0", "8 px", f"{minimum} or more")
 
 
-# weights that cannot be had
+# weights that cannot be loaded
 
 
 @pytest.mark.parametrize("net", MINIMUM)
 def test_no_network_is_an_error_with_a_way_out(offline, net):
     folder, asked = offline
     message = refuses(lambda: build_distance(net), f"--distance {net}", "--distance pixels", "needs no download")
-    assert f"put {FILES[net]} into {folder}" in message and "--lpips_weights FILE" in message
+    assert f"put {FILES[net]} into {folder}" in message
+    assert "--lpips_weights FILE" in message
     assert "Network is unreachable" in message
     url = torchvision.models.get_model_weights(ARCHITECTURES[net]).IMAGENET1K_V1.url
-    assert asked == [url] and url.endswith("/" + FILES[net])
+    assert asked == [url]
+    assert url.endswith("/" + FILES[net])
 
 
-def test_a_cached_file_serves_without_network(offline, files):
+def test_a_cached_file_is_used_without_network(offline, files):
     folder, asked = offline
     folder.mkdir(parents=True)
     model = torchvision.models.squeezenet1_1(weights=None)
@@ -306,7 +322,8 @@ def test_a_cached_file_serves_without_network(offline, files):
     torch.save(model.state_dict(), folder / FILES["squeeze"])
     x, y = pictures(2), pictures(2, seed=1)
     wanted = build_distance("squeeze", files["squeeze"])(x, y)
-    assert torch.equal(build_distance("squeeze")(x, y), wanted) and not asked
+    assert torch.equal(build_distance("squeeze")(x, y), wanted)
+    assert not asked
     assert torch.equal(build_distance("squeeze", folder / FILES["squeeze"])(x, y), wanted)  # a whole network as FILE
 
 
@@ -318,7 +335,7 @@ def test_a_damaged_cache_is_an_error(offline, files):
         refuses(lambda: build_distance("squeeze"), f"delete {folder / FILES['squeeze']}", "--distance pixels")
 
 
-def test_other_failures_of_a_download(offline, monkeypatch):
+def test_any_failure_of_a_download_is_an_error_with_a_way_out(offline, monkeypatch):
     failures = [
         urllib.error.HTTPError("https://x", 403, "Forbidden", {}, None),
         ConnectionResetError(104, "reset"),
@@ -335,7 +352,7 @@ def test_other_failures_of_a_download(offline, monkeypatch):
 
 
 def change(state, name):
-    """State dicts that must not be loaded."""
+    """Return the state dict with this fault, which must be refused."""
     key = "features.0.weight"
     return {
         "missing": {k: v for k, v in state.items() if k != key},
@@ -349,7 +366,7 @@ def change(state, name):
 
 
 @pytest.mark.parametrize("name", ["missing", "extra", "shape", "nan", "list", "nested", "numbers"])
-def test_wrong_weights(files, tmp_path, name):
+def test_wrong_weights_are_refused(files, tmp_path, name):
     path = tmp_path / "wrong.pth"
     torch.save(change(torch.load(files["squeeze"], weights_only=True), name), path)
     parts = [f"--lpips_weights {path}", "--distance pixels", FILES["squeeze"], "--lpips_weights FILE"]
@@ -367,7 +384,7 @@ class RunsWhenRead:
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", "cut", "malicious", "folder", "absent"])
-def test_damaged_weights(files, tmp_path, content):
+def test_damaged_weights_are_refused(files, tmp_path, content):
     path = tmp_path / "damaged.pth"
     if content == "folder":
         path.mkdir()
@@ -380,11 +397,11 @@ def test_damaged_weights(files, tmp_path, content):
 
 
 @pytest.mark.parametrize("net, other", [("squeeze", "alex"), ("alex", "squeeze")])
-def test_weights_of_another_network(files, net, other):
+def test_weights_of_another_network_are_refused(files, net, other):
     refuses(lambda: build_distance(net, files[other]), "not this network", FILES[net])
 
 
-def test_features_without_their_prefix(files, tmp_path):
+def test_features_without_their_prefix_are_accepted(files, tmp_path):
     state = torch.load(files["squeeze"], weights_only=True)
     torch.save({name.removeprefix("features."): value for name, value in state.items()}, tmp_path / "bare.pth")
     x, y = pictures(2), pictures(2, seed=1)
@@ -392,7 +409,7 @@ def test_features_without_their_prefix(files, tmp_path):
     assert torch.equal(bare(x, y), build_distance("squeeze", files["squeeze"])(x, y))
 
 
-def test_names_and_alpha(files):
+def test_unknown_names_and_bad_alpha_are_refused(files):
     assert isinstance(build_distance("pixels"), Pixels)
     refuses(lambda: build_distance("resnet"), "--distance resnet", "pixels, squeeze, alex, vgg")
     for alpha in (-0.1, float("nan"), float("inf")):

@@ -1,33 +1,30 @@
 """Evaluate: the probes against slow references, what scoring leaves untouched, and the script."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import one_line, save_shapes
+from helpers import one_error, one_line, only_run, run, save_shapes
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
+from torchvision.transforms.functional import to_tensor
 
 import Data
 import Evaluate
 import TrainSimCLR
-import Utils
 from Backbones import build_encoder
 from Images.Folders import list_folder
 from Images.Split import Split, StreamedSplit
+from Utils import UserError
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-NAMES = {  # DESIGN, section 10
-    *("knn", "linear", "linear_aug", "chance", "pixels_knn", "untrained_knn", "untrained_linear"),
-    *("n_test", "split", "epoch", "protocol"),
-}
+SCORES = {"knn", "linear", "linear_aug", "chance", "pixels_knn", "untrained_knn", "untrained_linear"}
+NAMES = SCORES | {"n_test", "split", "epoch", "protocol"}
 
 
 @pytest.fixture
@@ -61,7 +58,7 @@ def colour_splits(eval="val", size=16):
 @pytest.fixture
 def encoder():
     torch.manual_seed(0)
-    return build_encoder("resnet8", True)
+    return build_encoder("resnet8", False, 16)
 
 
 def state(module):
@@ -94,7 +91,8 @@ def slow_knn(train, train_labels, test, test_labels, k, temperature):
 def test_knn(clouds, k, temperature):
     train, train_labels, test, test_labels = clouds
     accuracy = Evaluate.knn_accuracy(*clouds, k=k, temperature=temperature)
-    assert accuracy == pytest.approx(slow_knn(*clouds, k, temperature)) and 0.3 < accuracy < 1
+    assert accuracy == pytest.approx(slow_knn(*clouds, k, temperature))
+    assert 0.3 < accuracy < 1
 
     def weigh(distances):  # cosine distance is 1 - similarity
         return np.exp((1 - distances) / temperature)
@@ -146,9 +144,11 @@ def test_folds_of_cross_validation():
     labels = torch.tensor([0] * 30 + [1] * 9 + [-1] * 20 + [2] * 7)[torch.randperm(66)]
     split = Split(torch.zeros(66, 3, 4, 4, dtype=torch.uint8), labels, ["a", "b", "c"])
     pairs = Evaluate.folds(Data.Splits(split, split, "cv"))
-    assert len(pairs) == 3 and torch.cat([test for _, test in pairs]).unique().numel() == 46
+    assert len(pairs) == 3
+    assert torch.cat([test for _, test in pairs]).unique().numel() == 46
     for train, test in pairs:
-        assert not {*train.tolist()} & {*test.tolist()} and len(train) + len(test) == 46
+        assert not {*train.tolist()} & {*test.tolist()}
+        assert len(train) + len(test) == 46
         assert labels[train].min() == labels[test].min() == 0
         assert (labels[test].bincount() - torch.tensor([10, 3, 7 / 3])).abs().max() < 1
     again = Evaluate.folds(Data.Splits(split, split, "cv"))
@@ -158,7 +158,8 @@ def test_folds_of_cross_validation():
 def test_folds_of_a_scored_split():
     splits = colour_splits()
     ((train, test),) = Evaluate.folds(splits)
-    assert train.tolist() == [*range(10, 100)] and test.tolist() == [*range(90)]
+    assert train.tolist() == [*range(10, 100)]
+    assert test.tolist() == [*range(90)]
 
 
 # features
@@ -168,37 +169,39 @@ def test_features_are_in_order(encoder):
     split = colour_splits().train
     encoder.eval()
     features = Evaluate.extract(encoder, split, CPU, bs=33)
-    assert features.shape == (100, 128) and features.dtype == torch.float32 and not features.requires_grad
+    assert features.shape == (100, 128)
+    assert features.dtype == torch.float32
+    assert not features.requires_grad
     with torch.no_grad():
         torch.testing.assert_close(features[70:80], encoder(split.images[70:80] / 255))
 
 
 @pytest.mark.parametrize("n_workers", [0, 2])
-def test_bad_files_keep_the_others_in_place(tmp_path, encoder, n_workers):
-    folder = save_shapes(tmp_path, 3)
-    whole = StreamedSplit(list_folder(folder), 16, n_workers)
-    expected = Evaluate.extract(encoder.eval(), whole, CPU, bs=7)
-    bad = [4, 5, 29]
-    for index in bad:
-        Path(whole.files.paths[index]).write_text("no")
-    split = StreamedSplit(list_folder(folder), 16, n_workers, skip_bad=True)
-    features = Evaluate.extract(encoder, split, CPU, bs=7)
-    good = [index for index in range(30) if index not in bad]
-    assert features.shape == (30, 128) and (features[bad] == 0).all()
-    torch.testing.assert_close(features[good], expected[good])
-    ((train, _),) = Evaluate.folds(Data.Splits(split, whole, "val"))
-    assert train.tolist() == good
-    result = Evaluate.evaluate(encoder, encoder, Data.Splits(split, split, "cv"), Data.plain_views(16), CPU, 1)
-    assert result["n_test"] == 27
+def test_streamed_features_are_in_order(tmp_path, encoder, n_workers):
+    listing = list_folder(save_shapes(tmp_path, 3))
+    features = Evaluate.extract(encoder.eval(), StreamedSplit(listing, 16, n_workers), CPU, bs=7)
+    images = torch.stack([to_tensor(Image.open(path)) for path in listing.paths])
+    with torch.no_grad():
+        expected = encoder(F.avg_pool2d(images, 2))
+    assert features.shape == (30, 128)
+    assert (features - expected).norm() < 0.1 * (features - expected.roll(1, 0)).norm()  # but for how it resizes
+
+
+def test_images_without_a_label_are_not_scored(encoder):
+    splits = colour_splits("cv")
+    result = Evaluate.evaluate(encoder, encoder, splits, Data.plain_views(16), CPU, 1)
+    assert result["n_test"] == 90  # of 100
 
 
 def test_frozen(encoder):
     encoder.train()
     x = torch.rand(4, 3, 16, 16)
     with Evaluate.frozen(encoder):
-        assert not encoder.training and not encoder.stem[1].training
+        assert not encoder.training
+        assert not encoder.stem[1].training
         encoder(x)
-    assert encoder.training and encoder.stem[1].training
+    assert encoder.training
+    assert encoder.stem[1].training
     with pytest.raises(AssertionError, match="running_mean"), Evaluate.frozen(encoder):
         encoder.train()
         encoder(x)
@@ -217,31 +220,43 @@ def test_score_leaves_everything_as_it_was(encoder, eval):
     splits, before, random = colour_splits(eval), state(encoder), torch.get_rng_state()
     encoder.train()
     first, second = (Evaluate.score(encoder, splits, CPU) for _ in range(2))
-    assert first == second and first.keys() == {"knn", "linear"}
-    assert torch.equal(torch.get_rng_state(), random) and same(before, state(encoder)) and encoder.training
-    assert first["linear"] > 0.8 and first["knn"] > 0.5
+    assert first == second
+    assert first.keys() == {"knn", "linear"}
+    assert torch.equal(torch.get_rng_state(), random)
+    assert same(before, state(encoder))
+    assert encoder.training
+    assert first["linear"] > 0.8
+    assert first["knn"] > 0.5
 
 
 @pytest.mark.parametrize("eval", ["val", "cv"])
 def test_evaluate(encoder, eval):
     splits, views = colour_splits(eval), Data.get_ssl_data_augs("shapes", size=16)
-    before, untrained = state(encoder.train()), build_encoder("resnet8", True)
+    before, untrained = state(encoder.train()), build_encoder("resnet8", False, 16)
     random = torch.get_rng_state()
     result = Evaluate.evaluate(encoder, untrained, splits, views, CPU, 7)
-    assert result.keys() == NAMES and (result["n_test"], result["split"], result["epoch"]) == (90, eval, 7)
-    scores = NAMES - {"n_test", "split", "epoch", "protocol"}
-    assert all(0 <= result[name] <= 1 for name in scores) and result["chance"] == pytest.approx(1 / 3, abs=0.01)
-    assert torch.equal(torch.get_rng_state(), random) and same(before, state(encoder)) and encoder.training
+    assert result.keys() == NAMES
+    assert (result["n_test"], result["split"], result["epoch"]) == (90, eval, 7)
+    assert all(0 <= result[name] <= 1 for name in SCORES)
+    assert result["chance"] == pytest.approx(1 / 3, abs=0.01)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert same(before, state(encoder))
+    assert encoder.training
     assert result["linear"] == Evaluate.score(encoder, splits, CPU)["linear"]
     assert result["untrained_knn"] == Evaluate.score(untrained, splits, CPU)["knn"]
     assert json.loads(json.dumps(result)) == result
-    table = Evaluate.table({**result, "finetune": 0.5})
-    assert "kNN" in table and "90 images" in table and len(table.splitlines()) == 9
+    table = Evaluate.scores_table({**result, "finetune": 0.5})
+    assert "kNN" in table
+    assert "90 images" in table
+    assert len(table.splitlines()) == 9
     few = Evaluate.evaluate(encoder, None, splits, views, CPU, 7)
     beside = {"untrained_knn", "untrained_linear", "linear_aug", "pixels_knn"}
-    assert few.keys() == NAMES - beside and all(few[name] == result[name] for name in few)
-    table = Evaluate.table({**few, "pairs": {"alignment": 0.25, "cosine_synthetic": 0.5, "label_synthetic": 0.75}})
-    assert "75.00 %" in table and table.endswith("pairs: alignment 0.25, cosine synthetic 0.50")
+    assert few.keys() == NAMES - beside
+    assert all(few[name] == result[name] for name in few)
+    pairs = {"alignment": 0.25, "cosine_synthetic": 0.5, "label_synthetic": 0.75}
+    table = Evaluate.scores_table({**few, "pairs": pairs})
+    assert "75.00 %" in table
+    assert table.endswith("pairs: alignment 0.25, cosine synthetic 0.50")
 
 
 def test_pixels():
@@ -261,7 +276,8 @@ def test_augmented_features_meet_their_labels():
 def test_fine_tuning(encoder, eval):
     before, views = state(encoder.eval()), Data.get_ssl_data_augs("shapes", size=16, aug="crop")
     assert Evaluate.fine_tune(encoder, colour_splits(eval), CPU, views, epochs=25, bs=32) > 0.8  # chance: 0.33
-    assert same(before, state(encoder)) and not encoder.training
+    assert same(before, state(encoder))
+    assert not encoder.training
     assert all(p.grad is None for p in encoder.parameters())
 
 
@@ -269,22 +285,15 @@ def test_fine_tuning(encoder, eval):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def folder(tmp_path_factory):
     """The folder of a run of one epoch on a tree of shapes."""
-    folder = tmp_path_factory.mktemp("run")
-    for seed, split in enumerate(("train", "val")):
-        save_shapes(folder / "images" / split, (24, 6)[seed], seed=seed)
-    flags = f"--data {folder / 'images'} --models_dir {folder / 'Models'} --data_dir {folder / 'Data'} --size 32"
+    root = tmp_path_factory.mktemp("run")
+    save_shapes(root / "images" / "train", 24)
+    save_shapes(root / "images" / "val", 6, seed=1)
+    flags = f"--data {root / 'images'} --models_dir {root / 'Models'} --data_dir {root / 'Data'} --size 32"
     flags += " --backbone resnet8 --bs 32 --epochs 1 --n_ramp 0 --proj_hidden 32 --n_workers 0 --device cpu"
     assert TrainSimCLR.main(TrainSimCLR.get_args(flags.split())) == 0
-    (found,) = (folder / "Models").iterdir()
-    return found
-
-
-def script(*arguments):
-    """Run Evaluate.py as its user does."""
-    command = [sys.executable, "Evaluate.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return only_run(root / "Models")
 
 
 def evaluated(*arguments):
@@ -292,69 +301,88 @@ def evaluated(*arguments):
     Evaluate.main(Evaluate.get_args([*map(str, arguments), "--device", "cpu"]))
 
 
-def test_a_checkpoint_alone(run):
-    file = run / "evaluation.json"
+def test_a_checkpoint_alone_is_scored_as_in_training(folder):
+    file = folder / "evaluation.json"
     by_training = json.loads(file.read_text())
     file.unlink()
-    done = script(run / "1.pt")
-    assert done.returncode == 0, done.stderr
+    done = run("Evaluate.py", folder / "1.pt")
+    assert (done.code, done.err) == (0, "")
+    assert "linear probe" in done.out
+    assert str(file) in done.out
     result = json.loads(file.read_text())
-    assert (
-        result.keys() == by_training.keys() - {"pairs"} == NAMES and result["n_test"] == 60 and result["split"] == "val"
-    )
+    assert result.keys() == by_training.keys() - {"pairs"} == NAMES
+    assert (result["n_test"], result["split"]) == (60, "val")
     for name in NAMES - {"protocol", "split"}:
         assert result[name] == pytest.approx(by_training[name], abs=0.02)
-    assert "linear probe" in done.stdout and str(file) in done.stdout and "Traceback" not in done.stderr
-    for epoch, kept in ((1, {"pairs"}), (2, set())):  # what training alone can measure stays, if it is of this epoch
-        file.write_text(json.dumps(by_training | {"epoch": epoch}))
-        evaluated(run)
-        assert json.loads(file.read_text()).keys() == NAMES | kept
-    for spoilt in ("{", "[]"):
-        file.write_text(spoilt)
-        evaluated(run)
-        assert json.loads(file.read_text()).keys() == NAMES
 
 
-def test_a_run_folder_and_other_flags(run, tmp_path):
-    kept = (run / "evaluation.json").read_text()
-    evaluated(run, "--eval", "cv", "--finetune", 1, "--out", tmp_path / "out.json")
+def test_what_training_alone_can_measure_stays_if_it_is_of_this_epoch(folder, tmp_path, monkeypatch):
+    shutil.copy(folder / "1.pt", tmp_path)
+    file = tmp_path / "evaluation.json"
+    by_training = {"epoch": 1, "pairs": {"alignment": 0.25}}
+    monkeypatch.setattr(Evaluate, "evaluate", lambda *rest: {"epoch": rest[-1], "split": "val", "n_test": 60})
+    for before, pairs in (
+        (json.dumps(by_training), {"alignment": 0.25}),
+        (json.dumps(by_training | {"epoch": 2}), None),
+        ("{", None),
+        ("[]", None),
+    ):
+        file.write_text(before)
+        evaluated(tmp_path)
+        assert json.loads(file.read_text()).get("pairs") == pairs
+
+
+def test_a_run_folder_and_other_flags(folder, tmp_path):
+    kept = (folder / "evaluation.json").read_text()
+    evaluated(folder, "--eval", "cv", "--finetune", 1, "--out", tmp_path / "out.json")
     result = json.loads((tmp_path / "out.json").read_text())
-    assert result.keys() == NAMES | {"finetune"} and (result["split"], result["n_test"]) == ("cv", 240)
-    assert result["protocol"]["finetune_epochs"] == 1 and 0 < result["finetune"] < 1
-    assert (run / "evaluation.json").read_text() == kept
+    assert result.keys() == NAMES | {"finetune"}
+    assert (result["split"], result["n_test"]) == ("cv", 240)
+    assert result["protocol"]["finetune_epochs"] == 1
+    assert 0 < result["finetune"] < 1
+    assert (folder / "evaluation.json").read_text() == kept
 
 
-def test_files_are_read_as_the_run_read_them(run, monkeypatch):
+def test_files_are_read_as_the_run_read_them(folder, monkeypatch):
     seen = []
-    monkeypatch.setattr(Evaluate.Flags, "splits_for", lambda args, device: seen.append(vars(args)) or 1 / 0)
+
+    def heard(args, device):
+        seen.append(vars(args))
+        raise UserError("heard")
+
+    monkeypatch.setattr(Evaluate.Flags, "splits_for", heard)
     for flags in ([], ["--data_dir", "here", "--n_workers", "3", "--storage", "stream", "--skip_bad"]):
-        with pytest.raises(ZeroDivisionError):
-            evaluated(run, *flags)
+        one_line(lambda flags=flags: evaluated(folder, *flags), "heard")
     names = ("data_dir", "n_workers", "storage", "skip_bad")
-    assert [seen[0][name] for name in names] == [str(run.parents[1] / "Data"), 0, "auto", False]
+    assert [seen[0][name] for name in names] == [str(folder.parents[1] / "Data"), 0, "auto", False]
     assert [seen[1][name] for name in names] == ["here", 3, "stream", True]
 
 
-def test_bad_input(run, tmp_path):
-    done = script(tmp_path / "none.pt")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "no checkpoint" in done.stderr
+def test_a_file_that_is_no_checkpoint_of_an_encoder_is_one_line(tmp_path, cli):
+    one_error(cli([tmp_path / "none.pt"], script=Evaluate), "none.pt", "no checkpoint")
     one_line(lambda: evaluated(tmp_path), str(tmp_path), "holds no checkpoint", "give")
     (tmp_path / "text.pt").write_text("no")
     one_line(lambda: evaluated(tmp_path / "text.pt"), "text.pt", "damaged")
     for content, reason in (({"generator": 1}, "no encoder"), ([1], "no checkpoint"), (torch.ones(2), "no checkpoint")):
         torch.save(content, tmp_path / "other.pt")
         one_line(lambda: evaluated(tmp_path / "other.pt"), "other.pt", reason)
+
+
+def test_data_that_cannot_be_scored_is_one_line(folder, tmp_path):
     flat = tmp_path / "flat"
     save_shapes(tmp_path, 2, classes=["flat"] * 10)
-    one_line(lambda: evaluated(run, "--data", flat), str(flat), "no labels")
-    one_line(lambda: evaluated(run, "--data", tmp_path / "gone"), "gone", "neither")
-    one_line(lambda: evaluated(run, "--eval", "test"), "no folder", "test")
-    one_line(lambda: evaluated(run, "--out", tmp_path / "no/where.json"), "where.json")
+    one_line(lambda: evaluated(folder, "--data", flat), str(flat), "no labels")
+    one_line(lambda: evaluated(folder, "--data", tmp_path / "gone"), "gone", "neither")
+    one_line(lambda: evaluated(folder, "--eval", "test"), "no folder", "test")
 
 
-def test_a_net_that_does_not_fit(run, tmp_path):
-    content = torch.load(run / "1.pt", weights_only=True)
+def test_a_place_that_cannot_be_written_is_one_line(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Evaluate, "evaluate", lambda *rest: {"epoch": rest[-1], "split": "val", "n_test": 60})
+    one_line(lambda: evaluated(folder, "--out", tmp_path / "no" / "where.json"), "where.json")
+
+
+def test_a_net_that_does_not_fit_is_one_line(folder, tmp_path):
+    content = torch.load(folder / "1.pt", weights_only=True)
     content["args"]["backbone"] = "resnet18"
     torch.save(content, tmp_path / "1.pt")
     one_line(lambda: evaluated(tmp_path / "1.pt"), "does not fit", "encoder")
-    assert Utils.newest_checkpoint(run).name == "1.pt"

@@ -1,24 +1,24 @@
-"""The cascade against its equations in slow float64, and the properties 1, 2, 3, 9 and 15 of camnet.md 7.6.
+"""The generator: against its equations in slow float64, its parts and sizes, its codes, copies and checkpoints."""
 
-test_imle.py has 4 to 8 and 11 to 14; 10, of distances alone, is in test_distances.py.
-"""
-
+import contextlib
 import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import refuses
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from CamNet import IMLE
 from CamNet.Corruptions import pyramid
 from CamNet.Distances import Pixels
-from CamNet.Generator import NETS, Generator, Mapping, State
+from CamNet.Generator import NETS, Generator, Mapping, State, StyledBlock
 from Images import Shapes
 
 SIZES = (16, 32, 64, 84, 96, 128, 256)
-PUBLISHED = {"mapping": "per_level", "level_input": "output"}  # the ways of "paper", for smaller nets
+PUBLISHED = {"mapping": "per_level", "level_input": "output"}  # what distinguishes "paper", for smaller nets
 KEYS = torch.tensor([3, -1, 2**62])
 
 
@@ -36,14 +36,14 @@ def build(corrupt="gray+down2", size=16, seed=0, net="tiny", **changes):
 
 
 def build_meta(*args, **changes):
-    """A generator without numbers."""
+    """A generator whose parameters have shapes only."""
     with torch.device("meta"):
         return Generator(*args, **changes)
 
 
 @torch.no_grad()
 def stir(generator):
-    """Give every parameter, also those that begin as 0 or tiny, values that show in the output."""
+    """Give every parameter, also those that start at 0 or tiny, values that change the output."""
     for name, parameter in generator.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.2)
@@ -58,16 +58,7 @@ def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def refuses(function, *parts):
-    """Check that the call raises ValueError, a single line with these parts."""
-    with pytest.raises(ValueError) as caught:
-        function()
-    assert "\n" not in str(caught.value)
-    for part in parts:
-        assert part in str(caught.value)
-
-
-# the equations, camnet.md 1.1 and 1.3, in float64
+# the equations of the cascade, in float64
 
 
 def slow_leaky(x):
@@ -75,8 +66,9 @@ def slow_leaky(x):
 
 
 def slow_conv(x, conv):
-    """3x3, zeros around, tap by tap; the weights by weight norm's formula."""
-    length, direction = (getattr(conv.parametrizations.weight, name).double() for name in ("original0", "original1"))
+    """3x3 with zero padding, tap by tap; the weights by the formula of weight norm."""
+    length = conv.parametrizations.weight.original0.double()
+    direction = conv.parametrizations.weight.original1.double()
     weight = length * direction / direction.square().sum((1, 2, 3), keepdim=True).sqrt()
     side, padded = x.shape[-1], F.pad(x, (1, 1, 1, 1))
     total = conv.bias.double().view(1, -1, 1, 1)
@@ -140,9 +132,15 @@ def slow_see(condition, side):
 
 def slow_forward(generator, condition, codes):
     """The images of all levels in [0, 1]."""
-    arch, condition = generator.arch, condition.double()
-    images, styles, out, features = [], [], None, None
-    for index, (level, side, (z, noise)) in enumerate(zip(generator.levels, generator.sides, codes)):
+    arch = generator.arch
+    condition = condition.double()
+    images = []
+    styles = []
+    out = None
+    features = None
+    for index, (z, noise) in enumerate(codes):
+        level = generator.levels[index]
+        side = generator.sides[index]
         before = styles if arch.mapping == "cumulative" else []
         w = slow_mapping(level.mapping, z.double(), before, arch.init == "he")
         styles.append(w)
@@ -165,11 +163,11 @@ def test_a_level_equals_its_equations(level):
     generator, _ = build("gray+down2", blocks=2)
     module = stir(generator).levels[level]
     inputs = torch.randn(2, module.first.in_channels, 8, 8)
-    extra = [torch.randn(2, module.head[0].in_channels - module.last.out_channels, 16, 16)]
+    extra = torch.randn(2, module.head[0].in_channels - module.last.out_channels, 16, 16)
     w = torch.randn(2, generator.arch.w_dim)
-    assert extra[0].shape[1] == (level == 0)  # with and without c(x) at the head
-    out, features = module(inputs, extra if level == 0 else [], w)
-    slow_out, slow_features = slow_level(module, inputs.double(), [each.double() for each in extra], w.double())
+    assert extra.shape[1] == (level == 0)  # with and without c(x) at the head
+    out, features = module(inputs, extra if level == 0 else None, w)
+    slow_out, slow_features = slow_level(module, inputs.double(), [extra.double()], w.double())
     torch.testing.assert_close(out.double(), slow_out, rtol=0, atol=1e-5)
     torch.testing.assert_close(features.double(), slow_features, rtol=1e-5, atol=1e-5)
     assert slow_out.std() > 0.05  # something to be equal to
@@ -194,31 +192,35 @@ def test_the_cascade_equals_its_equations(corrupt, changes):
         torch.testing.assert_close(image.double(), slow, rtol=0, atol=1e-5)
 
 
-# the properties of camnet.md 7.6
+# shapes and structure
 
 
 @pytest.mark.parametrize("corrupt", ["gray", "gray+down2", "down4", "gray+down2+mask0.5", "mask0.25"])
 @torch.no_grad()
-def test_property_1_shapes_and_ranges(corrupt):
+def test_images_codes_and_states_have_their_shapes_and_ranges(corrupt):
     generator, condition = build(corrupt, 32, levels=3)
-    assert generator.sides == [8, 16, 32]
     codes = stir(generator).codes(KEYS)
     arch = generator.arch
+    assert generator.sides == [8, 16, 32]
     assert [z.shape for z, _ in codes] == [(3, arch.z_dim)] * 3
     assert [noise.shape for _, noise in codes] == [(3, 5, 4, 4), (3, 5, 8, 8), (3, 5, 16, 16)]
     images = generator(condition, codes)
     assert [image.shape for image in images] == [(3, 3, side, side) for side in generator.sides]
     for image in images:
-        assert image.dtype == torch.float32 and image.min() >= 0 and image.max() <= 1 and image.std() > 0
+        assert image.dtype == torch.float32
+        assert image.min() >= 0
+        assert image.max() <= 1
+        assert image.std() > 0
     state = State()
     for level, (seen, code) in enumerate(zip(generator.conditions(condition), codes)):
         image, state = generator.step(level, condition, seen, state, code)
         torch.testing.assert_close(state.out, 2 * image - 1)
-        assert torch.equal(image, images[level]) and len(state.styles) == level + 1
+        assert torch.equal(image, images[level])
+        assert len(state.styles) == level + 1
         assert state.features.shape == (3, arch.of_level(arch.channels, level), *image.shape[2:])
 
 
-def test_property_1_the_paper_has_as_many_parameters_as_published():
+def test_the_paper_has_as_many_parameters_as_published():
     generator = build_meta("paper", 256, "down16")
     assert count(generator) == 209_050_072
     assert [round(count(level) / 1e6, 2) for level in generator.levels] == [112.01, 54.94, 29.68, 12.42]
@@ -231,7 +233,7 @@ def test_property_1_the_paper_has_as_many_parameters_as_published():
     assert count(cumulative) == 210_622_936 == 209_050_072 + 512**2 * (0 + 1 + 2 + 3)
 
 
-def test_property_1_the_paper_has_the_published_structure():
+def test_the_paper_has_the_published_structure():
     generator = build_meta("paper", 256, "down16")
     assert generator.sides == [32, 64, 128, 256]  # of the outputs; working sides: half
     arch = generator.arch
@@ -256,55 +258,70 @@ def test_property_1_the_paper_has_the_published_structure():
     convs = [module for module in generator.modules() if isinstance(module, nn.Conv2d)]
     assert len(convs) == 4 * (6 * 3 * 5 + 5)
     for conv in convs:
-        assert conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.padding_mode == "zeros"
+        assert conv.kernel_size == (3, 3)
+        assert conv.padding == (1, 1)
+        assert conv.padding_mode == "zeros"
         parts = dict(conv.named_parameters())
         assert set(parts) == {"bias", "parametrizations.weight.original0", "parametrizations.weight.original1"}
         assert parts["parametrizations.weight.original0"].shape == (conv.out_channels, 1, 1, 1)
 
 
 @torch.no_grad()
-def test_property_2_k_codes_give_the_first_k_outputs():
+def test_the_codes_of_k_levels_give_the_first_k_outputs():
     generator, condition = build("gray+down2", 32, levels=3)
     codes = generator.codes(KEYS)
     whole = generator(condition, codes)
-    assert len(whole) == 3 and generator(condition, []) == []
+    assert len(whole) == 3
+    assert generator(condition, []) == []
     for k in (1, 2):
         some = generator(condition, codes[:k])
-        assert len(some) == k and all(torch.equal(a, b) for a, b in zip(some, whole))
+        assert len(some) == k
+        assert all(torch.equal(a, b) for a, b in zip(some, whole))
+
+
+# how much style and noise change the output
 
 
 def spreads(generator, condition):
-    """{part, level}: how much the last output changes if this part of this level's code alone is drawn again."""
-    codes, others = generator.codes(KEYS), generator.codes(KEYS + 1)
-    image, found = generator(condition, codes)[-1], {}
-    for level, ((z, noise), (other_z, other_noise)) in enumerate(zip(codes, others)):
+    """{(part, level): change of the last output where only this part of this level's code is another one}.
+
+    The largest change of a pixel, in the image where that is smallest.
+    """
+    codes = generator.codes(KEYS)
+    image = generator(condition, codes)[-1]
+    found = {}
+    for level, (other_z, other_noise) in enumerate(generator.codes(KEYS + 1)):
+        z, noise = codes[level]
         for part, code in {"style": (other_z, noise), "noise": (z, other_noise)}.items():
             changed = generator(condition, [*codes[:level], code, *codes[level + 1 :]])[-1]
-            found[part, level] = (changed - image).abs().amax((1, 2, 3)).min().item()  # of each of the images
+            found[part, level] = (changed - image).abs().amax((1, 2, 3)).min().item()
     return found
 
 
 @pytest.mark.parametrize("net, size", [("tiny", 16), ("tiny", 32), ("small", 16)])
 @pytest.mark.parametrize("corrupt", ["gray+down2", "down4"])
 @torch.no_grad()
-def test_property_3_both_codes_are_alive_at_step_0(net, size, corrupt):
+def test_style_and_noise_change_the_output_at_step_0(net, size, corrupt):
     found = spreads(*build(corrupt, size, net=net))
-    assert len(found) == 4 and min(found.values()) > 1e-4, found
+    assert len(found) == 4
+    assert min(found.values()) > 1e-4, found
 
 
 @torch.no_grad()
-def test_property_3_the_published_style_is_dead_at_step_0():
-    """camnet.md 1.4: its initialisation shrinks each of the 8 layers from z to w, and the affines, to a tenth."""
+def test_with_the_published_initialisation_the_style_has_no_effect_at_step_0():
+    """It multiplies the weights of each of the 8 layers from z to w, and of the affine layers, by 0.1."""
     found = spreads(*build("gray+down2", init="ref", map_depth=8))
     assert max(value for (part, _), value in found.items() if part == "style") < 1e-6, found
     assert min(value for (part, _), value in found.items() if part == "noise") > 1e-4, found
 
 
 def train(generator, steps, lr=2e-3):
-    """A few steps towards the images, with the same codes."""
-    distance, optimizer = Pixels(), torch.optim.Adam(generator.parameters(), lr)
-    condition = generator.corruption(pictures(size=generator.corruption.size), KEYS)
-    wanted = [distance.features(y) for y in pyramid(pictures(size=generator.corruption.size), generator.sides)]
+    """Take a few steps towards the images, with the same codes."""
+    distance = Pixels()
+    optimizer = torch.optim.Adam(generator.parameters(), lr)
+    images = pictures(size=generator.corruption.size)
+    condition = generator.corruption(images, KEYS)
+    wanted = [distance.features(y) for y in pyramid(images, generator.sides)]
     keys = torch.stack([KEYS] * len(generator.sides), dim=1)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -312,12 +329,15 @@ def train(generator, steps, lr=2e-3):
         optimizer.step()
 
 
-def test_property_3_both_codes_are_alive_after_a_short_training():
+def test_style_and_noise_change_the_output_after_a_short_training():
     generator, condition = build("gray+down2")
     train(generator, 12)
     with torch.no_grad():
         found = spreads(generator, condition)
     assert min(found.values()) > 1e-3, found
+
+
+# the projection
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -326,7 +346,7 @@ def test_property_3_both_codes_are_alive_after_a_short_training():
     [("gray", 16), ("gray+down2", 16), ("down4", 32), ("gray+down4+mask0.5", 32), ("mask0.25", 16), ("down4", 84)],
 )
 @torch.no_grad()
-def test_property_9_consistency_is_exact_with_projection(corrupt, size, autocast):
+def test_with_projection_the_output_agrees_with_the_condition(corrupt, size, autocast):
     generator, condition = build(corrupt, size)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         projected = generator(condition, stir(generator).codes(KEYS))
@@ -335,15 +355,19 @@ def test_property_9_consistency_is_exact_with_projection(corrupt, size, autocast
     assert (generator.corruption(projected[-1], KEYS) - condition).abs().max() <= 1e-6
     assert (generator.corruption(free[-1], KEYS) - condition).abs().mean() > 1e-2
     resolution = generator.corruption.resolution
-    for image, side in zip(projected, generator.sides):  # every level: means of its luminance or colours
+    for image, side in zip(projected, generator.sides):  # at every level, the means of luminance or colours agree
         kept = generator.corruption.condition_at(condition, min(side, resolution))
         x = (image * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, True) if kept.shape[1] < 3 else image
         error = (F.avg_pool2d(x, side // kept.shape[-1]) - kept[:, : x.shape[1]]).abs()
         known = kept[:, -1:] if generator.corruption.masks else torch.ones_like(error)
-        assert (error * known).max() <= 1e-6 and known.max() == 1
+        assert (error * known).max() <= 1e-6
+        assert known.max() == 1
 
 
-def test_property_15_deepcopy_after_a_backward():
+# copies, averages, checkpoints
+
+
+def test_a_deep_copy_after_a_backward_pass_shares_nothing():
     generator, condition = build()
     train(generator, 1)
     assert all(parameter.grad is not None for parameter in generator.parameters())
@@ -355,7 +379,7 @@ def test_property_15_deepcopy_after_a_backward():
     assert not torch.equal(other.sample(condition, KEYS), first)
 
 
-def test_property_15_average_by_lerp():
+def test_weights_can_be_averaged_by_lerp():
     generator, condition = build()
     train(generator, 1)
     average = copy.deepcopy(generator).requires_grad_(False)
@@ -365,14 +389,16 @@ def test_property_15_average_by_lerp():
     torch._foreach_lerp_(list(average.parameters()), new, 0.25)
     for name, parameter in generator.named_parameters():
         torch.testing.assert_close(average.get_parameter(name), 0.75 * old[name] + 0.25 * parameter)
-    image, whole = average.sample(condition, KEYS), generator.sample(condition, KEYS)
-    assert image.isfinite().all() and not torch.equal(image, whole)
+    image = average.sample(condition, KEYS)
+    whole = generator.sample(condition, KEYS)
+    assert image.isfinite().all()
+    assert not torch.equal(image, whole)
     torch._foreach_lerp_(list(average.parameters()), new, 1.0)
-    torch.testing.assert_close(average.sample(condition, KEYS), whole)  # the average is all that the net has
+    torch.testing.assert_close(average.sample(condition, KEYS), whole)  # there are no buffers to average
 
 
 @pytest.mark.parametrize("changes", [{}, {"init": "ref", **PUBLISHED}, {"project": False, "blocks": 2}])
-def test_property_15_state_dict_round_trip(tmp_path, changes):
+def test_config_and_state_dict_restore_the_generator(tmp_path, changes):
     generator, condition = build(**changes)
     train(generator, 1)
     torch.save({"config": generator.config, "generator": generator.state_dict()}, tmp_path / "generator.pt")
@@ -382,28 +408,31 @@ def test_property_15_state_dict_round_trip(tmp_path, changes):
     assert not torch.equal(other.sample(condition, KEYS), generator.sample(condition, KEYS))
     other.load_state_dict(state["generator"], strict=True)
     assert torch.equal(other.sample(condition, KEYS), generator.sample(condition, KEYS))
-    assert other.arch == generator.arch and other.config == generator.config
+    assert other.arch == generator.arch
+    assert other.config == generator.config
 
 
 # the style
 
 
-def test_the_style_sees_the_coarser_ones_if_cumulative():
+def test_the_style_depends_on_the_coarser_styles_if_cumulative():
     for mapping, sees in {"cumulative": True, "per_level": False}.items():
         generator, condition = build(mapping=mapping)
         widths = [level.mapping.rest[0].in_features // generator.arch.w_dim for level in generator.levels]
         assert widths == ([1, 2] if sees else [1, 1])
         with torch.no_grad():
-            codes, seen = stir(generator).codes(KEYS), generator.conditions(condition)
+            codes = stir(generator).codes(KEYS)
+            seen = generator.conditions(condition)
             _, state = generator.step(0, condition, seen[0], State(), codes[0])
             image, after = generator.step(1, condition, seen[1], state, codes[1])
             moved = state._replace(styles=(state.styles[0] + 1,))
             other, moved_after = generator.step(1, condition, seen[1], moved, codes[1])
-        assert torch.equal(image, other) != sees and torch.equal(after.styles[1], moved_after.styles[1]) != sees
+        assert torch.equal(image, other) != sees
+        assert torch.equal(after.styles[1], moved_after.styles[1]) != sees
 
 
 @torch.no_grad()
-def test_the_length_of_z_plays_no_part():
+def test_the_length_of_z_has_no_effect():
     torch.manual_seed(0)
     z = 3 * torch.randn(1000, 128)
     arch = build_meta("small", 16).arch
@@ -412,12 +441,12 @@ def test_the_length_of_z_plays_no_part():
         nn.init.kaiming_normal_(layer.weight, a=0.2)
         nn.init.zeros_(layer.bias)
     w = mapping(z, [])
-    torch.testing.assert_close(w, mapping(z / 3, []))  # the length of z says nothing
+    torch.testing.assert_close(w, mapping(z / 3, []))
     torch.testing.assert_close(w, slow_mapping(mapping, z.double(), [], True).float(), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
-def test_the_start():
+def test_the_initial_weights_keep_the_style_alive():
     generator, condition = build("gray+down2", 32, levels=3, w_dim=256)
     for level in generator.levels:
         for layer in [level.mapping.first, *level.mapping.rest]:
@@ -434,14 +463,15 @@ def test_the_start():
     state = State()
     for level, (seen, code) in enumerate(zip(generator.conditions(condition), generator.codes(KEYS))):
         _, state = generator.step(level, condition, seen, state, code)
-        assert 0.3 < state.styles[-1].std() < 3  # neither dead nor wild, however many styles it sees
+        assert 0.3 < state.styles[-1].std() < 3  # neither vanishes nor explodes, however many styles it sees
 
 
 def test_style_parameters_are_those_of_the_mappings():
     generator, _ = build()
     found = {id(parameter) for parameter in generator.style_parameters()}
     wanted = {id(parameter) for name, parameter in generator.named_parameters() if ".mapping." in name}
-    assert found == wanted and len(generator.style_parameters()) == len(wanted) == 2 * 4 * 2
+    assert found == wanted
+    assert len(generator.style_parameters()) == len(wanted) == 2 * 4 * 2
     assert not any("affine" in name for name, parameter in generator.named_parameters() if id(parameter) in found)
 
 
@@ -460,7 +490,8 @@ def test_every_net_fits_every_size(net, size):
     generator = build_meta(net, size)
     levels = LEVELS[net][size]
     assert generator.sides == [size // 2**k for k in reversed(range(levels))]
-    assert len(generator.levels) == levels and generator.sides[0] // 2 >= 4
+    assert len(generator.levels) == levels
+    assert generator.sides[0] // 2 >= 4
     assert generator.config == {"net": net, "size": size, "corrupt": "gray+down2", "project": True}
 
 
@@ -471,17 +502,21 @@ def test_tiny_runs_at_every_size(size, corrupt):
     generator = Generator("tiny", size, corrupt)
     condition = generator.corruption(pictures(1, size))
     image = generator.sample(condition, KEYS[:1])
-    assert image.shape == (1, 3, size, size) and image.dtype == torch.float32
-    assert image.min() >= 0 and image.max() <= 1 and image.std() > 0.01
+    assert image.shape == (1, 3, size, size)
+    assert image.dtype == torch.float32
+    assert image.min() >= 0
+    assert image.max() <= 1
+    assert image.std() > 0.01
 
 
 @pytest.mark.parametrize("size, sides", [(8, [8]), (10, [10]), (42, [42]), (20, [10, 20]), (24, [12, 24])])
 def test_sizes_that_can_be_halved_once_or_twice(size, sides):
     generator, condition = build("gray", size)
-    assert generator.sides == sides and generator.sample(condition, KEYS).shape == (3, 3, size, size)
+    assert generator.sides == sides
+    assert generator.sample(condition, KEYS).shape == (3, 3, size, size)
 
 
-def test_errors():
+def test_a_net_size_or_corruption_that_does_not_fit_is_refused():
     refuses(lambda: Generator("huge", 32), "--net huge", "tiny, small, paper")
     for size in (33, 85):
         refuses(lambda size=size: Generator("tiny", size, "gray"), f"--size {size}", "even")
@@ -496,27 +531,51 @@ def test_errors():
 # codes and conditions
 
 
-def test_codes_are_normal_and_of_their_key_and_level_alone():
+def test_codes_are_normal_and_follow_from_key_and_level_alone():
     generator, _ = build()
     codes = generator.codes(torch.arange(500))
     for level, (z, noise) in enumerate(codes):
-        assert z.shape == (500, generator.arch.z_dim) and noise.shape[1:] == (5, *2 * [generator.sides[level] // 2])
+        side = generator.sides[level] // 2
+        assert z.shape == (500, generator.arch.z_dim)
+        assert noise.shape == (500, 5, side, side)
         for part in (z, noise):
-            assert part.mean().item() == pytest.approx(0, abs=0.03) and part.std().item() == pytest.approx(1, abs=0.03)
+            assert part.mean().item() == pytest.approx(0, abs=0.03)
+            assert part.std().item() == pytest.approx(1, abs=0.03)
         some_z, some_noise = generator.draw(torch.tensor([7, 499]), level)
-        assert torch.equal(some_z, z[[7, 499]]) and torch.equal(some_noise, noise[[7, 499]])
+        assert torch.equal(some_z, z[[7, 499]])
+        assert torch.equal(some_noise, noise[[7, 499]])
     (z, noise), (other_z, _) = codes
-    for a, b in ((z, other_z), (z, noise.flatten(1)[:, : z.shape[1]])):  # levels, and style and noise
-        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 4 / z.numel() ** 0.5
+    some_noise = noise.flatten(1)[:, : z.shape[1]]
+    for other in (other_z, some_noise):  # the levels are independent, and so are style and noise
+        assert abs(torch.corrcoef(torch.stack([z.flatten(), other.flatten()]))[0, 1]) < 4 / z.numel() ** 0.5
 
 
-def test_conditions_are_seen_as_large_as_they_help():
-    generator, condition = build("gray+down2", 32, levels=3)  # 16 px, for levels of 4, 8 and 16 that put out double
+def test_codes_take_a_key_for_all_levels_or_one_for_each():
+    generator, _ = build(size=32, levels=3)
+    keys = torch.arange(12).view(4, 3)
+    codes = generator.codes(keys)
+    assert len(codes) == 3
+    for level, (z, noise) in enumerate(codes):
+        wanted_z, wanted_noise = generator.draw(keys[:, level], level)
+        assert torch.equal(z, wanted_z)
+        assert torch.equal(noise, wanted_noise)
+    for k in (1, 2, 3):
+        assert all(torch.equal(z, codes[level][0]) for level, (z, _) in enumerate(generator.codes(keys[:, :k])))
+        assert len(generator.codes(keys[:, :k])) == k
+    same = torch.stack([KEYS] * 3, dim=1)
+    for (z, noise), (other_z, other_noise) in zip(generator.codes(KEYS), generator.codes(same), strict=True):
+        assert torch.equal(z, other_z)
+        assert torch.equal(noise, other_noise)
+
+
+def test_levels_see_the_condition_at_the_sides_where_it_adds_detail():
+    generator, condition = build("gray+down2", 32, levels=3)  # 16 px, for levels of 4, 8 and 16 px
     (small, large), (middle, same), (body, none) = generator.conditions(condition)
     assert [x.shape[-1] for x in (small, large, middle, same, body)] == [4, 8, 8, 16, 16] and none is None
     torch.testing.assert_close(small, slow_see(condition, 4))
     torch.testing.assert_close(large, slow_see(condition, 8))
-    assert torch.equal(same, 2 * condition - 1) and torch.equal(body, same)
+    assert torch.equal(same, 2 * condition - 1)
+    assert torch.equal(body, same)
     assert all(head is None for _, head in build("down4")[0].conditions(torch.rand(2, 3, 4, 4)))
 
 
@@ -556,7 +615,9 @@ def test_sample_draws_nothing_and_makes_no_graph():
     generator, condition = build()
     state = torch.get_rng_state()
     first = generator.sample(condition, KEYS)
-    assert torch.equal(torch.get_rng_state(), state) and first.is_inference() and not first.requires_grad
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.is_inference()
+    assert not first.requires_grad
     assert torch.equal(generator.sample(condition, KEYS), first)
 
 
@@ -565,8 +626,38 @@ def test_bfloat16_is_near():
     exact = generator.sample(condition, KEYS)
     with torch.autocast("cpu", torch.bfloat16):
         low = generator.sample(condition, KEYS)
-    assert low.dtype == torch.float32 and not torch.equal(low, exact)
+    assert low.dtype == torch.float32
+    assert not torch.equal(low, exact)
     torch.testing.assert_close(low, exact, rtol=0, atol=0.03)
+
+
+@contextlib.contextmanager
+def cuda_autocast():
+    """bfloat16 autocast of CUDA, also where there is no GPU: there torch.autocast would disable itself."""
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
+def test_activations_stay_bfloat16_under_the_autocast_of_cuda():
+    """CUDA's autocast, unlike the CPU's, runs group_norm and interpolate in float32. Fake tensors need no GPU."""
+    dtypes = []
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad(), cuda_autocast():
+        generator = Generator("tiny", 16)
+        for module in generator.modules():
+            if isinstance(module, (StyledBlock, nn.Conv2d)):
+                module.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+        for level in generator.levels:  # its input is interpolated
+            level.head[0].register_forward_hook(lambda module, inputs, output: dtypes.append(inputs[0].dtype))
+        codes = [(torch.rand(2, 64), torch.rand(2, 5, side // 2, side // 2)) for side in generator.sides]
+        images = generator(torch.rand(2, 1, 8, 8), codes)
+    assert images[-1].device.type == "cuda"
+    assert images[-1].dtype == torch.float32
+    assert len(dtypes) > 40
+    assert set(dtypes) == {torch.bfloat16}
 
 
 def test_gradients_reach_every_parameter():

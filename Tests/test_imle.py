@@ -1,7 +1,4 @@
-"""The search against a plain one, memory that runs out, and the properties 4 to 8 and 11 to 14 of camnet.md 7.6.
-
-test_generator.py has 1, 2, 3, 9 and 15; 10, of distances alone, is in test_distances.py.
-"""
+"""The search against a slow one, the loss, training with both, and memory that runs out."""
 
 import copy
 import warnings
@@ -19,15 +16,22 @@ from Images import Shapes
 
 
 def task(n=4, corrupt="gray+down2", size=16, seed=0, net="tiny", **changes):
-    """A generator, n images to find codes for, and all that the search and the loss take beside them."""
+    """A generator, n images to find codes for, and the other arguments of the search and the loss."""
     torch.manual_seed(seed)
-    generator, distance, keys = Generator(net, size, corrupt, **changes), Pixels(), make_keys(seed, torch.arange(n))
+    generator = Generator(net, size, corrupt, **changes)
+    distance = Pixels()
+    keys = make_keys(seed, torch.arange(n))
     labels = torch.arange(n) % len(Shapes.CLASSES)
     images = Shapes.draw(labels, size, torch.Generator().manual_seed(seed)).float() / 255
     targets = pyramid(images, generator.sides)
-    parts = {"condition": generator.corruption(images, keys), "targets": targets}
-    parts["wanted"] = [distance.features(target) for target in targets]
-    return SimpleNamespace(generator=generator, distance=distance, keys=keys, **parts)
+    return SimpleNamespace(
+        generator=generator,
+        distance=distance,
+        keys=keys,
+        condition=generator.corruption(images, keys),
+        targets=targets,
+        wanted=[distance.features(target) for target in targets],
+    )
 
 
 def search(counts, at, keys=None, previous=None, rows=slice(None), **options):
@@ -40,8 +44,9 @@ def search(counts, at, keys=None, previous=None, rows=slice(None), **options):
 
 
 def all_distances(at, image, chosen, candidates):
-    """The distance of every candidate of the level after the chosen ones: each by a run of its own, from the start."""
-    level, found = len(chosen), []
+    """The distance of every candidate for the level after the chosen ones, each by a separate run of all levels."""
+    level = len(chosen)
+    found = []
     for candidate in candidates:
         keys = torch.tensor([[*chosen, candidate]])
         x = at.generator(at.condition[image : image + 1], at.generator.codes(keys))[-1]
@@ -65,7 +70,9 @@ def slow_search(counts, at, previous=None, reject=0.0):
         if previous is not None:
             codes = previous[image].tolist()
             old = [all_distances(at, image, codes[:level], [codes[level]])[0] for level in range(len(codes))]
-            chosen, kept = (codes, old) if sum(old) <= sum(kept) else (chosen, kept)
+            if sum(old) <= sum(kept):
+                chosen = codes
+                kept = old
         keys.append(chosen)
         distances.append(kept)
     return keys, distances
@@ -79,7 +86,8 @@ def check(found, slow):
 
 def train(at, run, periods, steps, lr=2e-3, seed=0):
     """Train; return (mean found distance, first loss, last loss) of each period."""
-    optimizer, log = torch.optim.Adam(at.generator.parameters(), lr, betas=(0.9, 0.99)), []
+    optimizer = torch.optim.Adam(at.generator.parameters(), lr, betas=(0.9, 0.99))
+    log = []
     for period in range(periods):
         found = search(None, at, make_keys(seed, period, at.keys), run=run)
         losses = []
@@ -102,10 +110,10 @@ def trained():
     return at
 
 
-# the properties of camnet.md 7.6
+# what the search finds
 
 
-def test_property_4_more_candidates_are_never_worse():
+def test_more_candidates_are_never_worse():
     at = task(16)
     at.wanted = at.wanted[:1]  # later levels start from other images
     distances = torch.cat([search((count,), at).distances for count in (1, 2, 3, 4, 8, 16)], dim=1)
@@ -123,25 +131,26 @@ def test_property_4_more_candidates_are_never_worse():
         ("gray", {"size": 32, "levels": 3}, (6, 3)),
     ],
 )
-def test_property_5_search_equals_a_plain_one(corrupt, changes, counts):
+def test_search_equals_a_slow_one(corrupt, changes, counts):
     at = task(3, corrupt, **changes)
     check(search(counts, at), slow_search(counts, at))
 
 
-def test_property_5_search_equals_a_plain_one_with_previous_codes():
+def test_search_with_previous_codes_equals_a_slow_one():
     at = task(8)
     previous = search((4, 3), at, at.keys + 1).keys  # good ones, so that some are kept
     found = search((3, 2), at, previous=previous)
     check(found, slow_search((3, 2), at, previous))
     kept = (found.keys == previous).all(dim=1)
-    assert kept.any() and not kept.all()
+    assert kept.any()
+    assert not kept.all()
     assert ((found.keys == previous).any(dim=1) == kept).all()  # whole chains
     none = torch.full_like(previous, NONE)
     assert torch.equal(search((3, 2), at, previous=none).keys, search((3, 2), at).keys)
 
 
 @pytest.mark.parametrize("corrupt", ["gray+down2", "gray+mask0.5"])
-def test_property_6_chunk_and_other_images_play_no_part(corrupt):
+def test_chunk_and_other_images_have_no_effect(corrupt):
     at = task(5, corrupt)
     previous = search((2,), at, at.keys + 1).keys
     whole = search((6, 4), at, previous=previous)
@@ -156,20 +165,24 @@ def test_property_6_chunk_and_other_images_play_no_part(corrupt):
 
 
 @pytest.mark.parametrize("corrupt", ["gray+down2", "down4", "gray+mask0.5"])
-def test_property_7_training_sees_the_distances_that_the_search_found(corrupt):
+def test_training_sees_the_distances_that_the_search_found(corrupt):
     at = task(5, corrupt)
     found = search((6, 4), at)
     images = at.generator(at.condition, at.generator.codes(found.keys))
     distances = torch.stack([at.distance(x, y) for x, y in zip(images, at.targets, strict=True)], dim=1)
     torch.testing.assert_close(distances.detach(), found.distances, rtol=0, atol=1e-5)
     value = loss(at.generator, at.distance, at.condition, at.wanted, found.keys)
-    assert value.requires_grad and value.shape == ()
+    assert value.requires_grad
+    assert value.shape == ()
     assert value.item() == pytest.approx(found.distances.sum().item() / 5, abs=1e-5)  # levels summed, images averaged
 
 
-def test_property_8_gradient_reaches_the_chosen_code_alone():
-    at, counts = task(2), (5, 4)
-    found, draw, leaves = search(counts, at), at.generator.draw, {}
+def test_the_gradient_reaches_the_chosen_codes_only():
+    at = task(2)
+    counts = (5, 4)
+    found = search(counts, at)
+    draw = at.generator.draw
+    leaves = {}
 
     def lookup(keys, level):
         """The codes as leaves, one for each key."""
@@ -187,7 +200,9 @@ def test_property_8_gradient_reaches_the_chosen_code_alone():
     at.wanted = [[feature.detach() for feature in at.distance.features(target)] for target in at.targets]
     loss(at.generator, at.distance, at.condition, at.wanted, found.keys).backward()
     chosen = {(key, level) for keys in found.keys.tolist() for level, key in enumerate(keys)}
-    assert len(leaves) == 2 * sum(counts) and len(chosen) == 4 and chosen < set(leaves)
+    assert len(leaves) == 2 * sum(counts)
+    assert len(chosen) == 4
+    assert chosen < set(leaves)
     for place, parts in leaves.items():
         for part in parts:
             moved = part.grad is not None and part.grad.abs().max() > 0
@@ -195,37 +210,48 @@ def test_property_8_gradient_reaches_the_chosen_code_alone():
     assert all(target.grad is None for target in at.targets)
 
 
-def test_property_11_previous_codes_keep_the_distance_from_rising():
+# training
+
+
+def test_with_previous_codes_the_distance_never_rises():
     at = task(32, "gray")
-    found, kept_all = search((16, 8), at), 0
+    found = search((16, 8), at)
+    kept_all = 0
     for period in range(4):
         after = search((16, 8), at, make_keys(period, at.keys), previous=found.keys)
         kept = (after.keys == found.keys).all(dim=1)
-        assert (after.distances.sum(1) <= found.distances.sum(1) + 1e-6).all() and not kept.all()
-        found, kept_all = after, kept_all + kept.sum().item()
-    assert kept_all > 32  # the rule was at work
+        assert (after.distances.sum(1) <= found.distances.sum(1) + 1e-6).all()
+        assert not kept.all()
+        found = after
+        kept_all += kept.sum().item()
+    assert kept_all > 32  # previous codes were kept often
 
 
-def test_property_12_overfits_four_images(trained):
+def test_training_overfits_four_images(trained):
     first = trained.log[0][0]
     after = search((16, 8), trained, trained.keys + 99).distances.sum(1).mean().item()  # of new codes
     assert after < first / 2, (first, after)
     for found, start, end in trained.log:
-        assert start == pytest.approx(found, abs=1e-5) and end < start
+        assert start == pytest.approx(found, abs=1e-5)
+        assert end < start
 
 
-def test_property_12_a_trained_generator_needs_its_codes(trained):
-    """The distance depends on the code far more than at the start: the 16 candidates are not all alike."""
+def test_a_trained_generator_needs_its_codes(trained):
+    """The best of 16 candidates is better than the first by a larger factor than before the training."""
     gains = []
     for generator in (trained.before, trained.generator):
-        at = SimpleNamespace(**{**vars(trained), "generator": generator})
-        one, best = (search((count,), at, at.keys + 7).distances.sum(1).mean().item() for count in (1, 16))
-        gains.append(1 - best / one)
-    assert gains[1] > 2 * gains[0] > 0, gains
+        at = copy.copy(trained)
+        at.generator = generator
+        first = search((1,), at, at.keys + 7).distances.sum(1).mean().item()
+        best = search((16,), at, at.keys + 7).distances.sum(1).mean().item()
+        gains.append(1 - best / first)
+    before, after = gains
+    assert before > 0
+    assert after > 2 * before
 
 
 @pytest.mark.parametrize("corrupt", ["gray+down2", "gray+down4"])
-def test_property_13_the_found_codes_are_nearer_than_random_ones(corrupt):
+def test_the_found_codes_are_nearer_than_random_ones(corrupt):
     at = task(16, corrupt)
     found = search((16, 8), at)
     random = torch.stack([search((1,), at, make_keys(9, number, at.keys)).distances for number in range(15)])
@@ -235,38 +261,41 @@ def test_property_13_the_found_codes_are_nearer_than_random_ones(corrupt):
 
 
 def three_steps(seed, stop=None):
-    """The weights after three steps, or after being saved at `stop` of them and taken up by other objects."""
+    """The weights after three steps; with `stop`, all state is saved before that step and loaded into new objects."""
     at = task(seed=seed)
-    found, optimizer = search((4, 2), at), torch.optim.Adam(at.generator.parameters(), 1e-3)
+    found = search((4, 2), at)
+    optimizer = torch.optim.Adam(at.generator.parameters(), 1e-3)
     for step in range(3):
         if step == stop:
-            saved = copy.deepcopy((at.generator.state_dict(), optimizer.state_dict(), found.keys))
+            weights = copy.deepcopy(at.generator.state_dict())
+            state = copy.deepcopy(optimizer.state_dict())
             at = task(seed=seed)
             at.generator = Generator(**at.generator.config)
-            at.generator.load_state_dict(saved[0])
+            at.generator.load_state_dict(weights)
             optimizer = torch.optim.Adam(at.generator.parameters(), 1e-3)
-            optimizer.load_state_dict(saved[1])
-            found = found._replace(keys=saved[2])
+            optimizer.load_state_dict(state)
+            found = found._replace(keys=found.keys.clone())
         optimizer.zero_grad()
         loss(at.generator, at.distance, at.condition, at.wanted, found.keys).backward()
         optimizer.step()
     return torch.cat([value.flatten() for value in at.generator.state_dict().values()])
 
 
-def test_property_14_same_seed_same_weights():
+def test_the_same_seed_gives_the_same_weights_resumed_or_not():
     weights = three_steps(0)
     assert torch.equal(three_steps(0), weights)
     assert not torch.equal(three_steps(1), weights)
     assert torch.equal(three_steps(0, stop=2), weights)
 
 
-# what else the search promises
+# cost, memory and side effects of the search
 
 
 @pytest.mark.parametrize("counts, wanted", [((5, 3, 2), (5, 3, 2)), ((4, 1), (4, 1, 1)), ((2,), (2, 2, 2))])
 def test_the_cost_is_the_sum_of_the_counts(counts, wanted):
     at = task(2, "gray", size=32, levels=3)
-    step, rows = at.generator.step, [0] * 3
+    step = at.generator.step
+    rows = [0] * 3
 
     def counted(level, condition, *args):
         rows[level] += len(condition)
@@ -281,7 +310,8 @@ def test_the_cost_is_the_sum_of_the_counts(counts, wanted):
 
 def test_no_forward_exceeds_the_chunk():
     at = task(3)
-    step, sizes = at.generator.step, []
+    step = at.generator.step
+    sizes = []
 
     def counted(level, condition, *args):
         sizes.append(len(condition))
@@ -291,20 +321,25 @@ def test_no_forward_exceeds_the_chunk():
     for chunk in (1, 5, 7, 16, 100):
         sizes.clear()
         search((7, 3), at, chunk=chunk)
-        assert max(sizes) <= chunk and sum(sizes) == 3 * 10
-        assert chunk < 16 or max(sizes) == min(chunk // 7, 3) * 7  # and it is used
+        assert max(sizes) <= chunk
+        assert sum(sizes) == 3 * 10
+        if chunk >= 16:  # as many whole images as fit
+            assert max(sizes) == min(chunk // 7, 3) * 7
 
 
-def test_the_search_leaves_no_trace():
+def test_the_search_changes_nothing_and_repeats_itself():
     at = task(2)
-    state, weights = torch.get_rng_state(), copy.deepcopy(at.generator.state_dict())
+    state = torch.get_rng_state()
+    weights = copy.deepcopy(at.generator.state_dict())
     first = search((4, 2), at)
-    assert torch.equal(torch.get_rng_state(), state) and at.generator.training
-    assert first.distances.is_inference()  # no graph: it would hold the memory of all candidates
+    assert torch.equal(torch.get_rng_state(), state)
+    assert at.generator.training
+    assert first.distances.is_inference()  # a graph would hold the memory of all candidates
     assert all(torch.equal(value, weights[name]) for name, value in at.generator.state_dict().items())
     assert all(parameter.grad is None for parameter in at.generator.parameters())
     again = search((4, 2), at)
-    assert torch.equal(again.keys, first.keys) and torch.equal(again.distances, first.distances)
+    assert torch.equal(again.keys, first.keys)
+    assert torch.equal(again.distances, first.distances)
     assert (search((4, 2), at, at.keys + 1).keys != first.keys).all()
 
 
@@ -317,7 +352,7 @@ def test_a_single_candidate_is_taken_as_it_is():
 @pytest.mark.parametrize("chunk", [1024, 3])
 @pytest.mark.parametrize("refused", [2, 5, 8])
 def test_rejection_passes_over_the_nearest(chunk, refused):
-    """RS-IMLE; refused: how many of the 8 candidates of the first level of image 1 are too near."""
+    """refused: how many of the 8 candidates on the first level of image 1 are too near."""
     at = task(3)
     with torch.no_grad():
         candidates = make_keys(at.keys[:, None], 0, torch.arange(8)).tolist()
@@ -326,7 +361,7 @@ def test_rejection_passes_over_the_nearest(chunk, refused):
     reject = ordered[refused - 1 : refused + 1].mean().item()
     found = search((8, 5), at, reject=reject, chunk=chunk)
     check(found, slow_search((8, 5), at, reject=reject))
-    wanted = ordered[refused] if refused < 8 else ordered[7]  # all are too near: the farthest of them
+    wanted = ordered[min(refused, 7)]  # the nearest that is far enough; the farthest of all where all are too near
     assert found.distances[1, 0].item() == pytest.approx(wanted.item(), abs=1e-6)
 
 
@@ -338,27 +373,30 @@ class Given(Pixels):
         self.values = torch.tensor(values)
 
     def between(self, features, target_features):
-        done, self.values = self.values[: len(features[0])], self.values[len(features[0]) :]
-        return done
+        n = len(features[0])
+        values = self.values[:n]
+        self.values = self.values[n:]
+        return values
 
 
 @pytest.mark.parametrize(
     "values, reject, wanted",
     [
         ([0.3, 0.1, 0.2], 0.0, 1),
-        ([0.3, 0.1, 0.2], 0.1, 1),  # as far as the bound is far enough
+        ([0.3, 0.1, 0.2], 0.1, 1),  # a distance equal to `reject` is far enough
         ([0.3, 0.1, 0.2], 0.15, 2),
         ([0.3, 0.1, 0.2], 0.4, 0),
         ([0.0, 0.0, 0.0], 0.4, 0),
         ([0.0, 0.1, 0.05], 0.4, 1),
-        ([0.399, 500.0, 0.3], 0.4, 1),  # any that is far enough before any that is not
-        ([0.2, 0.1, 0.1], 0.0, 1),  # the first of equals
+        ([0.399, 500.0, 0.3], 0.4, 1),  # far enough, however far, is better than too near
+        ([0.2, 0.1, 0.1], 0.0, 1),  # the first of equal ones
     ],
 )
 @pytest.mark.parametrize("chunk", [1, 2, 3])
 def test_rejection_on_given_distances(values, reject, wanted, chunk):
     at = task(1)
-    at.distance, at.wanted = Given(values), at.wanted[:1]
+    at.distance = Given(values)
+    at.wanted = at.wanted[:1]
     found = search((3,), at, reject=reject, chunk=chunk)
     assert found.keys[0, 0].item() == make_keys(at.keys, 0, wanted).item()
     assert found.distances.item() == pytest.approx(values[wanted])
@@ -408,7 +446,8 @@ def warned(function):
 @pytest.mark.parametrize("part", ["distance", "generator"])
 def test_out_of_memory_halves_the_chunk_once(fail, part):
     at = task(4)
-    whole, step = search((8, 4), at), at.generator.step
+    whole = search((8, 4), at)
+    step = at.generator.step
 
     def limited(level, condition, *args):
         if len(condition) > 20:
@@ -421,32 +460,39 @@ def test_out_of_memory_halves_the_chunk_once(fail, part):
         at.generator.step = limited
     run = Search((8, 4))
     found, messages = warned(lambda: search(None, at, run=run))
-    assert messages == ["out of memory in the search: going on with --chunk 16"] and run.chunk == 16  # half of 4 * 8
+    assert messages == ["out of memory in the search: going on with --chunk 16"]  # half of 4 * 8
+    assert run.chunk == 16
     assert torch.equal(found.keys, whole.keys)
     torch.testing.assert_close(found.distances, whole.distances, rtol=0, atol=1e-6)
     again, messages = warned(lambda: search(None, at, run=run))
-    assert not messages and torch.equal(again.keys, whole.keys)  # for good
+    assert not messages  # the chunk stays halved
+    assert torch.equal(again.keys, whole.keys)
 
 
 def test_out_of_memory_down_to_parts_of_an_images_candidates():
     at = task(3)
     previous = search((2,), at, at.keys + 1).keys
-    whole, run = search((8, 4), at, previous=previous), Search((8, 4), chunk=25)
+    whole = search((8, 4), at, previous=previous)
+    run = Search((8, 4), chunk=25)
     at.distance = Limited(no_memory, 2)
     found, messages = warned(lambda: search(None, at, previous=previous, run=run))
-    assert [int(message.split()[-1]) for message in messages] == [12, 6, 3, 1] and run.chunk == 1
+    assert [int(message.split()[-1]) for message in messages] == [12, 6, 3, 1]
+    assert run.chunk == 1
     assert torch.equal(found.keys, whole.keys)
 
 
 @pytest.mark.parametrize("fail", FAILURES)
 def test_out_of_memory_at_a_later_level_or_chunk(fail):
     at = task(5)
-    whole, run = search((6,), at), Search((6,), chunk=12)
+    whole = search((6,), at)
+    run = Search((6,), chunk=12)
     at.distance = Limited(fail, 12 * 8**2, pixels=True)  # 12 at the first level, 3 at the second, of 16 px
     found, messages = warned(lambda: search(None, at, run=run))
-    assert len(messages) == 2 and run.chunk == 3
+    assert len(messages) == 2
+    assert run.chunk == 3
     assert torch.equal(found.keys, whole.keys)
-    at.distance, calls = Pixels(), []
+    at.distance = Pixels()
+    calls = []
 
     def once(images):
         calls.append(len(images))
@@ -454,18 +500,23 @@ def test_out_of_memory_at_a_later_level_or_chunk(fail):
             fail()
         return Pixels.features(at.distance, images)
 
-    at.distance.features, run = once, Search((6,), chunk=12)
-    found, messages = warned(lambda: search(None, at, run=run))  # the first 2 images are done: not again
-    assert calls[:3] == [12, 12, 6] and len(messages) == 1 and torch.equal(found.keys, whole.keys)
+    at.distance.features = once
+    run = Search((6,), chunk=12)
+    found, messages = warned(lambda: search(None, at, run=run))
+    assert calls[:3] == [12, 12, 6]  # the first 2 images are not repeated
+    assert len(messages) == 1
+    assert torch.equal(found.keys, whole.keys)
 
 
 def test_out_of_memory_with_a_single_candidate_is_an_error():
     at = task(2)
-    at.distance, run = Limited(out_of_memory, 0), Search((4,), chunk=4)
+    at.distance = Limited(out_of_memory, 0)
+    run = Search((4,), chunk=4)
     with pytest.raises(torch.OutOfMemoryError), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         search(None, at, run=run)
-    assert run.chunk == 1 and [str(each.message)[-9:] for each in caught] == ["--chunk 2", "--chunk 1"]
+    assert run.chunk == 1
+    assert [str(each.message)[-9:] for each in caught] == ["--chunk 2", "--chunk 1"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("memory")])
@@ -474,11 +525,13 @@ def test_other_errors_pass_through(error):
         raise error
 
     at = task(2)
-    at.distance, run = Limited(fail, 0), Search((4,), chunk=4)
+    at.distance = Limited(fail, 0)
+    run = Search((4,), chunk=4)
     with warnings.catch_warnings(), pytest.raises(type(error)) as caught:
         warnings.simplefilter("error")
         search(None, at, run=run)
-    assert caught.value is error and run.chunk == 4
+    assert caught.value is error
+    assert run.chunk == 4
 
 
 # bfloat16
@@ -493,7 +546,8 @@ def test_bfloat16_finds_mostly_the_same_codes(state, seed, trained):
     exact = search((16, 8), at)
     with torch.autocast("cpu", torch.bfloat16):
         low = search((16, 8), at)
-    share = (low.keys == exact.keys).float().mean().item()
-    assert share >= 0.8, f"the same codes in {share:.0%}"
-    assert low.distances.dtype == torch.float32 and not torch.equal(low.distances, exact.distances)
+    same = (low.keys == exact.keys).float().mean().item()
+    assert same >= 0.8, f"only {same:.0%} of the codes are the same"
+    assert low.distances.dtype == torch.float32
+    assert not torch.equal(low.distances, exact.distances)
     torch.testing.assert_close(low.distances, exact.distances, rtol=0.03, atol=0)

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from Losses import multi_positive, nt_xent, view_statistics
+from Losses import FORMS, contrastive, multi_positive, nt_xent, view_statistics
 
 Z = np.sin(1 + 3 * np.arange(8)[:, None] + 0.7 * np.arange(6)[None])  # rows 0-3 view A, 4-7 view B
 Z3 = np.sin(1 + 3 * np.arange(12)[:, None] + 0.7 * np.arange(6)[None])
@@ -98,7 +99,35 @@ def test_view_statistics_of_orthogonal_pairs():
     assert statistics["embedding_std"] == pytest.approx(math.sqrt(0.25 * 0.75) * 2)
 
 
-def test_errors():
+@pytest.mark.parametrize("form", FORMS)
+def test_with_two_views_every_form_is_nt_xent(form):
+    z = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
+    for temperature in (0.1, 0.5):
+        wanted = nt_xent(z[0], z[1], temperature).item()
+        assert contrastive(z, temperature, form, weight=7.0).item() == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("form", ["out", "in"])
+def test_lout_and_lin_compare_all_views(form):
+    z = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(0))
+    assert contrastive(z, 0.2, f"l{form}").item() == pytest.approx(slow(z, 0.2, form), rel=1e-5)
+
+
+@pytest.mark.parametrize("m", [3, 4])
+@pytest.mark.parametrize("form", ["ntxent", "align"])
+def test_ntxent_and_align_add_the_mean_of_the_first_view_with_the_further_ones(form, m):
+    z = torch.randn(m, 8, 16, generator=torch.Generator().manual_seed(0))
+    added = 0.0
+    for further in z[2:]:
+        distance = 2 - 2 * F.cosine_similarity(z[0], further)
+        added += nt_xent(z[0], further, 0.5) if form == "ntxent" else distance.mean()
+    wanted = nt_xent(z[0], z[1], 0.5) + 0.25 * added / (m - 2)
+    assert contrastive(z, 0.5, form, weight=0.25).item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+def test_unknown_forms_and_single_views_are_refused():
+    with pytest.raises(ValueError, match=r"'mean': choose lout, lin"):
+        contrastive(torch.zeros(2, 3, 4), form="mean")
     with pytest.raises(ValueError, match="'mean'"):
         multi_positive(torch.zeros(2, 3, 4), 0.5, "mean")
     with pytest.raises(ValueError, match="M >= 2"):

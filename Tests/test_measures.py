@@ -1,6 +1,7 @@
 """The measures of a generator against loops in NumPy, and samples that differ in one half of their code alone."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from CamNet.Measures import (
     perceptual_diversity,
     pixel_diversity,
     sample_grid,
+    unfit,
 )
 from Images import Shapes
 
@@ -90,7 +92,8 @@ def test_histogram_diversity_equals_the_slow_one():
 def test_histogram_diversity_sees_colours_and_not_places():
     samples = noise(2, 1)
     mirrored = torch.cat([samples, samples.flip(4), samples.transpose(3, 4)], dim=1)
-    assert histogram_diversity(mirrored) == 0 and pixel_diversity(mirrored) > 0.05
+    assert histogram_diversity(mirrored) == 0
+    assert pixel_diversity(mirrored) > 0.05
     black_and_white = torch.stack([torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8)], dim=1)
     assert histogram_diversity(black_and_white) == 1 == pixel_diversity(black_and_white)
     one_channel = black_and_white.clone()
@@ -130,7 +133,8 @@ def test_best_of_equals_the_slow_one():
     assert list(found) == [1, 2, 4, 7, 16]
     assert found == pytest.approx({k: sum(min(row[:k]) for row in d) / 4 for k in found}, rel=1e-5)
     values = list(found.values())
-    assert values == sorted(values, reverse=True) and values[-1] < values[0]
+    assert values == sorted(values, reverse=True)
+    assert values[-1] < values[0]
     assert list(best_of(Pixels(), samples, targets)) == [1, 4, 16]
 
 
@@ -170,7 +174,9 @@ def test_consistency_by_hand():
 def test_the_grid_is_made_of_the_generators_images():
     generator, condition = build()
     grid = sample_grid(generator, condition, KEYS, 4)
-    assert grid.shape == (3, 4, 3, 16, 16) and grid.min() >= 0 and grid.max() <= 1
+    assert grid.shape == (3, 4, 3, 16, 16)
+    assert grid.min() >= 0
+    assert grid.max() <= 1
     for image, key in enumerate(KEYS):
         for j in range(4):
             one = generator.sample(condition[image : image + 1], make_keys(key[None], j))
@@ -190,7 +196,8 @@ def test_vary_holds_the_other_half_of_the_code(vary, varies):
     seen, forward = [], generator.forward
     generator.forward = lambda condition, codes: (seen.append(codes), forward(condition, codes))[1]
     grid = sample_grid(generator, condition, KEYS, 4, vary)
-    assert grid.shape == (3, 4, 3, 32, 32) and len(seen) == 4
+    assert grid.shape == (3, 4, 3, 32, 32)
+    assert len(seen) == 4
     first = generator.codes(make_keys(KEYS, 0))
     for j, codes in enumerate(seen):
         own = generator.codes(make_keys(KEYS, j))
@@ -220,3 +227,40 @@ def test_measures_of_bfloat16_samples_are_float32():
         assert consistency(generator.corruption, grid, condition, KEYS) <= 1e-6
         low = diversity(grid, Pixels())
     assert low == pytest.approx(diversity(grid, Pixels()), rel=1e-5)
+
+
+# fitness
+
+GOOD = {
+    "best_of_1": 0.3,
+    "best_of_16": 0.1,
+    "bicubic": 0.2,
+    "diversity_pixels": 0.05,
+    "single_code_diversity_pixels": 0.01,
+}
+
+
+@pytest.mark.parametrize(
+    "change, parts",
+    [
+        ({}, None),
+        ({"single_code_diversity_pixels": None}, None),
+        ({"single_code_diversity_pixels": None, "best_of_1": 0.15}, ("67%", "more than 60%")),
+        ({"single_code_diversity_pixels": None, "best_of_1": math.nan}, ("nan%",)),
+        ({"best_of_16": 0.2}, ("0.2000", "bicubic")),
+        ({"best_of_16": 0.3}, ("0.3000", "0.2000")),
+        ({"best_of_16": math.nan}, ("nan",)),
+        ({"single_code_diversity_pixels": 0.05}, ("0.0500", "one code")),
+        ({"single_code_diversity_pixels": 0.07}, ("0.0500", "0.0700")),
+        ({"diversity_pixels": math.nan}, ("differ",)),
+        ({"diversity_pixels": 0.0, "single_code_diversity_pixels": None}, ("do not differ",)),
+    ],
+)
+def test_unfit_says_why(change, parts):
+    reason = unfit({name: value for name, value in (GOOD | change).items() if value is not None})
+    if parts is None:
+        assert reason is None
+        return
+    assert "\n" not in reason
+    for part in parts:
+        assert part in reason

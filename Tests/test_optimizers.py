@@ -1,4 +1,4 @@
-"""LARS against Google's update, the groups, the schedule."""
+"""LARS against Google's update, AdamLARS, the parameter groups, the learning-rate schedule."""
 
 import math
 from copy import deepcopy
@@ -34,7 +34,7 @@ def three_steps(rates):
     return w.detach(), b.detach(), z.detach()
 
 
-def test_lars_golden_changing_rate():
+def test_lars_gives_the_known_values_at_a_changing_rate():
     w, b, z = three_steps([0.6, 1.2, 0.9])
     golden = [0.49813832261356944, -0.2958263429694154, 0.7987909560020264]
     golden += [0.09753627200779591, 0.8963272280098223, -0.3981889053962528]
@@ -43,7 +43,7 @@ def test_lars_golden_changing_rate():
     assert z.tolist() == pytest.approx([-0.8886, 1.7772], rel=1e-12)
 
 
-def test_lars_golden_constant_rate():
+def test_lars_gives_the_known_values_at_a_constant_rate():
     w, b, z = three_steps([0.6] * 3)
     golden = [0.49868817006297805, -0.29709222616714065, 0.7991288318153498]
     golden += [0.09828664525899558, 0.8974154770743451, -0.3987273070113671]
@@ -76,15 +76,17 @@ def test_lars_equals_google(wd, nesterov, start):
         optimizer.step()
         reference, v = google(reference, grad, v, lr, wd, nesterov=nesterov)
     np.testing.assert_allclose(w.detach(), reference, rtol=1e-12)
-    assert np.abs(reference - np.array(start)).max() > 1e-5  # it moved, from zero too
+    assert np.abs(reference - np.array(start)).max() > 1e-5  # it moved, also from zero
 
 
 def test_adam_lars_moves_a_layer_by_lr_trust_times_its_norm():
     w, still = tensors(W0, [1.0])
     plain = w.detach().clone().requires_grad_()
-    layered, adam = AdamLARS([w, still], lr=0.1, trust=0.02), torch.optim.Adam([plain], lr=0.1)
+    layered = AdamLARS([w, still], lr=0.1, trust=0.02)
+    adam = torch.optim.Adam([plain], lr=0.1)
     w.grad = plain.grad = torch.tensor(GRAD, dtype=torch.float64)
-    layered.step(), adam.step()
+    layered.step()
+    adam.step()
     (start,) = tensors(W0)
     step, direction = (w - start).detach(), (plain - start).detach()
     assert step.norm().item() == pytest.approx(0.1 * 0.02 * np.linalg.norm(W0), rel=1e-6)
@@ -94,9 +96,8 @@ def test_adam_lars_moves_a_layer_by_lr_trust_times_its_norm():
 
 def test_trust_ratio_is_one_where_a_norm_is_zero():
     zero, one = torch.zeros(3), torch.ones(3)
-    assert [float(r) for r in trust_ratios([zero, one, one], [one, zero, 2 * one], 0.01)] == pytest.approx(
-        [1, 1, 0.005]
-    )
+    ratios = trust_ratios([zero, one, one], [one, zero, 2 * one], 0.01)
+    assert [float(ratio) for ratio in ratios] == pytest.approx([1, 1, 0.005])
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
@@ -126,24 +127,30 @@ def test_every_combination_learns_and_its_state_round_trips(name, lars):
 
 
 def test_groups_are_by_module_type():
-    encoder = build_encoder("resnet18", small_stem=True)
-    net = ContrastiveNet(encoder, build_head(encoder.features, 64, 16))
+    encoder = build_encoder("resnet18", small_stem=True, size=32)
+    net = ContrastiveNet(encoder, build_head(encoder.num_features, 64, 16))
     weights, others = parameter_groups(net, 1e-4)
-    assert weights["weight_decay"] == 1e-4 and weights["adapt"]
-    assert others["weight_decay"] == 0 and not others["adapt"]
-    assert all(p.ndim > 1 for p in weights["params"]) and all(p.ndim == 1 for p in others["params"])
+    assert weights["weight_decay"] == 1e-4
+    assert weights["adapt"]
+    assert others["weight_decay"] == 0
+    assert not others["adapt"]
+    assert all(p.ndim > 1 for p in weights["params"])
+    assert all(p.ndim == 1 for p in others["params"])
     assert len(weights["params"]) + len(others["params"]) == len(list(net.parameters()))
 
 
-def test_schedule():
+def test_the_rate_rises_linearly_then_falls_as_a_cosine_to_zero():
     assert learning_rate(1, 10, 0, 1.0) == pytest.approx(0.5 * (1 + math.cos(math.pi / 9)))  # lightly's CosineWarmup
     rates = [learning_rate(step, 100, 20, 0.4) for step in range(100)]
-    assert rates[0] == pytest.approx(0.4 / 20) and rates[19] == rates[20] == pytest.approx(0.4)
-    assert rates[-1] == 0 and min(rates[:-1]) > 0
-    assert all(np.diff(rates[:20]) > 0) and all(np.diff(rates[20:]) < 0)
-    assert learning_rate(0, 1, 0, 1.0) == 1.0  # a single update is not lost
+    assert rates[0] == pytest.approx(0.4 / 20)
+    assert rates[19] == rates[20] == pytest.approx(0.4)
+    assert rates[-1] == 0
+    assert min(rates[:-1]) > 0
+    assert all(np.diff(rates[:20]) > 0)
+    assert all(np.diff(rates[20:]) < 0)
+    assert learning_rate(0, 1, 0, 1.0) == 1.0  # a single update has the full rate
 
 
-def test_unknown_optimizer():
+def test_an_unknown_optimizer_is_refused():
     with pytest.raises(ValueError, match="--opt Lion"):
         build_optimizer("Lion", [], 0.1)

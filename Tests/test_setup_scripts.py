@@ -2,8 +2,12 @@
 
 import csv
 import hashlib
+import importlib.util
+import inspect
 import io
 import os
+import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,16 +24,16 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 SETUP, INVERT = ROOT / "Data" / "SetupMiniImagenet.py", ROOT / "Data" / "InvertDirStructure.py"
-REAL_LISTS = ROOT.parent / "shared" / "data" / "mini-imagenet-splits"
 CLASS_SPLIT = {"n01": "train", "n02": "train", "n03": "val", "n04": "test"}
 PER_CLASS = 10  # 6 train, 2 val, 2 test
 
 
-def run(script, *args, ok=True, env=None):
-    """Runs a script; where it must fail, returns its error after checking that it is one line and exit code 2."""
+def run(script, *args, ok=True, env=None, preexec_fn=None):
+    """Run a script and return its output; if it must fail, its error: one line that is safe to print, exit code 2."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "no_proxy": "127.0.0.1", **(env or {})}
     command = [sys.executable, str(script), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, preexec_fn=preexec_fn)
+    assert all(line.isprintable() for line in (done.stdout + done.stderr).split("\n")), (done.stdout, done.stderr)
     if ok:
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""  # no progress bar where stderr is no terminal
@@ -40,6 +44,14 @@ def run(script, *args, ok=True, env=None):
     return done.stderr
 
 
+def load(script):
+    """Return a script as a module."""
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def jpeg(number):
     f = io.BytesIO()
     Image.new("RGB", (8, 8), (number * 7 % 256, number * 31 % 256, number // 4 % 256)).save(f, "JPEG")
@@ -47,7 +59,7 @@ def jpeg(number):
 
 
 def stand_in(form="divided", per_class=PER_CLASS):
-    """Returns {member name: content} of an archive in one of the forms that the script accepts."""
+    """Return {member name: content} of an archive in one of the forms that the script accepts."""
     files, lists = {}, {s: ["filename,label"] for s in ("train", "val", "test")}
     for c, (label, split) in enumerate(CLASS_SPLIT.items()):
         for i in range(per_class):
@@ -61,28 +73,35 @@ def stand_in(form="divided", per_class=PER_CLASS):
     return files
 
 
-def pack(path, files):
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as z:
+def packed(ending, files):
+    """Return the bytes of a zip, tar or tar.gz archive of {member name: content}."""
+    f = io.BytesIO()
+    if ending == "zip":
+        with zipfile.ZipFile(f, "w") as z:
             for name, content in files.items():
                 z.writestr(name, content)
     else:
-        with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as t:
+        with tarfile.open(fileobj=f, mode="w:gz" if ending == "gz" else "w") as t:
             for name, content in files.items():
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 t.addfile(info, io.BytesIO(content))
+    return f.getvalue()
+
+
+def pack(path, files):
+    path.write_bytes(packed(path.suffix.removeprefix("."), files))
     return path
 
 
 def tree(folder):
-    """Returns {path: (inode, modification time, content)} of all files below a folder."""
+    """Return {path: (inode, modification time, content)} of all files below a folder."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
     return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns, p.read_bytes()) for p in files}
 
 
 def split_of(folder):
-    """Returns {split: {(class, image)}} of an ImageFolder tree."""
+    """Return {split: {(class, image)}} of an ImageFolder tree."""
     return {s: {(p.parent.name, p.name) for p in (folder / s).glob("*/*")} for s in ("train", "val", "test")}
 
 
@@ -274,7 +293,7 @@ def test_bad_images(tmp_path):
     error = setup(archive, dest, ok=False)
     assert "bad.jpg" in error and "--skip_bad" in error and is_clean(dest)
     out = setup(archive, dest, "--skip_bad")
-    assert "2 broken images" in out and "2 files that are no images" in out and "41 images" in out
+    assert "1 files that are no images (1 .txt), 1 hidden files, 2 broken images" in out and "41 images" in out
 
 
 @pytest.mark.parametrize(
@@ -283,13 +302,12 @@ def test_bad_images(tmp_path):
         (lambda f: {**f, "x/train/n01/n0100000000.jpg": jpeg(9)}, "two images"),
         (lambda f: {**f, "train/n05/a.jpg": jpeg(1)}, "n05"),
         (lambda f: {**f, "images/unknown.jpg": jpeg(1)}, "unknown.jpg"),
-        (lambda f: {}, "found 0 classes"),
+        (lambda f: {}, "no file in it"),
     ],
 )
 def test_trees_that_cannot_be_used(tmp_path, change, word):
     archive, dest = pack(tmp_path / "a.zip", change(stand_in())), tmp_path / "out"
-    args = [] if word.startswith("found") else ["--any_count"]
-    assert word in run(SETUP, "--archive", archive, "--dest", dest, *args, ok=False)
+    assert word in setup(archive, dest, ok=False)
     assert is_clean(dest)
 
 
@@ -429,21 +447,310 @@ def test_download_errors_and_file_urls(tmp_path, server):
 
 def test_the_real_lists(tmp_path):
     """The published lists: 64/16/20 disjoint classes of 600; the flat form is laid out by them."""
-    if not REAL_LISTS.is_dir():
-        pytest.skip(f"{REAL_LISTS} is absent")
+    if "ISICLE_REAL_DATA" not in os.environ:
+        pytest.skip("needs ISICLE_REAL_DATA, a folder that holds mini-imagenet-splits/{train,val,test}.csv")
+    real_lists = Path(os.environ["ISICLE_REAL_DATA"]) / "mini-imagenet-splits"
     labels = {}
     for split in ("train", "val", "test"):
-        with (REAL_LISTS / f"{split}.csv").open(newline="") as f:
+        with (real_lists / f"{split}.csv").open(newline="") as f:
             for row in csv.DictReader(f):
                 labels.setdefault(row["label"], {}).setdefault(split, []).append(row["filename"])
     assert all(len(of) == 1 and len(next(iter(of.values()))) == 600 for of in labels.values())
     counts = [sum(s in of for of in labels.values()) for s in ("train", "val", "test")]
     assert counts == [64, 16, 20]
     files = {f"images/{n}": jpeg(1) for of in labels.values() for ns in of.values() for n in ns[:3]}
-    setup(pack(tmp_path / "images.tar", files), tmp_path / "out", "--csv_dir", REAL_LISTS)
+    setup(pack(tmp_path / "images.tar", files), tmp_path / "out", "--csv_dir", real_lists)
     few = split_of(tmp_path / "out" / "miniImagenetFewShot")
     assert [len({c for c, _ in few[s]}) for s in ("train", "val", "test")] == [64, 16, 20]
     assert all(n.startswith(c) for images in few.values() for c, n in images)
+
+
+ODD_NAMES = {
+    "a\x1b[31mred": "a\\x1b[31mred",
+    "two\nlines": "two\\nlines",
+    "a\rb": "a\\rb",
+    "\u202egpj.x": "\\u202egpj.x",
+    "line\u2028end": "line\\u2028end",
+    "caf\udce9": "caf\\udce9",  # the byte E9, which is not UTF-8
+}
+
+
+@pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
+def test_odd_names_are_set_up_and_shown_escaped(tmp_path, name):
+    files = {f"{s}/{name}{s}/{name}{i}.jpg": jpeg(i) for s in ("train", "val", "test") for i in range(3)}
+    archive = pack(tmp_path / f"{name}.tar", files)
+    dest = tmp_path / f"out {name}"
+    assert ODD_NAMES[name] in setup(archive, dest)
+    assert setup(archive, dest).count("already there") == 2
+    few = split_of(dest / "miniImagenetFewShot")
+    assert few == {s: {(f"{name}{s}", f"{name}{i}.jpg") for i in range(3)} for s in ("train", "val", "test")}
+    assert ODD_NAMES[name] in run(SETUP, "--archive", archive, "--dest", tmp_path / "other", ok=False)
+    assert ODD_NAMES[name] in run(SETUP, "--archive", tmp_path / f"absent {name}", ok=False)
+    assert ODD_NAMES[name] in run(SETUP, "--archive", archive, f"--{name}", ok=False)
+
+
+@pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
+@pytest.mark.parametrize(
+    "member", ["train/n01/{}.jpg", "train/{}/a.jpg", "../{}.jpg", "/{}", "images/{}.jpg", "{0}/n01/n0100000000.jpg"]
+)
+def test_odd_names_in_errors(tmp_path, member, name):
+    is_broken = member.startswith("train/n01")
+    files = {**stand_in("lead"), member.format(name): b"<html>" if is_broken else jpeg(1)}
+    if member.startswith("{"):
+        files = {**stand_in("plain"), member.format(name): jpeg(1)}
+    dest = tmp_path / "out"
+    assert ODD_NAMES[name] in setup(pack(tmp_path / "a.tar", files), dest, ok=False)
+    assert is_clean(dest)
+
+
+def test_odd_names_in_lists_and_answers(tmp_path, server):
+    files = {**stand_in("flat"), "mini/test.csv": b"filename,label\nn0400000000.jpg,\x1b[2J/x\n"}
+    assert "\\x1b[2J" in setup(pack(tmp_path / "a.zip", files), tmp_path / "out", ok=False)
+    server.content = b"\x1b]0;title\x07 \x1b[2J no archive\n" * 20
+    assert "x1b]0;title" in run(SETUP, "--url", server.url, "--dest", tmp_path / "out", ok=False)
+    assert is_clean(tmp_path / "out")
+
+
+def test_the_scripts_agree_on_names():
+    setup_script = load(SETUP)
+    invert_script = load(INVERT)
+    assert setup_script.SUFFIXES == invert_script.SUFFIXES
+    assert setup_script.IGNORED == invert_script.IGNORED
+    assert inspect.getsource(setup_script.Parser.error) == inspect.getsource(invert_script.Parser.error)
+    for name in ("shown", "say", "is_hidden"):
+        assert inspect.getsource(getattr(setup_script, name)) == inspect.getsource(getattr(invert_script, name))
+
+
+def image_of_each_ending():
+    """Return {ending: the bytes of an image} for every ending that the scripts know."""
+    formats = {".jp2": "JPEG2000", ".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP"}
+    formats |= {".gif": "GIF", ".avif": "AVIF", ".ppm": "PPM", ".pgm": "PPM", ".pbm": "PPM", ".pnm": "PPM"}
+    formats |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
+    modes = {".pgm": "L", ".pbm": "1"}
+    images = {}
+    for suffix in load(SETUP).SUFFIXES:
+        f = io.BytesIO()
+        Image.new(modes.get(suffix, "RGB"), (8, 8)).save(f, formats[suffix])
+        images[suffix] = f.getvalue()
+    return images
+
+
+def test_images_of_every_ending(tmp_path):
+    images = image_of_each_ending()
+    files = {f"{s}/{s}1/a{e}": images[e] for s in ("train", "val", "test") for e in images}
+    out = setup(pack(tmp_path / "a.zip", {n.replace(".jf", ".JF"): c for n, c in files.items()}), tmp_path / "out")
+    assert f"found: 3 classes, {3 * len(images)} images" in out
+    assert "skipped: 0 files that are no images, 0 hidden files, 0 broken images" in out
+    printed = run(INVERT, "--folder", tmp_path / "out" / "miniImagenet", "--dest", tmp_path / "camnet")
+    assert f"{3 * len(images)} images" in printed
+
+
+HIDDEN = ["._n.jpg", ".ipynb_checkpoints/n-checkpoint.jpg", ".thumbnails/n.jpg", "__MACOSX/._n.jpg", "__MACOSX/n.jpg"]
+HIDDEN += [".DS_Store", "Thumbs.db", "desktop.ini", "@eaDir/n.jpg/thumb.jpg"]
+
+
+@pytest.mark.parametrize("place", ["", "train/", "train/n01/", "few/", "few/val/", "few/val/n03/"])
+def test_hidden_files_are_no_images(tmp_path, place):
+    """Neither in an archive nor in a finished result."""
+    in_archive = place.replace("few/", "")
+    archive = pack(tmp_path / "a.zip", {**stand_in(), **{f"{in_archive}{name}": jpeg(999) for name in HIDDEN}})
+    dest = tmp_path / "out"
+    assert "found: 4 classes, 40 images" in setup(archive, dest)
+    assert {c for c, _ in split_of(dest / "miniImagenet")["train"]} == set(CLASS_SPLIT)
+    top = dest / ("miniImagenetFewShot" if place.startswith("few") else "miniImagenet")
+    for name in HIDDEN:
+        path = top / in_archive / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(999))
+    printed = setup(archive, dest)
+    assert printed.count("already there") == 2
+    assert "miniImagenet: train 4 classes, 24 images" in printed
+    assert "miniImagenetFewShot: train 2 classes, 20 images, val 1 classes, 10 images" in printed
+
+
+def test_hidden_files_are_in_no_list_given_later(tmp_path):
+    dest = tmp_path / "out"
+    archive = pack(tmp_path / "a.zip", stand_in("plain"))
+    setup(archive, dest)
+    for name in (".ipynb_checkpoints/n.jpg", "n01/._n.jpg", "Thumbs.db"):
+        (dest / "miniImagenet" / "train" / name).parent.mkdir(exist_ok=True)
+        (dest / "miniImagenet" / "train" / name).write_bytes(jpeg(1))
+    for name, content in stand_in("flat").items():
+        if name.endswith(".csv"):
+            (tmp_path / Path(name).name).write_bytes(content)
+    setup(archive, dest, "--csv_dir", tmp_path)
+    assert len(set.union(*split_of(dest / "miniImagenetFewShot").values())) == 40
+
+
+PICKLE = pickle.dumps({"image_data": [1]})
+INNER = {ending: packed(ending, stand_in("plain")) for ending in ("zip", "tar")}
+UNUSABLE = {
+    "tars.zip": (packed("zip", {f"mini/{s}.tar": INNER["tar"] for s in "abc"}), ["3 .tar", "--archive"]),
+    "zips.tar": (packed("tar", {f"{s}.ZIP": INNER["zip"] for s in "abc"}), ["3 .zip", "--archive"]),
+    "one.tar": (packed("tar", {"mini.zip": INNER["zip"]}), ["1 .zip", "--archive"]),
+    "tgz.zip": (packed("zip", {"README": b"x", "mini.tar.gz": b"\x1f\x8b"}), ["1 .gz", "--archive"]),
+    "pickles.zip": (packed("zip", {f"cache-{s}.pkl": PICKLE for s in "abc"}), ["3 .pkl", "not image files"]),
+    "arrays.tar": (packed("tar", {"train.npz": b"PK", "val.npz": b"PK"}), ["2 .npz", "not image files"]),
+    "texts.zip": (packed("zip", {"a.txt": b"x", "LICENSE": b"x"}), ["1 .txt", "CLASS/IMAGE"]),
+    "lists.zip": (packed("zip", {"train.csv": b"filename,label\n"}), ["no file", "CLASS/IMAGE"]),
+    "hidden.zip": (packed("zip", {"__MACOSX/n01/a.jpg": jpeg(1), ".x/b.jpg": jpeg(1)}), ["2 hidden"]),
+    "empty.tar": (packed("tar", {}), ["no file in it"]),
+    "page.zip": (b"<!DOCTYPE html><title>Quota exceeded</title>", ["web page", "Quota exceeded"]),
+    "denied.tar": (b"Access denied\n", ["web page or text", "Access denied"]),
+    "mini.rar": (b"Rar!\x1a\7\0xxxx", ["a RAR archive"]),
+    "mini.7z": (b"7z\xbc\xaf\x27\x1cxxxx", ["a 7z archive"]),
+    "mini.pkl": (PICKLE, ["a Python pickle"]),
+    "cut.zip": (INNER["zip"][:-30], ["an incomplete zip"]),
+    "nothing.zip": (b"", ["empty"]),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_archives_without_images(tmp_path, name):
+    content, words = UNUSABLE[name]
+    (tmp_path / name).write_bytes(content)
+    error = setup(tmp_path / name, tmp_path / "out", ok=False)
+    for word in [name, *words]:
+        assert word in error
+    assert is_clean(tmp_path / "out")
+    setup(pack(tmp_path / "good.zip", stand_in()), tmp_path / "out")
+
+
+def test_inner_archives_are_named_when_the_count_is_wrong(tmp_path):
+    archive = pack(tmp_path / "a.zip", {**stand_in(), "more.tar": INNER["tar"]})
+    error = run(SETUP, "--archive", archive, "--dest", tmp_path / "out", ok=False)
+    assert "40 images" in error and "1 .tar" in error and "--archive" in error
+
+
+def test_encrypted_archives(tmp_path):
+    content = bytearray(packed("zip", stand_in()))
+    at = content.index(b"PK\1\2")
+    content[at + 8] |= 1  # the flag of an encrypted member
+    (tmp_path / "a.zip").write_bytes(content)
+    assert "encrypted" in setup(tmp_path / "a.zip", tmp_path / "out", ok=False)
+
+
+@pytest.mark.parametrize("ending", ["zip", "tar"])
+@pytest.mark.parametrize("form", ["divided", "flat"])
+def test_backslashes_separate_folders(tmp_path, form, ending):
+    """As in the zip files of .NET and of PowerShell 5."""
+    files = {name.replace("/", "\\"): content for name, content in stand_in(form).items()}
+    files |= {"mini\\": b"", "mini\\.hidden\\a.jpg": jpeg(1), "__MACOSX\\._a.jpg": b"x"}
+    setup(pack(tmp_path / f"a.{ending}", files), tmp_path / "out")
+    assert {c for c, _ in split_of(tmp_path / "out" / "miniImagenet")["val"]} == set(CLASS_SPLIT)
+    assert len(set.union(*split_of(tmp_path / "out" / "miniImagenetFewShot").values())) == 40
+
+
+@pytest.mark.parametrize("start", ["/home/me/", "//server/share/", "C:\\data\\", "D:/data/"])
+def test_absolute_names_say_what_to_do(tmp_path, start):
+    archive = pack(tmp_path / "a.tar", {start + name: content for name, content in stand_in().items()})
+    error = setup(archive, tmp_path / "out", ok=False)
+    for word in ("absolute names", start.split("/")[0], "nothing was extracted", "pack that folder"):
+        assert word in error
+    assert is_clean(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        lambda name, label: f"{name}, {label}",
+        lambda name, label: f" {name} ,\t{label} ",
+        lambda name, label: f'{name}, "{label}"',
+        lambda name, label: f'" {name}","{label} "\r',
+    ],
+)
+@pytest.mark.parametrize("header", ["filename,label", "filename, label", " Filename , Label ", "\ufefffilename,label"])
+def test_lists_with_blanks_around_values(tmp_path, text, header):
+    for split in ("train", "val", "test"):
+        rows = [header]
+        for label in [label for label, s in CLASS_SPLIT.items() if s == split]:
+            rows += [text(f"{label}{i:08d}.jpg", label) for i in range(PER_CLASS)]
+        (tmp_path / f"{split}.csv").write_text("\n".join([*rows, " ", ""]), encoding="utf-8")
+    files = {name: content for name, content in stand_in("flat").items() if name.endswith(".jpg")}
+    setup(pack(tmp_path / "a.zip", files), tmp_path / "out", "--csv_dir", tmp_path)
+    few = split_of(tmp_path / "out" / "miniImagenetFewShot")
+    assert {s: {c for c, _ in v} for s, v in few.items()} == {"train": {"n01", "n02"}, "val": {"n03"}, "test": {"n04"}}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>", b"filename;label\n", b"n.jpg,n01\n", "filename,label".encode("utf-16")]
+)
+def test_files_that_are_no_lists(tmp_path, content):
+    for split in ("train", "val", "test"):
+        (tmp_path / f"{split}.csv").write_bytes(content)
+    archive = pack(tmp_path / "a.zip", stand_in("plain"))
+    error = setup(archive, tmp_path / "out", "--csv_dir", tmp_path, ok=False)
+    for word in ("--csv_dir", "train.csv", "filename,label"):
+        assert word in error
+    assert is_clean(tmp_path / "out")
+
+
+def test_blanks_in_names_of_images_are_kept(tmp_path):
+    files = {f"{s}/{s} /  {i}.jpg": jpeg(i) for s in ("train", "val", "test") for i in range(3)}
+    setup(pack(tmp_path / "a.tar", files), tmp_path / "out")
+    assert ("val ", "  1.jpg") in split_of(tmp_path / "out" / "miniImagenetFewShot")["val"]
+
+
+def test_a_page_is_no_download(tmp_path, server):
+    """It is not kept, whether this run fetched it or an earlier one; nor is an archive that is damaged inside."""
+    args = ["--url", server.url, "--any_count", "--dest", tmp_path / "out"]
+    good = server.content
+    server.content = b"<!DOCTYPE html><html><title>Too many requests</title></html>"
+    error = run(SETUP, *args, ok=False)
+    for word in ("--url", "web page", "Too many requests", "not kept"):
+        assert word in error
+    assert not list((tmp_path / "out" / "miniImagenet_downloads").iterdir())
+    at = good.index(b"\xff\xd8\xff")
+    server.content = good[: at + 20] + b"12345" + good[at + 25 :]
+    assert "deleted" in run(SETUP, *args, ok=False)
+    server.content = good
+    run(SETUP, *args)
+    (kept,) = (tmp_path / "out" / "miniImagenet_downloads").iterdir()
+    kept.write_bytes(b"<html>")
+    run(SETUP, *args, "--force")
+    assert kept.read_bytes() == good
+
+
+def allow_files_of(n_bytes):
+    """Return what makes every file larger than this fail like on a full disk."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+
+
+def test_disk_full_or_read_only(tmp_path):
+    files = stand_in()
+    archive = pack(tmp_path / "a.tar", files)
+    error = setup(archive, tmp_path / "out", ok=False, preexec_fn=allow_files_of(100))
+    assert f"--dest {tmp_path / 'out'}: File too large; free some space" in error
+    assert is_clean(tmp_path / "out")
+    if Path("/sys/kernel").is_dir():  # where nobody can make a folder, not even root
+        assert "--dest /sys/kernel/isicle" in setup(archive, "/sys/kernel/isicle", ok=False)
+        error = run(INVERT, "--folder", tmp_path / "in", "--dest", "/sys/kernel/isicle", ok=False)
+        assert "--folder" in error  # which is absent
+        setup(archive, tmp_path / "in")
+        error = run(INVERT, "--folder", tmp_path / "in/miniImagenet", "--dest", "/sys/kernel/isicle", ok=False)
+        assert "--dest /sys/kernel/isicle" in error and "can write to" in error
+
+
+def test_no_space_and_other_reasons():
+    for script in (SETUP, INVERT):
+        module = load(script)
+        dest = Path("/data/out")
+        for reason in (OSError(28, "No space left on device"), OSError(122, "Disk quota exceeded", "/other/file")):
+            told = module.explain(reason, dest)
+            assert "--dest /data/out" in told and reason.strerror in told and "free some space" in told
+        told = module.explain(OSError(30, "Read-only file system", b"/data/out/caf\xe9"), dest)
+        assert "--dest /data/out" in told and "can write to" in told
+        told = module.explain(OSError(13, "Permission denied", "/elsewhere/a.zip"), dest)
+        assert "/elsewhere/a.zip: Permission denied" in told and "--dest" not in told
+
+
+@pytest.mark.parametrize("script", [SETUP, INVERT])
+def test_help_names_every_flag(script):
+    printed = run(script, "--help", env={"PYTHONIOENCODING": "ascii", "COLUMNS": "120"})
+    actions = load(script).get_args(["--folder", "x"] if script == INVERT else [])[0]._actions
+    for action in actions:
+        assert action.help and action.option_strings[-1] in printed
+    assert printed.isascii()
 
 
 # InvertDirStructure.py
@@ -475,7 +782,7 @@ def test_invert(folder, link, slash):
     args = ["--link"] if link else []
     printed = invert(f"{folder}{slash}", *args)
     assert "train: 2 classes, 6 images (6 new, 0 already there), 3 files skipped" in printed
-    assert "12 images; 1 files outside" in printed
+    assert "12 images; 1 files outside" in printed and "skipped by ending: 2 .txt, 1 hidden" in printed
     names = {
         f"{c}/{'validation' if s == 'val' else s}/{n}": f"{s}/{c}/{n}"
         for s, c, n in (k.split("/") for k in source if k.endswith(".jpg") and "hidden" not in k)
@@ -565,3 +872,99 @@ def test_invert_completes_after_a_kill(folder, sent):
         assert path.read_bytes() == (folder / "train" / path.parent.parent.name / path.name).read_bytes()
     invert(folder)
     assert sum(p.is_file() for p in out.rglob("*")) == 1012
+
+
+def test_invert_skips_hidden_folders(folder):
+    for place in ("train", "train/a", "val/b"):
+        for name in HIDDEN:
+            (folder / place / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / place / name).write_bytes(jpeg(1))
+    (folder / "train" / "a" / ".thumbnails" / "train0.jpg").write_bytes(jpeg(1))
+    printed = invert(folder)
+    assert "train: 2 classes, 6 images" in printed and "validation" not in printed
+    made = folder.parent / "camnet" / "mini"
+    assert sorted(path.name for path in made.iterdir()) == ["a", "b"]
+    (made / ".ipynb_checkpoints" / "train").mkdir(parents=True)
+    (made / ".ipynb_checkpoints" / "train" / "n-checkpoint.jpg").write_bytes(jpeg(1))
+    (made / "a" / "train" / "._n.jpg").write_bytes(jpeg(1))
+    assert "0 new, 6 already there" in invert(folder)
+
+
+@pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
+def test_invert_odd_names(folder, name):
+    (folder / "train" / "a").rename(folder / "train" / name)
+    (folder / "train" / name / "train0.jpg").rename(folder / "train" / name / f"{name}.jpg")
+    folder = folder.rename(folder.with_name(name))
+    assert ODD_NAMES[name] in invert(folder)
+    assert (folder.parent / "camnet" / name / name / "train" / f"{name}.jpg").read_bytes() == jpeg(0)
+    assert "0 new, 6 already there" in invert(folder)
+    (folder / "train" / name / "sub").mkdir()
+    (folder / "train" / name / "sub" / f"{name}.jpg").write_bytes(jpeg(1))
+    assert ODD_NAMES[name] in invert(folder, ok=False)
+    assert ODD_NAMES[name] in run(INVERT, "--folder", folder / f"absent {name}", ok=False)
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "dev"])
+def test_invert_names_of_the_validation_split(folder, name):
+    (folder / "val").rename(folder / name)
+    (folder / "unlabelled").mkdir()
+    printed = invert(folder)
+    assert "val: 2 classes, 4 images" in printed and "not read: unlabelled" in printed
+    assert len(list((folder.parent / "camnet" / "mini").glob("*/validation/*"))) == 4
+    (folder / "val").mkdir()
+    error = invert(folder, ok=False)
+    assert "--folder" in error and "val" in error and name in error
+
+
+@pytest.mark.parametrize("other", ["same names", "further names", "fewer"])
+def test_invert_folders_of_one_name(folder, other):
+    """Images of two folders never end up in one target, even where their names would fit."""
+    second = Path(shutil.copytree(folder, folder.parent / "other" / "mini"))
+    dest = folder.parent / "camnet"
+    run(INVERT, "--folder", folder, "--dest", dest)
+    if other == "same names":
+        (second / "train" / "a" / "train0.jpg").write_bytes(jpeg(77))
+    elif other == "further names":
+        (second / "train" / "c").mkdir()
+        (second / "train" / "c" / "new.jpg").write_bytes(jpeg(77))
+    else:
+        (second / "train" / "a" / "train0.jpg").unlink()
+    before = tree(dest)
+    error = run(INVERT, "--folder", second, "--dest", dest, ok=False)
+    for word in (f"--dest {dest}", f"was made from {folder}", f"not from {second}", "another --dest"):
+        assert word in error
+    assert tree(dest) == before
+    run(INVERT, "--folder", second, "--dest", dest / "other")
+    shutil.rmtree(dest / "mini")
+    run(INVERT, "--folder", second, "--dest", dest)
+
+
+def test_invert_a_folder_that_was_moved(folder):
+    """The same images at another place need no other target."""
+    dest = folder.parent / "camnet"
+    invert(folder)
+    before = tree(dest)
+    moved = folder.rename(folder.parent / "moved")
+    second = moved.parent / "elsewhere" / "mini"
+    shutil.move(moved, second)
+    assert "0 new, 6 already there" in run(INVERT, "--folder", second, "--dest", dest)
+    assert tree(dest) == before
+
+
+def test_invert_on_a_full_disk(folder):
+    large = folder / "train" / "a" / "large.bmp"
+    Image.new("RGB", (99, 99)).save(large)
+    error = invert(folder, ok=False, preexec_fn=allow_files_of(9000))
+    dest = folder.parent / "camnet"
+    assert f"--dest {dest}: File too large; free some space" in error
+    assert not list(dest.rglob("*.part"))
+    invert(folder)
+    assert (dest / "mini" / "a" / "train" / "large.bmp").read_bytes() == large.read_bytes()
+
+
+def test_invert_follows_links_once(folder):
+    shutil.move(folder / "train" / "a", folder.parent / "real")
+    (folder / "train" / "a").symlink_to(folder.parent / "real")
+    (folder.parent / "real" / "sub").symlink_to(folder / "test" / "a")
+    (folder.parent / "real" / "loop").symlink_to(folder.parent / "real")
+    assert "train: 2 classes, 7 images" in invert(folder)

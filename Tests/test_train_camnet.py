@@ -4,56 +4,47 @@ import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
-import time
 import urllib.request
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import save, save_shapes
+from helpers import (
+    check_board,
+    content,
+    count_lines,
+    different,
+    lines,
+    one_error,
+    only_run,
+    real_file,
+    run,
+    save,
+    save_shapes,
+    signal_when,
+    start,
+    tensors,
+)
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_train_simclr import lines, one_error, only_run, tensors
 
 import Data
-import Fitness
 import TrainCamNet
 import Utils
-from CamNet import IMLE
+from CamNet import IMLE, Measures
 from CamNet.Corruptions import Corruption
 
-ROOT = Path(__file__).parents[1]
-REAL = ROOT.parent / "shared" / "weights" / "squeezenet1_1_features.pth"
 FLAGS = (
-    "--size 16 --net tiny --corrupt gray+down2 --distance pixels --m 4,4 --period 16 --visits 4 --periods 3 --bs 8 "
-    "--lr 0.002 --ema 0.9 --n_ramp 2 --n_workers 0 --device cpu --log_iter 1 --sample_iter 1 --save_iter 1"
+    "--size 16 --net tiny --corrupt gray+down2 --distance pixels --m 4,4 --period 16 --visits 2 --periods 3 --bs 8 "
+    "--lr 0.002 --ema 0.9 --n_ramp 2 --n_workers 0 --device cpu --log_iter 1 --sample_iter 2 --save_iter 1"
 )
-STEPS = 8  # in a period: visits * period / bs
+STEPS = 4  # in a period: visits * period / bs
 ALONE = ("--no-single_code",)
 SHORT = (*ALONE, "--periods", "1", "--visits", "1", "--bs", "16")  # one step
 QUALITY = ("diversity_pixels", "diversity_histogram", "diversity_distance", "consistency")
-NAMED = (  # DESIGN.md, section 10
-    *("best_of_1", "best_of_4", "best_of_16", "bicubic", "single_code", "diversity_pixels", "jitter_diversity_pixels"),
-    *("diversity_style", "diversity_noise", "consistency", "seconds_search_per_1000", "seconds_train_per_1000"),
-    *("peak_memory_bytes", "distance", "corrupt", "fit"),
-)
-
-
-def different(file, other):
-    """The names of the tensors that are not the same bits in two checkpoints: weights, averages, moments, codes."""
-    mine, theirs = (tensors(torch.load(each, weights_only=True)) for each in (file, other))
-    assert mine.keys() == theirs.keys() and len(mine) > 300
-    assert {name.split("/")[1] for name in mine} == {"generator", "net", "optimizer", "chosen", "total"}
-    return [name for name in mine if not torch.equal(mine[name], theirs[name])]
-
-
-def content(folder):
-    """{path: (time, bytes)} of all files under a folder."""
-    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+NAMED = """best_of_1 best_of_4 best_of_16 bicubic single_code diversity_pixels jitter_diversity_pixels diversity_style
+diversity_noise consistency seconds_search_per_1000 seconds_train_per_1000 peak_memory_bytes distance corrupt fit"""
 
 
 def numbers(folder):
@@ -68,25 +59,18 @@ def measures(folder):
     return {key: value for key, value in result.items() if "seconds" not in key and "memory" not in key}
 
 
+def check_samples_on_board(folder):
+    """TensorBoard shows the numbers of metrics.jsonl and the samples."""
+    tags = check_board(folder, "Train").Tags()
+    assert {"Loss/train", "LR", "Train/best_of_1", "Train/search_level1"} <= set(tags["scalars"])
+    assert tags["images"] == ["samples"]
+
+
 def check_same_run(folder, other, name="3.pt"):
     """The stage ended as the uninterrupted one did: the same bits, and each number logged once, in the same order."""
     assert different(folder / name, other / name) == []
     assert numbers(folder) == numbers(other)
-    check_board(folder)
-
-
-def check_board(folder):
-    """TensorBoard shows the numbers of metrics.jsonl, all of them, and the samples."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    shown = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
-    logged = {}
-    for line in lines(folder):
-        for name in line.keys() - {"step", "epoch", "seconds"}:
-            logged.setdefault(Utils.Run.TAGS.get(name, f"Train/{name}"), {})[line["step"]] = line[name]
-    assert {"Loss/train", "LR", "Train/best_of_1", "Train/search_level1"} <= shown.keys() == logged.keys()
-    for tag, values in logged.items():
-        assert shown[tag] == pytest.approx(values, rel=1e-6, abs=1e-7), tag
-    assert events.Tags()["images"] == ["samples"]
+    check_samples_on_board(folder)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +83,7 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flags(tree):
-    """(models_dir, *more) -> the flags of a run of 3 periods of 8 steps that logs all and saves each period."""
+    """(models_dir, *more) -> the flags of a run of 3 periods of 4 steps that logs all and saves each period."""
     first = ["--data", str(tree), "--data_dir", str(tree.parent / "cache"), *FLAGS.split()]
     return lambda models_dir, *more: [*first, "--models_dir", str(models_dir), *more]
 
@@ -109,25 +93,14 @@ def whole(flags, tmp_path_factory):
     """A finished run and its baseline, made by their own process: .folder .models_dir .code .out .err .argv."""
     models_dir = tmp_path_factory.mktemp("whole")
     argv = flags(models_dir)
-    command = [sys.executable, "TrainCamNet.py", *argv]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    output = {"code": done.returncode, "out": done.stdout, "err": done.stderr}
-    return SimpleNamespace(folder=only_run(models_dir), models_dir=models_dir, argv=argv, **output)
+    done = run("TrainCamNet.py", *argv)
+    return SimpleNamespace(folder=only_run(models_dir), models_dir=models_dir, argv=argv, **vars(done))
 
 
 @pytest.fixture
-def cli(monkeypatch, capfd):
-    """(argv) -> .code .out .err of TrainCamNet.py with these flags, run in this process as its last lines run it."""
-
-    def run(argv):
-        monkeypatch.setattr(sys, "argv", ["TrainCamNet.py", *argv])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            Utils.run_script(TrainCamNet.main, lambda: TrainCamNet.get_args(argv))
-        out, err = capfd.readouterr()
-        return SimpleNamespace(code=caught.value.code, out=out, err=err)
-
-    return run
+def cli(cli):
+    """(argv) -> .code .out .err of TrainCamNet.py with these flags, run in this process."""
+    return partial(cli, script=TrainCamNet)
 
 
 @pytest.fixture
@@ -149,28 +122,33 @@ def unfinished(whole, flags, tmp_path):
 
 def test_a_run_says_what_it_does_in_few_lines(whole):
     assert whole.code == 0, whole.err
-    assert whole.err == "" and "\r" not in whole.out  # no progress bars, no warnings
+    assert whole.err == ""  # no progress bars, no warnings
+    assert "\r" not in whole.out
     out = whole.out.splitlines()
+    stages = [f"period {period}/3" for period in (1, 2, 3)]
     assert [line.split("  ")[0] for line in out if "  loss " in line] == [
-        *(f"period {period}/3" for period in (1, 2, 3)),
-        *(f"one code, period {period}/3" for period in (1, 2, 3)),
+        *stages,
+        *(f"one code, {stage}" for stage in stages),
     ]
-    assert len(out) < 30 and out[-2].endswith(str(whole.folder))
+    assert len(out) < 30
+    assert out[-2].endswith(str(whole.folder))
 
 
 def test_a_run_leaves_its_files(whole):
     stage = ["1.pt", "2.pt", "3.pt", "args.json", "metrics.jsonl", "samples.png"]
     for folder, more in ((whole.folder, ["generator.json", "single_code"]), (whole.folder / "single_code", [])):
         names = sorted(path.name for path in folder.iterdir() if "tfevents" not in path.name)
-        assert names == sorted([*stage, *more]) and len(list(folder.glob("*tfevents*"))) == 1
+        assert names == sorted([*stage, *more])
+        assert len(list(folder.glob("*tfevents*"))) == 1
         record = json.loads((folder / "args.json").read_text())
         assert (record["args"]["m"], record["args"]["corrupt"], len(record["starts"])) == ("4,4", "gray+down2", 1)
         assert "TrainCamNet.py --data" in record["starts"][0]["command"]
         for period in (1, 2, 3):
             state = torch.load(folder / f"{period}.pt", weights_only=True)
             assert (state["step"], state["args"]["lr"]) == (STEPS * period, 0.002)
-        assert {"generator", "net", "optimizer", "chosen", "config", "seconds"} <= state.keys()
-        check_board(folder)
+        assert {"generator", "net", "optimizer", "chosen", "total", "config", "seconds"} <= state.keys()
+        assert len(tensors(state)) > 300
+        check_samples_on_board(folder)
 
 
 def test_a_run_logs_every_step_and_measures_every_period(whole):
@@ -185,12 +163,14 @@ def test_a_run_logs_every_step_and_measures_every_period(whole):
         means = [sum(line["loss"] for line in training[k : k + STEPS]) / STEPS for k in range(0, 3 * STEPS, STEPS)]
         assert [line["period_loss"] for line in log if "period_loss" in line] == pytest.approx(means, rel=1e-5)
         lr = [line["lr"] for line in training]
-        assert lr[:2] == [0.001, 0.002] and lr[2:] == sorted(lr[2:], reverse=True) and lr[-1] == 0
+        assert lr[:2] == [0.001, 0.002]
+        assert lr[2:] == sorted(lr[2:], reverse=True)
+        assert lr[-1] == 0
         searches = [line for line in log if "search_level1" in line]
-        assert [(line["step"], line["epoch"]) for line in searches] == [(1, 0), (9, 1), (17, 2)]
+        assert [(line["step"], line["epoch"]) for line in searches] == [(1, 0), (STEPS + 1, 1), (2 * STEPS + 1, 2)]
         assert all(0 < line[f"search_level{level}"] < 1 for line in searches for level in (1, 2))
         periods = [line for line in log if "best_of_1" in line]
-        assert [(line["step"], line["epoch"]) for line in periods] == [(8, 1), (16, 2), (24, 3)]
+        assert [(line["step"], line["epoch"]) for line in periods] == [(STEPS, 1), (2 * STEPS, 2), (3 * STEPS, 3)]
         assert all(math.isfinite(line[name]) for line in periods for name in ("best_of_1", "best_of_4", *QUALITY))
 
 
@@ -201,6 +181,7 @@ def test_a_run_shows_held_out_images_and_their_samples(whole, tree):
     condition = corruption(split.images[held_out])
     with Image.open(whole.folder / "samples.png") as picture:
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    pixels = pixels[:, -4 * (8 * 17 + 1) :][:, ::4, ::4]  # enlarged, under the names of the columns
     assert pixels.shape == (3, 8 * 17 + 1, 10 * 17 + 1)
     cells = pixels[:, 1:, 1:].unfold(1, 16, 17).unfold(2, 16, 17).permute(1, 2, 0, 3, 4)  # (rows, columns, 3, 16, 16)
     assert cells.shape[:2] == (8, 10)
@@ -214,25 +195,27 @@ def test_a_run_shows_held_out_images_and_their_samples(whole, tree):
 
 def test_a_run_ends_with_all_measures(whole):
     result = json.loads((whole.folder / "generator.json").read_text())
-    assert set(NAMED) <= result.keys()
+    assert set(NAMED.split()) <= result.keys()
     values = {key: value for key, value in result.items() if key not in ("distance", "corrupt", "fit", "n_images")}
     assert all(isinstance(value, int | float) and 0 <= value < math.inf for value in values.values())
     assert (result["distance"], result["corrupt"], result["n_images"]) == ("pixels", "gray+down2", 8)
-    assert isinstance(result["fit"], bool) and result["fit"] is (Fitness.unfit(result) is None)
+    assert result["fit"] is (Measures.unfit(result) is None)
     assert 0 < result["best_of_16"] <= result["best_of_4"] <= result["best_of_1"] < 1
     assert result["single_code_best_of_16"] <= result["single_code_best_of_4"] <= result["single_code"]
     assert {f"single_code_{name}" for name in QUALITY} | {f"jitter_{name}" for name in QUALITY[:3]} <= result.keys()
-    assert 0.02 < result["bicubic"] < 0.5 and 0.05 < result["jitter_diversity_pixels"] < 0.5
+    assert 0.02 < result["bicubic"] < 0.5
+    assert 0.05 < result["jitter_diversity_pixels"] < 0.5
     assert result["consistency"] < 1e-6 < result["bicubic_consistency"]
     assert all(result[f"diversity_{name}"] > 0.001 for name in ("pixels", "style", "noise"))
     assert 2**26 < result["peak_memory_bytes"] < 2**34
-    assert f"{result['best_of_16']:.4f}" in whole.out and f"{result['single_code']:.4f}" in whole.out
+    assert f"{result['best_of_16']:.4f}" in whole.out
+    assert f"{result['single_code']:.4f}" in whole.out
 
 
 def test_every_image_takes_part_as_often_and_held_out_ones_never(flags, tmp_path):
     args = TrainCamNet.get_args(flags(tmp_path))
     device = torch.device("cpu")
-    trainer = TrainCamNet.Trainer(args, *TrainCamNet.resolve(args, device), [4], device)
+    trainer = TrainCamNet.Trainer(args, *TrainCamNet.build(args, device), [4], device)
     held_out = set(trainer.held_out.tolist())
     assert len(held_out) == 8
     for periods in (range(9), range(9, 18)):  # two rounds: 2 * 72 images in 9 periods of 16
@@ -242,7 +225,7 @@ def test_every_image_takes_part_as_often_and_held_out_ones_never(flags, tmp_path
     for trainer.step in (0, STEPS):
         parts = list(trainer.parts(16))
         assert [len(part) for part in parts] == [8] * STEPS
-        assert torch.cat(parts).bincount().tolist() == [4] * 16  # --visits
+        assert torch.cat(parts).bincount().tolist() == [2] * 16  # --visits
         trainer.step += 3
         assert [part.tolist() for part in trainer.parts(16)] == [part.tolist() for part in parts[3:]]
 
@@ -263,17 +246,18 @@ def test_a_finished_run_shows_its_measures_and_changes_no_file(unfinished, cli, 
     before = content(folder)
     done = cli([*argv, "--resume", "auto"] if resume == "auto" else ["--resume", str(folder / "3.pt")])
     assert (done.code, done.err) == (0, "")
-    assert "complete" in done.out and "  loss " not in done.out
+    assert "complete" in done.out
+    assert "  loss " not in done.out
     assert f"{json.loads((folder / 'generator.json').read_text())['best_of_16']:.4f}" in done.out
     assert content(folder) == before
 
 
 def test_a_run_killed_before_its_measures_makes_them(unfinished, cli, whole):
-    argv, folder = unfinished("generator.json", "single_code")
+    argv, folder = unfinished("generator.json")
     done = cli([*argv, "--resume", "auto"])
-    assert done.code == 0 and "\nperiod " not in done.out and "one code, period 1/3" in done.out
+    assert done.code == 0
+    assert "period 3/3" not in done.out
     assert measures(folder) == measures(whole.folder)
-    check_same_run(folder / "single_code", whole.folder / "single_code")
 
 
 def test_a_damaged_checkpoint_is_passed_over(unfinished, cli, whole):
@@ -281,7 +265,9 @@ def test_a_damaged_checkpoint_is_passed_over(unfinished, cli, whole):
     file = folder / "3.pt"
     file.write_bytes(file.read_bytes()[:100_000])
     done = cli([*argv, "--resume", "auto"])
-    assert done.code == 0 and "passed over" in done.out and "going on at step 16:" in done.out
+    assert done.code == 0
+    assert "passed over" in done.out
+    assert f"continuing at step {2 * STEPS}:" in done.out
     assert measures(folder) == measures(whole.folder)
     check_same_run(folder, whole.folder)
 
@@ -289,51 +275,63 @@ def test_a_damaged_checkpoint_is_passed_over(unfinished, cli, whole):
 # ---------------------------------------------------------------------------------------------------- exact resume
 
 
-def signalled(argv, log, number, count):
-    """Start a run, send the signal once its file `log` (a pattern) has `count` lines; return .code .out .err."""
-    command = [sys.executable, "TrainCamNet.py", *argv]
-    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    end, models_dir = time.monotonic() + 120, Path(argv[argv.index("--models_dir") + 1])
-    while time.monotonic() < end and run.poll() is None:
-        logs = list(models_dir.glob(log))
-        if logs and logs[0].read_bytes().count(b"\n") >= count:
-            break
-        time.sleep(0.002)
-    run.send_signal(number)
-    out, err = run.communicate(timeout=120)
-    return SimpleNamespace(code=run.returncode, out=out, err=err)
+@pytest.fixture
+def interrupted(flags, tmp_path, cli, monkeypatch):
+    """(signal, *more) -> (flags, folder, outcome) of a run that gets this signal in the second step of period 2."""
+
+    def make(number, *more):
+        update = TrainCamNet.Trainer.update
+
+        def signalled(trainer, *args):
+            loss = update(trainer, *args)
+            if trainer.step == STEPS + 2:
+                signal.raise_signal(number)
+            return loss
+
+        argv = flags(tmp_path, *more)
+        with monkeypatch.context() as patched:
+            patched.setattr(TrainCamNet.Trainer, "update", signalled)
+            done = cli(argv)
+        return argv, only_run(tmp_path), done
+
+    return make
 
 
-def test_sigterm_saves_inside_the_period_and_resume_auto_gives_the_same_bits(flags, whole, tmp_path, cli):
-    argv = flags(tmp_path, *ALONE)
-    done = signalled(argv, "*/metrics.jsonl", signal.SIGTERM, STEPS + 4)  # the first step of period 2
+def test_sigterm_saves_inside_the_period_and_resume_auto_gives_the_same_bits(interrupted, whole, cli):
+    argv, folder, done = interrupted(signal.SIGTERM, *ALONE)
     assert (done.code, done.err) == (0, "")
-    folder = only_run(tmp_path)
-    (saved,) = folder.glob("*+*.pt")
-    assert str(saved) in done.out and not (folder / "generator.json").exists()
-    period, inside = map(int, saved.stem.split("+"))
-    assert 0 < inside < STEPS
+    assert sorted(path.name for path in folder.glob("*.pt")) == ["1+2.pt", "1.pt"]
+    assert str(folder / "1+2.pt") in done.out
+    assert not (folder / "generator.json").exists()
     done = cli([*argv, "--resume", "auto"])
-    assert done.code == 0 and f"going on at step {STEPS * period + inside}:" in done.out
+    assert done.code == 0
+    assert f"continuing at step {STEPS + 2}:" in done.out
     check_same_run(folder, whole.folder)
 
 
 def test_sigkill_then_resume_auto_gives_the_same_bits(flags, whole, tmp_path, cli):
     argv = flags(tmp_path, *ALONE)
-    assert signalled(argv, "*/metrics.jsonl", signal.SIGKILL, STEPS + 4).code == -signal.SIGKILL
+    process = start("TrainCamNet.py", *argv)
+    in_period_2 = STEPS + 4  # lines: the search and the measures of period 1, the search of period 2, a step
+    done = signal_when(process, signal.SIGKILL, lambda: count_lines(tmp_path, "*/metrics.jsonl") >= in_period_2)
+    assert done.code == -signal.SIGKILL
     folder = only_run(tmp_path)
-    assert (folder / "1.pt").exists() and not (folder / "3.pt").exists()
+    assert (folder / "1.pt").exists()
+    assert not (folder / "3.pt").exists()
     done = cli([*argv, "--resume", "auto"])
-    assert done.code == 0 and "going on at step" in done.out
+    assert done.code == 0
+    assert "continuing at step" in done.out
     check_same_run(folder, whole.folder)
 
 
 def test_ctrl_c_at_the_single_code_and_resume_file_needs_no_other_flags(unfinished, whole, cli):
     argv, folder = unfinished("generator.json", "single_code")
-    done = signalled([*argv, "--resume", "auto"], "*/single_code/metrics.jsonl", signal.SIGINT, 2)
+    process = start("TrainCamNet.py", *argv, "--resume", "auto")
+    done = signal_when(process, signal.SIGINT, lambda: count_lines(folder, "single_code/metrics.jsonl") >= 2)
     assert (done.code, done.err) == (130, "")
     (saved,) = (folder / "single_code").glob("*+*.pt")
-    assert str(saved) in done.out and not (folder / "generator.json").exists()
+    assert str(saved) in done.out
+    assert not (folder / "generator.json").exists()
     one_error(cli(["--resume", str(saved)]), saved, f"a checkpoint of {folder}")
     assert cli(["--resume", str(folder / "3.pt")]).code == 0
     assert measures(folder) == measures(whole.folder)
@@ -354,7 +352,8 @@ def test_a_signal_in_the_search_gives_the_search_up(flags, whole, tmp_path, cli,
     monkeypatch.setattr(IMLE.Search, "__call__", interrupted)
     done = cli(flags(tmp_path, *ALONE, "--save_iter", "0"))
     folder = only_run(tmp_path)
-    assert done.code == code and f"interrupted: saved {folder / saved}" in done.out
+    assert done.code == code
+    assert f"interrupted: saved {folder / saved}" in done.out
     assert [path.name for path in folder.glob("*.pt")] == [saved]
     assert cli([*flags(tmp_path, *ALONE), "--resume", "auto"]).code == 0
     check_same_run(folder, whole.folder)
@@ -365,7 +364,8 @@ def test_a_run_killed_in_its_first_period_begins_again(unfinished, whole, cli):
     log = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(log[:5]) + log[5][:20])  # a kill can leave half a line
     done = cli([*argv, "--resume", "auto"])
-    assert done.code == 0 and "starting" in done.out
+    assert done.code == 0
+    assert "starting" in done.out
     check_same_run(folder, whole.folder)
 
 
@@ -380,7 +380,9 @@ def test_ctrl_c_at_the_measures_keeps_what_is_trained(unfinished, cli, monkeypat
     with monkeypatch.context() as patched:
         patched.setattr(TrainCamNet, "finish_period", interrupted)
         done = cli([*argv, "--resume", "auto"])
-    assert done.code == 130 and "interrupted" in done.out and not (folder / "generator.json").exists()
+    assert done.code == 130
+    assert "interrupted" in done.out
+    assert not (folder / "generator.json").exists()
     assert cli([*argv, "--resume", "auto"]).code == 0
     assert measures(folder) == measures(whole.folder)
 
@@ -401,7 +403,8 @@ def test_resume_with_another_flag_is_refused(whole, tree, tmp_path, cli, other):
     given = [str(shutil.copytree(tree, tmp_path / word)) if word == "OTHER" else word for word in other.split()]
     done = cli(["--resume", str(whole.folder / "2.pt"), *given])
     one_error(done, *CONTRADICTING[other])
-    assert "--bs" not in done.err and content(whole.folder) == before
+    assert "--bs" not in done.err
+    assert content(whole.folder) == before
 
 
 def test_resume_of_another_net_is_refused(unfinished, cli):
@@ -443,7 +446,7 @@ def test_how_a_run_is_watched_and_fed_changes_no_bit(flags, whole, tmp_path, cli
     folder = only_run(tmp_path)
     assert [path.name for path in folder.glob("*.pt")] == ["3.pt"]
     assert different(folder / "3.pt", whole.folder / "3.pt") == []
-    assert [line["step"] for line in lines(folder) if "loss" in line] == [7, 14, 21]
+    assert [line["step"] for line in lines(folder) if "loss" in line] == [1, 7]
     expected, result = measures(whole.folder), measures(folder)
     assert not [name for name in result if name != "fit" and result[name] != expected[name]]
     assert not [name for name in result if name.startswith("single_code")]
@@ -453,8 +456,10 @@ def test_the_seed_decides(flags, tmp_path, cli):
     for models_dir, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert cli(flags(tmp_path / models_dir, *SHORT, "--seed", str(seed))).code == 0
     a, b, c = (only_run(tmp_path / models_dir) for models_dir in "abc")
-    assert different(a / "1.pt", b / "1.pt") == [] and numbers(a) == numbers(b)
-    assert different(a / "1.pt", c / "1.pt") and numbers(a)[1] != numbers(c)[1]
+    assert different(a / "1.pt", b / "1.pt") == []
+    assert numbers(a) == numbers(b)
+    assert different(a / "1.pt", c / "1.pt")
+    assert numbers(a)[1] != numbers(c)[1]
     assert a.name == b.name != c.name
 
 
@@ -471,9 +476,11 @@ def test_two_layouts_of_the_same_images_are_the_same_data(flags, tree, tmp_path,
     plain, other = tmp_path / "plain", tmp_path / "other"
     for models_dir, data in ((plain, tree), (other, inside_out)):
         done = cli(flags(models_dir, *SHORT, "--data", str(data)))
-        assert done.code == 0 and ": 72 images of 16 px" in done.out, done.err
+        assert done.code == 0, done.err
+        assert ": 72 images of 16 px" in done.out, done.err
     plain, other = only_run(plain), only_run(other)
-    assert different(plain / "1.pt", other / "1.pt") == [] and numbers(plain) == numbers(other)
+    assert different(plain / "1.pt", other / "1.pt") == []
+    assert numbers(plain) == numbers(other)
     assert measures(plain) == measures(other)
 
 
@@ -491,22 +498,25 @@ def test_memory_that_runs_out_in_the_search_is_announced_once(flags, whole, tmp_
     monkeypatch.setattr(IMLE.Search, "_nearest", small)
     done = cli(flags(tmp_path, *ALONE))
     announced = [f"warning: out of memory in the search: going on with --chunk {chunk}" for chunk in (32, 16)]
-    assert done.code == 0 and done.err.splitlines() == announced  # in each of the three searches
+    assert done.code == 0
+    assert done.err.splitlines() == announced  # in each of the three searches
     check_same_run(only_run(tmp_path), whole.folder)
 
 
 def test_a_rate_that_explodes_stops_the_run(flags, tmp_path, cli):
     done = cli(flags(tmp_path, "--lr", "1e9"))
     one_error(done, "not finite", "--lr 1e+09", "--n_ramp 2", "last good checkpoint: none")
-    assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("generator.json"))
+    assert not list(tmp_path.rglob("*.pt"))
+    assert not list(tmp_path.rglob("generator.json"))
 
 
 def test_weights_that_overflow_in_the_last_step_are_not_saved(flags, tmp_path, cli):
     done = cli(flags(tmp_path, *SHORT, "--lr", "1e39"))
     *_, line = lines(only_run(tmp_path))
     assert math.isfinite(line["loss"])
-    one_error(done, "period 1:", "not finite")
-    assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("generator.json"))
+    one_error(done, "period 1, step", "not finite")
+    assert not list(tmp_path.rglob("*.pt"))
+    assert not list(tmp_path.rglob("generator.json"))
 
 
 def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(flags, tmp_path, cli, monkeypatch):
@@ -520,7 +530,7 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(flags, tmp_pat
     done = cli(flags(tmp_path, *ALONE, "--log_iter", "1000"))
     (saved,) = tmp_path.rglob("*.pt")
     assert saved.name == "1.pt"
-    one_error(done, "period 2:", f"last good checkpoint: {saved}")
+    one_error(done, "period 2, step", f"last good checkpoint: {saved}")
     assert all(value.isfinite().all() for value in tensors(torch.load(saved, weights_only=True)).values())
 
 
@@ -543,7 +553,7 @@ BAD = {
     "--data NINE": ("--data", "NINE", "9 images"),
     "--data UNREADABLE": ("bad.png",),
     "--data shapes --storage stream --device cuda:99": ("--device cuda:99",),
-    f"--suffix {'s' * 101}": ("--suffix", "100"),
+    f"--suffix {'s' * 61}": ("--suffix", "60"),
 }
 
 
@@ -562,7 +572,8 @@ def test_bad_flags_are_one_line_and_leave_nothing(flags, tree, tmp_path, cli, ba
     given = [str(tmp_path / word) if word in words else word for word in bad.split()]
     done = cli(flags(tmp_path / "models", *given))
     one_error(done, *BAD[bad])
-    assert done.out == "" and not (tmp_path / "models").exists()
+    assert done.out == ""
+    assert not (tmp_path / "models").exists()
 
 
 def test_weights_that_cannot_be_downloaded_are_one_line(flags, tmp_path, cli, monkeypatch):
@@ -581,7 +592,10 @@ def test_bad_images_are_left_out_and_grey_ones_are_not(flags, tree, tmp_path, cl
     (data / "train" / "disc" / "bad.png").write_bytes(b"no image")
     argv = flags(tmp_path / "models", *ALONE, "--periods", "1", "--period", "100", "--bs", "25", "--data", str(data))
     done = cli([*argv, "--skip_bad", "--storage", storage])
-    assert done.code == 0 and done.err.count("\n") == 1 and "left out" in done.err and "bad.png" in done.err, done.err
+    assert done.code == 0, done.err
+    assert done.err.count("\n") == 1, done.err
+    assert "left out" in done.err, done.err
+    assert "bad.png" in done.err, done.err
     state = torch.load(only_run(tmp_path / "models") / "1.pt", weights_only=True)
     assert len(state["chosen"]) == (82 if storage == "stream" else 81)  # rows: images, or files where they stream
 
@@ -596,40 +610,16 @@ def test_images_that_are_all_bad_are_one_line(flags, tmp_path, cli):
         one_error(cli([*argv, "--storage", storage, "--suffix", storage]), "repair or re")
 
 
-# ---------------------------------------------------------------------------------------------------- fitness
-
-
-GOOD = {"best_of_16": 0.1, "bicubic": 0.2, "diversity_pixels": 0.05, "single_code_diversity_pixels": 0.01}
-
-
-@pytest.mark.parametrize(
-    "change, parts",
-    [
-        ({}, None),
-        ({"single_code_diversity_pixels": None}, None),
-        ({"best_of_16": 0.2}, ("0.2000", "bicubic")),
-        ({"best_of_16": 0.3}, ("0.3000", "0.2000")),
-        ({"best_of_16": math.nan}, ("nan",)),
-        ({"single_code_diversity_pixels": 0.05}, ("0.0500", "one code")),
-        ({"single_code_diversity_pixels": 0.07}, ("0.0500", "0.0700")),
-        ({"diversity_pixels": math.nan}, ("differ",)),
-        ({"diversity_pixels": 0.0, "single_code_diversity_pixels": None}, ("do not differ",)),
-    ],
-)
-def test_unfit_says_why(change, parts):
-    reason = Fitness.unfit({key: value for key, value in (GOOD | change).items() if value is not None})
-    assert reason is None if parts is None else all(part in reason for part in parts) and "\n" not in reason
+# ---------------------------------------------------------------------------------------------------- variants
 
 
 def test_an_unfit_generator_is_warned_of(flags, tmp_path, cli):
     done = cli(flags(tmp_path, *SHORT[1:], "--lr", "0"))  # both stages end as they began: the same samples
     assert done.code == 0
     (warning,) = [line for line in done.out.splitlines() if "warning:" in line]
-    assert "not fit for positives" in warning and "one code" in warning
+    assert "not fit for positives" in warning
+    assert "one code" in warning
     assert json.loads((only_run(tmp_path) / "generator.json").read_text())["fit"] is False
-
-
-# ---------------------------------------------------------------------------------------------------- variants
 
 
 @pytest.mark.parametrize(
@@ -638,14 +628,12 @@ def test_an_unfit_generator_is_warned_of(flags, tmp_path, cli):
         "--corrupt gray --no-project --no-flip --reject 0.05 --m 3",
         "--corrupt mask0.5+down2 --keep_previous --precision fp32 --periods 6",
         "--corrupt down4 --mapping per_level --level_input output --init ref --map_lr 1 --bs 1000",
-        pytest.param(
-            f"--distance squeeze --lpips_weights {REAL} --lpips_side 20 --alpha 1",
-            marks=pytest.mark.skipif(not REAL.exists(), reason=f"needs {REAL}"),
-            id="--distance squeeze",
-        ),
+        "--distance squeeze --lpips_weights REAL --lpips_side 20 --alpha 1",
     ],
 )
 def test_variants_train(flags, tmp_path, cli, more):
+    if "REAL" in more:
+        more = more.replace("REAL", str(real_file("weights/squeezenet1_1_features.pth")))
     done = cli(flags(tmp_path, *SHORT, *more.split()))
     assert (done.code, done.err) == (0, "")
     folder = only_run(tmp_path)
@@ -654,7 +642,7 @@ def test_variants_train(flags, tmp_path, cli, more):
     assert (result["consistency"] < 1e-6) == ("--no-project" not in more)
     assert all(math.isfinite(line["loss"]) for line in lines(folder) if "loss" in line)
     with Image.open(folder / "samples.png") as picture:
-        assert picture.size == (10 * 17 + 1, 8 * 17 + 1)
+        assert picture.width == 4 * (10 * 17 + 1)
 
 
 def test_help_shows_the_recipe_of_the_data(cli, monkeypatch):
@@ -662,4 +650,5 @@ def test_help_shows_the_recipe_of_the_data(cli, monkeypatch):
     done = cli(["--data", "cifar10", "--help"])
     assert (done.code, done.err) == (0, "")
     text = " ".join(done.out.split())
-    assert "small for a GPU, paper as published (default: small)" in text and "(default: 64,32,16)" in text
+    assert "small for a GPU, paper as published (default: small)" in text
+    assert "(default: 64,32,16)" in text

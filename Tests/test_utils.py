@@ -1,7 +1,7 @@
-"""Utils: checkpoints that are whole or absent, names of run folders, logs that can be continued."""
+"""Utils: files and checkpoints that are whole or absent, and what is said of a user's error."""
 
-import json
-import shutil
+import errno
+import os
 from argparse import Namespace
 
 import pytest
@@ -10,7 +10,7 @@ from helpers import one_line
 from torch import nn
 
 import Utils
-from Utils import load_, newest_checkpoint, run_name, save_
+from Utils import load_, newest_checkpoint, save_
 
 
 def trained(width=3, seed=0):
@@ -29,13 +29,15 @@ def test_save_and_load_round_trip(tmp_path):
     save_(tmp_path / "1.pt", net=net, optimizer=optimizer, **plain)
     other, other_optimizer = trained(seed=1)
     state = load_(tmp_path / "1.pt", net=other, optimizer=other_optimizer)
-    assert state["step"] == 7 and state["args"] == plain["args"]
+    assert state["step"] == 7
+    assert state["args"] == plain["args"]
     assert torch.equal(state["random"]["torch"], plain["random"]["torch"])
     for key, value in net.state_dict().items():
         assert torch.equal(value, other.state_dict()[key]), key
     for mine, theirs in zip(net.parameters(), other.parameters()):
         momentum = (optimizer.state[mine]["momentum_buffer"], other_optimizer.state[theirs]["momentum_buffer"])
-        assert torch.equal(*momentum) and momentum[0].abs().sum() > 0
+        assert torch.equal(*momentum)
+        assert momentum[0].abs().sum() > 0
     assert [path.name for path in tmp_path.iterdir()] == ["1.pt"]
 
 
@@ -60,6 +62,41 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
 
 def test_a_lock_where_there_is_no_folder_is_one_line(tmp_path):
     one_line(lambda: Utils.locked(tmp_path / "absent" / "bank", "filling it").__enter__(), "cannot write", "absent")
+
+
+def test_a_lock_tells_who_holds_it_and_leaves_no_file(tmp_path):
+    file = tmp_path / "lock"
+    with Utils.locked(file, "filling it"):
+        refused = Utils.locked(file, "filling it", wait=False)
+        one_line(refused.__enter__, f"another process ({os.getpid()} on", "filling it")
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    "error, part",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "CUDA out of memory: lower --bs"),
+        (MemoryError(), "out of memory: lower --bs"),
+        (OSError(errno.ENOSPC, "No space left", "x.pt"), "cannot write x.pt: No space left"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: lower --bs"),
+        (RuntimeError("unable to allocate shared memory(shm)"), "--n_workers 0"),
+        (OSError(errno.ENOENT, "No such file", "x.pt"), None),
+        (RuntimeError("shapes do not match"), None),
+    ],
+)
+def test_errors_of_the_machine_are_explained_and_those_of_the_program_are_not(error, part):
+    message = Utils.explain(error)
+    if part is None:
+        assert message is None
+    else:
+        assert part in message
+        assert "\n" not in message
+
+
+def test_names_from_outside_are_shown_as_one_harmless_line():
+    assert Utils.shown("Fotos/é 日本") == "Fotos/é 日本"
+    assert Utils.shown("a\nb\x1b[2J\u202ec") == "a\\nb\\x1b[2J\\u202ec"
+    assert Utils.shown(os.fsdecode(b"\xff.png")) == "\\xff.png"
 
 
 def test_saving_where_there_is_no_folder_is_one_line(tmp_path):
@@ -90,78 +127,22 @@ def test_load_of_what_is_no_checkpoint_is_one_line(tmp_path, damage):
     one_line(lambda: load_(file, net=trained()[0]), str(file))
 
 
-def test_newest_checkpoint_counts_and_passes_over_damage(tmp_path, capsys):
+def test_newest_checkpoint_counts_and_passes_over_what_cannot_be_continued(tmp_path, capsys):
     assert newest_checkpoint(tmp_path) is None
     for name in ("9.pt", "10.pt", "10+2.pt", "10+11.pt", "best.pt"):
-        save_(tmp_path / name, step=1)
+        save_(tmp_path / name, args={}, step=1, encoder={})
     assert newest_checkpoint(tmp_path).name == "10+11.pt"
     (tmp_path / "10+11.pt").write_bytes(b"")
     assert newest_checkpoint(tmp_path).name == "10+2.pt"
     assert str(tmp_path / "10+11.pt") in capsys.readouterr().out
+    save_(tmp_path / "10+2.pt", args={}, step=1)
+    assert newest_checkpoint(tmp_path).name == "10.pt"
+    assert "holds no run" in capsys.readouterr().out
 
 
-HYPER = {"data": "x", "size": None, "bs": 8, "lr": 0.1, "stem": "auto", "lars": False, "gray_p": 0.0, "seed": 0}
-
-
-def test_run_name_tells_flags_apart():
-    assert run_name("TrainX", "tiny", HYPER, "") == "TrainX-tiny-bs_8-lr_0.1-gray_p_0-seed_0"
-    others = ({"lr": 0.11}, {"lars": True}, {"stem": "small"}, {"gray_p": 0.5}, {"seed": 1})
-    names = {run_name("TrainX", "tiny", {**HYPER, **other}) for other in ({}, *others)}
-    assert len(names) == 6
-
-
-def test_run_name_is_that_of_the_values_not_of_how_they_were_given():
-    given = {**HYPER, "stem": "".join(["au", "to"]), "bs": 8.0, "gray_p": 0}
-    assert run_name("TrainX", "tiny", given) == run_name("TrainX", "tiny", HYPER)
-
-
-def test_run_name_fits_a_file_system(tmp_path):
-    long = {f"flag_{k}": k + 0.123456 for k in range(30)}
-    for suffix in ("", "s", "ü" * 50, "a/../b\n"):
-        names = [run_name("TrainX", "日本語" * 20, {**long, "flag_29": last}, suffix) for last in (1, 2)]
-        assert names[0] != names[1]
-        for name in names:
-            assert len(name.encode()) <= 240 and (tmp_path / name).parent == tmp_path
-            (tmp_path / name).mkdir()
-    assert run_name("TrainX", "x", long, "ü" * 50).endswith("-" + "ü" * 50)
-    one_line(lambda: run_name("TrainX", "x", HYPER, "ü" * 51), "--suffix", "102")
-
-
-def lines(run):
-    """The objects of metrics.jsonl."""
-    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_run_logs_and_goes_on_where_it_was(tmp_path):
-    args, device = Namespace(lr=0.1), torch.device("cpu")
-    run = Utils.Run(tmp_path / "run", args, device)
-    for step in (1, 2, 3):
-        run.log(step, 0, loss=step / 2)
-    run.close()
-    assert [(line["step"], line["epoch"], line["loss"]) for line in lines(run)] == [(1, 0, 0.5), (2, 0, 1), (3, 0, 1.5)]
-    with run.metrics.open("a") as file:
-        file.write('{"step": 4, "lo')  # what a kill leaves
-    one_line(lambda: Utils.Run(run.folder, args, device), str(run.folder), "--resume auto", "--suffix")
-    again = Utils.Run(run.folder, args, device, resumed_step=2)
-    again.log(3, 1, loss=9.0)
-    again.close()
-    assert [(line["step"], line["loss"]) for line in lines(again)] == [(1, 0.5), (2, 1), (3, 9)]
-    seconds = [line["seconds"] for line in lines(again)]
-    assert seconds == sorted(seconds)
-    assert len(json.loads((run.folder / "args.json").read_text())["starts"]) == 2
-
-
-def test_only_the_first_process_writes(tmp_path):
-    run = Utils.Run(tmp_path / "run", Namespace(), torch.device("cpu"), writes=False)
-    run.log(1, 0, loss=1.0)
-    run.close()
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_run_needs_no_git(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert shutil.which("git") is None
-    assert Utils.provenance(torch.device("cpu"))["revision"] == ""
+def test_numbers_that_are_not_finite_are_not_loaded(tmp_path):
+    save_(tmp_path / "1.pt", encoder={"weight": torch.tensor([1.0, float("nan")])})
+    one_line(lambda: load_(tmp_path / "1.pt"), "numbers in its encoder are not finite")
 
 
 def test_other_processes_leave_a_shared_mistake_to_the_first(monkeypatch, capsys):
@@ -174,5 +155,6 @@ def test_other_processes_leave_a_shared_mistake_to_the_first(monkeypatch, capsys
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as caught:
             Utils.run_script(fail, dict)
-        assert caught.value.code == 2 and "error: --bs 33: no\n" in capsys.readouterr().err
+        assert caught.value.code == 2
+        assert "error: --bs 33: no\n" in capsys.readouterr().err
     assert waited == [(5, "")]  # rank 1 alone, and before it says anything

@@ -1,0 +1,61 @@
+"""What a training costs, in multiply-accumulates (MACs) of convolutions and matrix products; backward counts twice."""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import Data
+import Flags
+import TrainCamNet
+import TrainISICLE
+from Backbones import build_head
+from CamNet.Distances import build_distance
+from CamNet.IMLE import Search
+
+
+def count_macs(function, *inputs):
+    """Return the multiply-accumulates of a call."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        function(*inputs)
+    return counter.get_total_flops() // 2
+
+
+def encoder_macs(flags, steps):
+    """Return the MACs of training the encoder by these flags of TrainSimCLR.py or TrainISICLE.py, that many steps."""
+    # encoder and head, one image
+    encoder = Flags.encoder_for(flags).eval()
+    size = Data.get_row(flags.data, flags.size).size
+    forward = count_macs(encoder, torch.rand(1, 3, size, size))
+    head = build_head(encoder.num_features, flags.proj_hidden, flags.proj_dim, flags.proj_norm).eval()
+    projection = count_macs(head, torch.rand(1, encoder.num_features))
+
+    # all views of an image
+    views = flags.num_views if "num_views" in flags else len(TrainISICLE.Restored(flags))
+    per_image = 3 * views * (forward + projection)
+    if getattr(flags, "pick", "random") == "farthest":  # all restorations are looked at
+        per_image += (flags.num_codes + (flags.pair != "gen_gen")) * forward
+    return steps * flags.bs * per_image
+
+
+def generator_macs(flags, n, k, banks=1):
+    """Return the MACs of search and training by flags of TrainCamNet.py, and of banks of k restorations of n images."""
+    # a forward up to each level, and the features of its output
+    size = Data.get_row(flags.data, flags.size).size
+    net = TrainCamNet.build_generator(flags, size).eval()
+    keys = torch.zeros(1, dtype=torch.int64)
+    condition = net.corruption(torch.rand(1, 3, size, size), keys)
+    codes = net.codes(keys)
+    upto = [0]
+    for level in range(len(codes)):
+        upto.append(count_macs(net, condition, codes[: level + 1]))
+    distance = build_distance(flags.distance, flags.lpips_weights, flags.lpips_side, flags.alpha)
+    features = [count_macs(distance.features, torch.rand(1, 3, side, side)) for side in net.sides]
+
+    # search: each candidate runs its own level alone
+    search = Search([int(count) for count in flags.m.split(",")])
+    searched = 0
+    for level in range(len(codes)):
+        searched += search.count(level) * (upto[level + 1] - upto[level] + features[level])
+
+    trained = flags.visits * 3 * (upto[-1] + sum(features))
+    visited = min(flags.period, n - min(TrainCamNet.HELD_OUT, n // 10))
+    return flags.periods * visited * (searched + trained) + banks * n * k * upto[-1]

@@ -1,0 +1,232 @@
+"""The tables of README.md and Results/README.md, as Markdown, made from the records in Results/."""
+
+import re
+import shlex
+import statistics
+import string
+import textwrap
+from importlib import import_module
+from pathlib import Path
+
+import Evaluate
+import Flags
+import TrainISICLE
+from CamNet.Measures import fitness_table
+
+SCORES = ("knn", "linear", "linear_aug", "pixels_knn", "untrained_knn", "untrained_linear")
+SHOWN_RUN_FLAGS = ("eval",)  # of the flags that do not change the result
+
+
+def spread(values):
+    """Return mean and, of several values, their standard deviation, in per cent, as text."""
+    values = [100 * value for value in values]
+    mean = f"{statistics.mean(values):.1f}"
+    return mean + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def markdown(head, rows, *below):
+    """Return a Markdown table of texts, with paragraphs below it."""
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    lines.insert(1, "|---" * len(head) + "|")
+    return "\n\n".join(["\n".join(lines), *below])
+
+
+def device_of(record):
+    """Return what a record was measured on, as text."""
+    return re.sub(r"\b1 threads", "1 thread", record["device"])
+
+
+def pairs():
+    """Return the choices of --pair, the default first, in one line."""
+    return "; ".join(f"`{name}`: {pair.what}" for name, pair in TrainISICLE.PAIRS.items())
+
+
+# ---------------------------------------------------------------------------------------------------- commands
+
+
+def parser_of(script, data):
+    """Return the parser of a training script, with the defaults of a data set."""
+    return import_module(Path(script).stem).build_parser(data)
+
+
+def command_of(script, flags, first=()):
+    """Return the shortest command that has these flags today: `python SCRIPT` and what differs from the defaults.
+
+    flags: {name: value}, as `Flags.hyper_parameters`; `generator`, a folder on some machine, is left out. first: names
+    of flags to begin with.
+    """
+    default = vars(parser_of(script, flags["data"]).parse_args([]))
+    names = [name for name in flags if name in first] + [name for name in flags if name not in first]
+    words = ["python", script]
+    for name in names:
+        value = flags[name]
+        if name == "generator" or value is None or (name != "data" and value == default.get(name)):
+            continue
+        if name == "data" and value == "shapes":  # the default of --data
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", str(value).removesuffix(".0")]
+    return shlex.join(words)
+
+
+def shown_command(command, leave_out=()):
+    """Return a command without flags of this machine or of no effect on the result, and without those named."""
+    unimportant = {f"--{name}" for name in (Flags.RUN_FLAGS - set(SHOWN_RUN_FLAGS)) | set(leave_out)}
+    kept = []
+    is_value = False  # of a flag that is left out
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            is_value = word in unimportant
+        if not is_value:
+            kept.append(word)
+    return shlex.join(kept)
+
+
+# ---------------------------------------------------------------------------------------------------- encoders
+
+
+def encoder_table(records):
+    """Return a table of runs of TrainSimCLR.py: a row per command, mean ± standard deviation over its seeds."""
+    groups = {}
+    for record in records:
+        key = (shown_command(record["command"], leave_out=["seed"]), device_of(record))
+        groups.setdefault(key, []).append(record)
+    rows = []
+    for (command, device), runs in groups.items():
+        scores = {name: spread([run["evaluation"][name] for run in runs]) for name in SCORES}
+        minutes = statistics.mean(run["minutes"] for run in runs)
+        cells = [f"`{command}`", str(len(runs)), scores["knn"], scores["linear"], scores["linear_aug"]]
+        cells.append(scores["pixels_knn"])
+        cells.append(f"{scores['untrained_knn']} / {scores['untrained_linear']}")
+        cells.append(f"{minutes:.1f}, {device}")
+        rows.append(cells)
+    head = ["command", "seeds", "kNN", "linear", "linear, aug.", "kNN on pixels", "untrained: kNN / linear", "minutes"]
+    return markdown(head, rows)
+
+
+def output_block(records):
+    """Return what the first of some runs printed at its end, as a block of code."""
+    return textwrap.indent(Evaluate.scores_table(records[0]["evaluation"]), "    ")
+
+
+def choice_table(records):
+    """Return a table of the runs that a choice was made by: commands of today, and the generator that each used."""
+    letters = {}  # {command of a generator: its letter}
+    rows = []
+    for record in records:
+        script = shlex.split(record["command"])[1]
+        command = command_of(script, record["flags"], varying(records))
+        letter = ""
+        if record.get("generator_flags"):
+            generator = command_of("TrainCamNet.py", record["generator_flags"])
+            letter = letters.setdefault(generator, string.ascii_uppercase[len(letters)])
+        scores = [f"{100 * record['evaluation'][name]:.1f}" for name in ("knn", "linear")]
+        rows.append([f"`{command}`", letter, *scores])
+    generators = "\n".join(f"* {letter}: `{command}`" for command, letter in letters.items())
+    first = records[0]
+    where = f"Split {first['evaluation']['split']}, seed {first['seed']}, one run each, {device_of(first)}."
+    below = f"{where} Generators, trained before:\n\n{generators}"
+    return markdown(["command", "generator", "kNN", "linear"], rows, below)
+
+
+def varying(records):
+    """Return the names of the flags that differ between records."""
+    values = {}
+    for record in records:
+        for name, value in record["flags"].items():
+            values.setdefault(name, set()).add(value)
+    return {name for name, found in values.items() if len(found) > 1}
+
+
+# ---------------------------------------------------------------------------------------------------- arms
+
+
+def by_arm(records):
+    """Return {arm: its records} of a file of Benchmarks/Arms.py, in their order."""
+    groups = {}
+    for row in records:
+        groups.setdefault(row["arm"], []).append(row)
+    return groups
+
+
+def title_of(row):
+    """Return an arm's title, with --p_gen and --corrupt where they were not the default."""
+    script = shlex.split(row["command"])[1]
+    default = vars(parser_of(script, row["flags"]["data"]).parse_args([]))
+    title = row["title"]
+    for name in ("p_gen", "corrupt"):
+        if row["flags"].get(name) != default.get(name):
+            title += f", --{name} {row['flags'][name]:g}" if name == "p_gen" else f", --{name} {row['flags'][name]}"
+    return title
+
+
+def compute_of(row):
+    """Return (MACs of the encoder, of the generator) that a run took, in 10^12."""
+    return row["encoder_macs"] / 1e12, row["generator_macs"] / 1e12
+
+
+def arms_table(records):
+    """Return a table: a row per arm, mean ± standard deviation over its seeds, and what it took."""
+    rows = []
+    for runs in by_arm(records).values():
+        first = runs[0]
+        encoder, generator = compute_of(first)
+        minutes = statistics.mean(row["minutes"] + row["generator_minutes"] for row in runs)
+        cells = [title_of(first), str(len(runs))]
+        cells += [spread([row[name] for row in runs]) for name in ("knn", "linear")]
+        cells += [f"{first['steps']:,}", f"{encoder + generator:,.1f}"]
+        cells += [f"{100 * generator / (encoder + generator):.0f} %", f"{minutes:.1f}"]
+        rows.append(cells)
+    head = ["arm", "seeds", "kNN", "linear", "steps", "compute", "of it generator", "minutes"]
+    first = records[0]
+    below = f"Split {first['split']}, {first['n_test']:,} images; compute in 10^12 multiply-accumulates; "
+    return markdown(head, rows, below + f"each run on {device_of(first)}.")
+
+
+# ---------------------------------------------------------------------------------------------------- generators
+
+
+def generator_block(records):
+    """Return what a run of TrainCamNet.py printed at its end, as a block of code, with its command and time."""
+    record = records[0]
+    table = textwrap.indent(fitness_table(record["generator"]), "    ")
+    command = shown_command(record["command"])
+    return f"{table}\n\n`{command}`: {record['minutes']} minutes without the measures at its end, {device_of(record)}"
+
+
+# ---------------------------------------------------------------------------------------------------- speed
+
+
+def speed_table(content):
+    """Return the table of a file of Benchmarks/Speed.py."""
+    rows = []
+    for row in content["rows"]:
+        memory = f"{row['peak_memory_bytes'] / 2**20:,.0f}" if row.get("peak_memory_bytes") else ""
+        rows.append([row["part"], row["variant"], f"{row['views_per_second']:,.0f}", memory])
+    below = f"`{content['command']}`, {device_of(content)}"
+    return markdown(["what", "variant", "views/s", "peak memory, MiB"], rows, below)
+
+
+def search_table(content):
+    """Return the table of a file of Benchmarks/Search.py."""
+    rows = []
+    for row in content["rows"]:
+        same = f"{100 * row['same']:.1f} %" if "same" in row else ""
+        rows.append([row["part"], row["variant"], f"{row['images_per_second']:,.1f}", f"{row['ratio']:.2f}", same])
+    generator = command_of("TrainCamNet.py", content["generator"])
+    measured = f"python -m Benchmarks.Search --images {content['images']} --rounds {content['rounds']}"
+    below = f"`{generator}`, then `{measured}`, {device_of(content)}"
+    return markdown(["what", "variant", "images/s", "ours / it", "same codes"], rows, below)
+
+
+MAKERS = {
+    "table": encoder_table,
+    "speed": speed_table,
+    "output": output_block,
+    "generator": generator_block,
+    "search": search_table,
+    "arms": arms_table,
+    "choice": choice_table,
+}

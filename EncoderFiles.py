@@ -1,0 +1,129 @@
+"""The encoder alone as a file, with what one has to know to use it.
+
+RUN/encoder.pt holds the weights as a plain state dict, which torchvision's model loads strictly once its classifier is
+Identity; RUN/encoder.json holds the metadata.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import Utils
+from Backbones import IMAGENET_MEAN, IMAGENET_STD, build_encoder, stem_text
+from Utils import UserError
+
+NOT_SCORES = ("protocol", "pairs", "epoch")  # keys of evaluation.json
+
+
+class Encoder(NamedTuple):
+    """An encoder that was read from a file."""
+
+    net: nn.Module  # on the CPU, in evaluation mode
+    metadata: dict  # see `encoder_metadata`
+    file: Path
+    is_plain: bool  # whether the file holds the weights alone, or under the key "encoder"
+
+
+def encoder_metadata(encoder, args, epoch, result=None):
+    """Return what one has to know to use a run's encoder, as plain types.
+
+    args: the run's flags. epoch: how many it was trained for. result: the content of evaluation.json, if there is one.
+    """
+    size = args.image_size
+    scores = {key: value for key, value in (result or {}).items() if key not in NOT_SCORES}
+    return {
+        "backbone": args.backbone,
+        "small_stem": args.small_stem,
+        "stem": stem_text(encoder) or f"that of {args.backbone}",
+        "image_size": size,
+        "num_features": encoder.num_features,
+        "input": f"RGB, float32 (B, 3, {size}, {size}), then normalised by mean and std unless these are null",
+        "mean": list(IMAGENET_MEAN) if args.normalise else None,
+        "std": list(IMAGENET_STD) if args.normalise else None,
+        "value_range": [0.0, 1.0],
+        "resizing": f"shorter side to {size} px, bilinear with antialiasing, then the central square",
+        "data": Path(args.data).name,
+        "epoch": epoch,
+        "scores": scores,
+    }
+
+
+def plain_weights(encoder):
+    """Return the state dict of an encoder as contiguous tensors on the CPU."""
+    return {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
+
+
+def save_encoder(file, encoder, metadata):
+    """Write the weights of an encoder to `file`, a .pt, and its metadata to the .json of the same name.
+
+    Raises UserError on a full disk.
+    """
+    text = json.dumps(metadata, indent=1) + "\n"
+    Utils.write_atomically(Path(file).with_suffix(".json"), lambda scratch: scratch.write_text(text))
+    Utils.write_atomically(file, lambda scratch: torch.save(plain_weights(encoder), scratch))
+
+
+def load_encoder(path):
+    """Return the `Encoder` of a run folder (its encoder.pt, otherwise its newest checkpoint) or of a .pt file.
+
+    The file: a checkpoint, an encoder.pt with its .json next to it, or a .pt that Export.py wrote. Raises UserError on
+    one that is missing, damaged, or none of these.
+    """
+    file = _find(Path(path))
+    state = Utils.load_(file)
+    is_plain = "encoder" not in state
+    weights = state if is_plain else state["encoder"]
+
+    # a checkpoint: its flags say what encoder it is
+    if "args" in state and not is_plain:
+        args = argparse.Namespace(**state["args"])
+        encoder = _build(file, weights, args.backbone, args.small_stem, args.image_size, args.normalise)
+        result = _read_json(file.parent / "evaluation.json")
+        if result.get("epoch") != state["epoch"]:
+            result = None
+        return Encoder(encoder, encoder_metadata(encoder, args, state["epoch"], result), file, is_plain)
+
+    # the weights alone: the metadata says it
+    metadata = _read_json(file.with_suffix(".json")) if is_plain else state.get("metadata", {})
+    if not {"backbone", "small_stem", "image_size"} <= metadata.keys():
+        raise UserError(
+            f"{file} does not say what encoder it holds: give a run of TrainSimCLR.py or TrainISICLE.py, or keep "
+            "encoder.json next to encoder.pt"
+        )
+    normalise = metadata.get("mean") is not None
+    encoder = _build(file, weights, metadata["backbone"], metadata["small_stem"], metadata["image_size"], normalise)
+    return Encoder(encoder, metadata, file, is_plain)
+
+
+def _find(path):
+    if not path.is_dir():
+        return path
+    if (path / "encoder.pt").is_file():  # the run is finished
+        return path / "encoder.pt"
+    file = Utils.newest_checkpoint(path)
+    if file is None:
+        raise UserError(f"{path} holds no checkpoint: give another run folder, or a .pt file")
+    return file
+
+
+def _read_json(file):
+    """Return the dictionary in a file; an empty one if there is none."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _build(file, weights, backbone, small_stem, size, normalise):
+    try:
+        encoder = build_encoder(backbone, small_stem, size, normalise)
+        encoder.load_state_dict(weights)
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{file} is not the {backbone} that it says it is: {reason}: use another file") from error
+    return encoder.eval()

@@ -1,0 +1,329 @@
+"""Export an encoder: the code that loads it elsewhere, its weights for other programs, or features of images.
+
+    python Export.py Models/RUN                                        # prints the code that loads it in torchvision
+    python Export.py Models/RUN --library timm                         # the same in timm, for ResNets
+    python Export.py Models/RUN --out encoder.safetensors              # or .pt, .onnx: writes it and prints the code
+    python Export.py Models/RUN --features FOLDER --out features.npz   # or .csv: one row of features for each image
+
+RUN is a run folder of TrainSimCLR.py or TrainISICLE.py, or a .pt file in it.
+"""
+
+import Signals  # noqa: F401  first: see TrainSimCLR.py
+
+# isort: split
+import csv
+import importlib.util
+import json
+import logging
+import os
+import re
+import tempfile
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import Data
+import Flags
+import Utils
+from Backbones import classifier_name, is_resnet, model_options
+from Distributed import notice
+from EncoderFiles import load_encoder, plain_weights
+from Utils import UserError
+
+WEIGHTS = (".safetensors", ".pt", ".onnx")
+TABLES = (".npz", ".csv")
+PACKAGES = {".safetensors": ("safetensors",), ".onnx": ("onnx", "onnxscript")}  # that must be installed to write them
+ONNX_BYTES = 2**31  # protobuf files are smaller
+
+
+def get_args(argv=None):
+    """Parse the flags."""
+    parser = Flags.plain_parser(__doc__)
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run folder of TrainSimCLR.py or TrainISICLE.py, or a .pt file in it")
+    add("--out", metavar="FILE", help="file to write; its ending says what: .safetensors, .pt, .onnx; .npz, .csv")
+    add("--library", choices=["torchvision", "timm"], default="torchvision", help="library of the printed code")
+    add("--features", metavar="DATA", help=f"images to write the features of: a folder, or {Flags.NAMES}")
+
+    add = parser.add_argument_group("with --features").add_argument
+    split = "split of DATA; a folder without splits is train as a whole"
+    add("--split", choices=["train", "val", "test"], default="train", help=split)
+    size = "side to resize images to; default: that of the images that the encoder was trained on"
+    add("--size", type=Flags.bounded(int, 8), metavar="PX", help=size)
+    add("--bs", type=Flags.bounded(int, 1), default=256, metavar="N", help="images in memory at a time")
+    add("--device", default="auto", help="torch device, for example cpu or cuda:1; auto: cuda if there is one")
+    add("--n_workers", type=Flags.bounded(int, 0), default=2, metavar="N", help="processes that decode image files")
+    place = str(Data.DEFAULT_OPTIONS.data_dir)
+    add("--data_dir", default=place, metavar="DIR", help="folder that holds the data sets")
+    add("--skip_bad", action="store_true", help="leave unreadable images out and count them, instead of stopping")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    """Print the code, write the encoder, or write features."""
+    if args.features and not args.out:
+        raise UserError(f"--features {args.features}: give --out FILE.npz or --out FILE.csv as well")
+    out = Path(args.out).expanduser() if args.out else None
+    if out:
+        check_out(out, TABLES if args.features else WEIGHTS)
+    encoder = load_encoder(args.run)
+    if args.features:
+        export_features(args, encoder, out)
+        return
+
+    code = loading_code(encoder.metadata, out or encoder.file, args.library, encoder.is_plain and not out)
+    if out:
+        check_is_no_checkpoint(out, encoder.file)
+        write_encoder(out, encoder)
+        notice(f"written to {out}; this code loads it:\n")
+    print(code)
+
+
+def check_out(out, endings):
+    """Raise UserError if `out` cannot be written, or packages that its ending needs are not installed."""
+    if out.suffix not in endings:
+        raise UserError(f"--out {out}: ending not known: choose {', '.join(endings)}")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: no folder {out.parent}: make it first")
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder: name a file")
+    missing = [name for name in PACKAGES.get(out.suffix, ()) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--out {out}: needs another package: pip install {' '.join(missing)}")
+    try:
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write to {out.parent} ({error.strerror}): choose another") from error
+
+
+def check_is_no_checkpoint(out, source):
+    """Raise UserError where an encoder would be written over a file of its run."""
+    if out.suffix != ".pt":
+        return
+    if out.resolve() == source.resolve() or (out.parent / "args.json").exists():
+        raise UserError(f"--out {out}: checkpoints lie in {out.parent}: choose another folder or ending")
+
+
+# ---------------------------------------------------------------------------------------------------- code
+
+
+def loading_code(metadata, file, library, is_plain):
+    """Return Python code that loads the encoder from `file` and computes features.
+
+    metadata: of `EncoderFiles.encoder_metadata`. library: "torchvision" or "timm". is_plain: a .pt file holds the
+    weights alone, not under the key "encoder". Raises UserError where timm has no such model.
+    """
+    size = metadata["image_size"]
+    if file.suffix == ".onnx":
+        imports = ["import numpy", "import onnxruntime"]
+        lines = [f"session = onnxruntime.InferenceSession({str(file)!r})"]
+        images = f'images = numpy.random.rand(8, 3, {size}, {size}).astype("float32")'
+        use = '(features,) = session.run(None, {"images": images})'
+    else:
+        imports, lines = _model_code(metadata, library)
+        if file.suffix == ".safetensors":
+            imports.append("from safetensors.torch import load_file")
+            weights = f"load_file({str(file)!r})"
+        else:
+            key = "" if is_plain else '["encoder"]'
+            weights = f'torch.load({str(file)!r}, map_location="cpu", weights_only=True){key}'
+        lines += [f"model.load_state_dict({weights})", "model.eval()"]
+        images = f"images = torch.rand(8, 3, {size}, {size})"
+        use = "features = model(images)"
+    title = f"# {metadata['backbone']} after {metadata['epoch']} epochs on {metadata['data']}"
+    images += "  # your images instead: RGB in [0, 1]"
+    if metadata.get("mean") is not None and file.suffix != ".onnx":  # an ONNX model normalises by itself
+        mean, std = (f"torch.tensor({metadata[name]}).view(3, 1, 1)" for name in ("mean", "std"))
+        images += f"\nimages = (images - {mean}) / {std}"
+    use += f"  # (8, {metadata['num_features']})"
+    return "\n".join([title, *imports, "", *lines, images, use])
+
+
+def _model_code(metadata, library):
+    """Return (lines that import, lines that build the model without its weights)."""
+    name, size = metadata["backbone"], metadata["image_size"]
+    if library == "timm":
+        if not is_resnet(name):
+            raise UserError(f"--library timm: only ResNets of torchvision fit timm's, not {name}: leave it out")
+        imports = ["import timm", "import torch"]
+        lines = [f'model = timm.create_model("{name}", num_classes=0)']
+    elif name == "resnet8":
+        imports = ["import torch", "from Backbones import build_encoder  # of ISICLE: torchvision has no resnet8"]
+        return imports, [f'model = build_encoder("resnet8", small_stem={metadata["small_stem"]}, size={size})']
+    else:
+        imports = ["import torch", "import torchvision"]
+        options = ", ".join(f"{key}={value}" for key, value in model_options(name, size).items())
+        layer = re.sub(r"\.(\d+)", r"[\1]", classifier_name(name, size))  # classifier.2 is classifier[2]
+        lines = [f"model = torchvision.models.{name}({options})"]
+        lines.append(f"model.{layer} = torch.nn.Identity()  # features instead of classes")
+    if metadata["small_stem"]:
+        lines.append("model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)  # the stem for small images")
+        lines.append("model.maxpool = torch.nn.Identity()")
+    return imports, lines
+
+
+# ---------------------------------------------------------------------------------------------------- weights
+
+
+def write_encoder(out, encoder):
+    """Write the weights and the metadata of an `EncoderFiles.Encoder` to a .safetensors, .pt or .onnx file."""
+    weights = plain_weights(encoder.net)
+    if out.suffix == ".pt":
+        Utils.save_(out, encoder=weights, metadata=encoder.metadata)
+        return
+    # the other two hold text alone: what is no text is written as JSON
+    metadata = {}
+    for key, value in encoder.metadata.items():
+        metadata[key] = value if isinstance(value, str) else json.dumps(value)
+    if out.suffix == ".safetensors":
+        from safetensors.torch import save
+
+        content = save(weights, {"format": "pt", **metadata})
+    else:
+        content = onnx_bytes(out, encoder, metadata)
+    Utils.write_atomically(out, lambda scratch: scratch.write_bytes(content))
+
+
+def onnx_bytes(out, encoder, metadata):
+    """Return an ONNX model: "images", float32 (B, 3, S, S), to "features", float32 (B, F), for any B."""
+    n_bytes = sum(value.nbytes for value in encoder.net.state_dict().values())
+    if n_bytes >= ONNX_BYTES:
+        raise UserError(f"--out {out}: one ONNX file holds less than 2 GB, not {n_bytes:,} bytes: choose .safetensors")
+    size = encoder.metadata["image_size"]
+    notice(f"tracing {encoder.metadata['backbone']} for ONNX")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            encoder.net,
+            (torch.rand(2, 3, size, size),),
+            input_names=["images"],
+            output_names=["features"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+    program.model.metadata_props.update(metadata)
+    return program.model_proto.SerializeToString()
+
+
+# ---------------------------------------------------------------------------------------------------- features
+
+
+class Table(NamedTuple):
+    """Features of N images, in the order of their files."""
+
+    features: np.ndarray  # float32 (N, F)
+    paths: list  # N of them, relative to the folder; SPLIT/INDEX where the images are not files
+    labels: np.ndarray  # int64 (N,); -1: no label
+    classes: list  # their names
+
+
+def export_features(args, encoder, out):
+    """Write the features of --features DATA to `out`."""
+    device = Utils.pick_device(args.device)
+    Utils.set_precision("fp32", device)
+    size = args.size or encoder.metadata["image_size"]
+    check_size(encoder, size)
+    root, split = open_split(args, size)
+    print(f"{split.name}: {len(split)} images of {size} px, on {device}", flush=True)
+    table = compute_features(encoder.net, split, root, device, args.bs)
+    write = write_npz if out.suffix == ".npz" else write_csv
+    Utils.write_atomically(out, lambda scratch: write(scratch, table, encoder.metadata))
+    n, width = table.features.shape
+    print(f"features ({n}, {width}) of {len(table.classes)} classes written to {out}")
+    if n < len(split):
+        print(f"left out: {len(split) - n} files that cannot be decoded")
+
+
+def check_size(encoder, size):
+    """Raise UserError if the encoder does not take images of that size."""
+    try:
+        with torch.no_grad():
+            encoder.net(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--size {size}: {encoder.metadata['backbone']} of {encoder.file} does not take it: leave it out"
+        ) from error
+
+
+def open_split(args, size):
+    """Return (the folder that paths are relative to, the split); image files are decoded batch by batch."""
+    options = Data.Options(
+        data_dir=Path(args.data_dir),
+        size=size,
+        storage="stream",
+        n_workers=args.n_workers,
+        skip_bad=args.skip_bad,
+    )
+    try:
+        row = Data.get_row(args.features, size)
+        if args.split == "val" and not row.has_val:
+            raise UserError(f"--split val: {row.name} has no validation split: choose train or test")
+        return row.folder or options.data_dir / row.name, row.load(row, args.split, options)
+    except UserError as error:
+        raise UserError(str(error).replace("--data ", "--features ", 1)) from error
+
+
+@torch.no_grad()
+def compute_features(net, split, root, device, bs):
+    """Return the `Table` of a split, computed in batches of bs images; files that --skip_bad skips are left out."""
+    net = net.to(device, memory_format=torch.channels_last)
+    kept, parts = [], []
+    with tqdm(total=len(split), desc="features", unit="image", disable=Utils.quiet()) as bar:
+        for rows, images in split.batches(torch.arange(len(split)).split(bs), device):
+            images = (images.float() / 255).contiguous(memory_format=torch.channels_last)
+            parts.append(net(images).float().cpu())
+            kept.append(rows)
+            bar.update(len(rows))
+    if not kept:
+        raise UserError(f"{split.name}: none of its {len(split)} files can be decoded: repair or replace them")
+    kept = torch.cat(kept)
+    paths = relative_paths(split, root)
+    return Table(
+        features=torch.cat(parts).numpy(),
+        paths=[paths[row] for row in kept.tolist()],
+        labels=split.labels[kept].numpy(),
+        classes=split.classes,
+    )
+
+
+def relative_paths(split, root):
+    """Return the path of every image of a split, relative to the folder of the data set, with / between its parts."""
+    if isinstance(split, Data.StreamedSplit):
+        return [Path(os.path.relpath(path, root)).as_posix() for path in split.files.paths]
+    return [f"{split.name}/{index}" for index in range(len(split))]
+
+
+def write_npz(file, table, metadata):
+    """Write the arrays features, paths, labels, classes, and the encoder's metadata as JSON."""
+    with file.open("wb") as handle:
+        np.savez(
+            handle,
+            features=table.features,
+            paths=np.array(table.paths),
+            labels=table.labels,
+            classes=np.array(table.classes, dtype=str),
+            metadata=np.array(json.dumps(metadata)),
+        )
+
+
+def write_csv(file, table, metadata):
+    """Write the columns path, label, class, f0, f1, ...; 9 digits give every float32 back exactly."""
+    header = ["path", "label", "class", *(f"f{column}" for column in range(table.features.shape[1]))]
+    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(header)
+        rows = zip(table.paths, table.labels.tolist(), table.features)
+        for path, label, features in tqdm(rows, "writing", len(table.paths), unit="row", disable=Utils.quiet()):
+            name = table.classes[label] if label >= 0 else ""
+            writer.writerow([path, label, name, *(f"{value:.9g}" for value in features.tolist())])
+
+
+if __name__ == "__main__":
+    Utils.run_script(main, get_args)
