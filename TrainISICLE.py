@@ -72,7 +72,13 @@ def add_positives(group):
     add("--pair", choices=list(PAIRS), default="real_real_gen", help=f"views of a step; {pairs}")
     p_gen = "probability of each restoration of the pair; otherwise the image takes its place"
     add("--p_gen", type=bounded(float, 0, 1), default=0.5, metavar="P", help=p_gen)
-    add("--gen_warmup", type=bounded(float, 0), default=0.0, metavar="E", help="epochs in which the probability rises from 0")
+    add(
+        "--gen_warmup",
+        type=bounded(float, 0),
+        default=0.0,
+        metavar="E",
+        help="epochs until the probability reaches --p_gen",
+    )
     add("--num_codes", type=bounded(int, 1), default=8, metavar="K", help="restorations of each image in the bank")
     add("--num_pos", type=bounded(int, 2), default=3, metavar="M", help="views of --pair multi")
     pick = "which of the K restorations a step uses; farthest: those whose features differ most"
@@ -265,7 +271,7 @@ def train_generator(args, split, words, asked):
     argv = [*generator_words(args, words), "--resume=auto"]
     command = shlex.join(["python", "TrainCamNet.py", *argv])
     if Distributed.is_launched():
-        raise Utils.UserError(f"--generator: none for {args.data} yet, and torchrun cannot train it: first run {command}")
+        raise Utils.UserError(f"--generator: none for {args.data} yet; torchrun cannot train it: first run {command}")
     lock = Path(args.models_dir) / f".generator-{Data.get_row(args.data).name}.lock"
     with Utils.locked(lock, f"training a generator for {args.data}"):
         found = Banks.newest_generator(args, split, asked)

@@ -62,7 +62,9 @@ def build_parser(data="shapes", device_type="cpu", doc=__doc__, add_positives=No
 def add_data_flags(group):
     Flags.add_data_place(group)
     add = group.add_argument
-    scored = "split to score; val: validation, or cv if there is none; cv: 3-fold cross-validation on train; test: "
+    scored = (
+        "split to score; val: validation split, or cv if there is none; cv: 3-fold cross-validation on train; test: "
+    )
     scored += "only for numbers that are reported"
     add("--eval", choices=["val", "cv", "test"], default="val", help=scored)
     aug = "full: crop, flip, colour; crop: crop and flip; none: the images as they are"
@@ -85,7 +87,8 @@ def add_model_flags(group):
     add("--stem", choices=["auto", "small", "large"], default="auto", help=stem)
     init = "weights to continue from: torchvision's for this backbone, an encoder.pt or a checkpoint"
     add("--init", metavar="FILE", help=init)
-    add("--normalise", action="store_true", help="by ImageNet's mean and deviation, for weights trained on it")
+    normalise = "normalise images by ImageNet's mean and standard deviation, as weights trained on it expect"
+    add("--normalise", action="store_true", help=normalise)
     add("--proj_dim", type=bounded(int, 1), metavar="D", help="dimensions of a projection")
     add("--proj_hidden", type=bounded(int, 1), metavar="H", help="hidden units of the projection head")
     add("--proj_norm", action=argparse.BooleanOptionalAction, help="batch normalisation in the projection head")
