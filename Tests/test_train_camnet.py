@@ -497,7 +497,7 @@ def test_memory_that_runs_out_in_the_search_is_announced_once(flags, whole, tmp_
 
     monkeypatch.setattr(IMLE.Search, "_nearest", small)
     done = cli(flags(tmp_path, *ALONE))
-    announced = [f"warning: out of memory in the search: going on with --chunk {chunk}" for chunk in (32, 16)]
+    announced = [f"warning: out of memory in the search: continuing with --chunk {chunk}" for chunk in (32, 16)]
     assert done.code == 0
     assert done.err.splitlines() == announced  # in each of the three searches
     check_same_run(only_run(tmp_path), whole.folder)
