@@ -284,8 +284,8 @@ class Augmentation:
         lengths = {name: len(values) for name, values in params.items()}
         _require(set(lengths.values()) == {n}, "params' length", lengths, f"the number of images, {n}")
         views = torch.empty(n, 3, self.size, self.size, device=images.device)
-        chunk = CHUNK_FLOATS // (3 * self.size**2) if images.device.type == "cpu" else n
-        chunk = max(1, chunk)
+        parts = round(views.numel() / CHUNK_FLOATS) if images.device.type == "cpu" else 1
+        chunk = math.ceil(n / max(1, parts)) or 1  # of equal size, since each chunk costs the same calls
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             for start in range(0, n, chunk):
                 rows = slice(start, start + chunk)

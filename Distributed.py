@@ -141,17 +141,24 @@ def gather(z):
     return _Sum.apply(places).transpose(0, 1).flatten(1, 2)
 
 
-def wrap(net, device):
-    """Return `net` with gradients averaged and batch statistics shared by the processes; `net` if there is one."""
+def wrap(net, device, compiled=False):
+    """Return `net` with gradients averaged and batch statistics shared by the processes; with one process, `net`.
+
+    compiled: by torch.compile, inside of DistributedDataParallel, which it does not handle well. The parameters are
+    those of `net`.
+    """
+    if is_joined() and device.type == "cuda":
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    elif is_joined():
+        for layer in net.modules():  # torch's SyncBatchNorm refuses the CPU
+            if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                layer.__class__ = _GlobalBatchNorm
+    if compiled:
+        net = torch.compile(net)
     if not is_joined():
         return net
-    if device.type == "cuda":
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        return nn.parallel.DistributedDataParallel(net, device_ids=[device])
-    for layer in net.modules():  # torch's SyncBatchNorm refuses the CPU
-        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            layer.__class__ = _GlobalBatchNorm
-    return nn.parallel.DistributedDataParallel(net)
+    cards = [device] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(net, device_ids=cards)
 
 
 class _Sum(torch.autograd.Function):

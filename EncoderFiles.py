@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-import Data
 import Utils
-from Backbones import build_encoder, stem_text
+from Backbones import IMAGENET_MEAN, IMAGENET_STD, build_encoder, stem_text
 from Utils import UserError
 
 NOT_SCORES = ("protocol", "pairs", "epoch")  # keys of evaluation.json
@@ -35,7 +34,6 @@ def encoder_metadata(encoder, args, epoch, result=None):
     args: the run's flags. epoch: how many it was trained for. result: the content of evaluation.json, if there is one.
     """
     size = args.image_size
-    normalisation = "normalises by ImageNet's statistics itself" if args.normalise else "not normalised"
     scores = {key: value for key, value in (result or {}).items() if key not in NOT_SCORES}
     return {
         "backbone": args.backbone,
@@ -43,7 +41,9 @@ def encoder_metadata(encoder, args, epoch, result=None):
         "stem": stem_text(encoder) or f"that of {args.backbone}",
         "image_size": size,
         "num_features": encoder.num_features,
-        "input": f"RGB, float32 (B, 3, {size}, {size}), not normalised by a mean and a standard deviation",
+        "input": f"RGB, float32 (B, 3, {size}, {size}), then normalised by mean and std unless these are null",
+        "mean": list(IMAGENET_MEAN) if args.normalise else None,
+        "std": list(IMAGENET_STD) if args.normalise else None,
         "value_range": [0.0, 1.0],
         "resizing": f"shorter side to {size} px, bilinear with antialiasing, then the central square",
         "data": Path(args.data).name,
@@ -81,7 +81,7 @@ def load_encoder(path):
     # a checkpoint: its flags say what encoder it is
     if "args" in state and not is_plain:
         args = argparse.Namespace(**state["args"])
-        encoder = _build(file, weights, args.backbone, args.small_stem, image_size(args))
+        encoder = _build(file, weights, args.backbone, args.small_stem, args.image_size, args.normalise)
         result = _read_json(file.parent / "evaluation.json")
         if result.get("epoch") != state["epoch"]:
             result = None
@@ -94,7 +94,8 @@ def load_encoder(path):
             f"{file} does not say what encoder it holds: give a run of TrainSimCLR.py or TrainISICLE.py, or keep "
             "encoder.json next to encoder.pt"
         )
-    encoder = _build(file, weights, metadata["backbone"], metadata["small_stem"], metadata["image_size"])
+    normalise = metadata.get("mean") is not None
+    encoder = _build(file, weights, metadata["backbone"], metadata["small_stem"], metadata["image_size"], normalise)
     return Encoder(encoder, metadata, file, is_plain)
 
 
@@ -118,9 +119,9 @@ def _read_json(file):
     return content if isinstance(content, dict) else {}
 
 
-def _build(file, weights, backbone, small_stem, size):
+def _build(file, weights, backbone, small_stem, size, normalise):
     try:
-        encoder = build_encoder(backbone, small_stem, size)
+        encoder = build_encoder(backbone, small_stem, size, normalise)
         encoder.load_state_dict(weights)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]

@@ -3,7 +3,8 @@
     python Evaluate.py Models/RUN/40.pt                       # all it needs is in the file
     python Evaluate.py Models/RUN --eval test --finetune 20   # the newest checkpoint of a run
 
-Writes RUN/evaluation.json (fractions of 1, with the protocol) and prints the same as a table.
+Writes RUN/evaluation-EPOCH-SPLIT.json (fractions of 1, with the protocol) and prints the same as a table. The run's own
+evaluation.json stays as it is.
 """
 
 import Signals  # noqa: F401  first: see TrainSimCLR.py
@@ -12,7 +13,8 @@ import Signals  # noqa: F401  first: see TrainSimCLR.py
 import argparse
 import contextlib
 import copy
-import json
+import math
+import re
 from pathlib import Path
 
 import torch
@@ -46,8 +48,12 @@ def frozen(encoder):
     before = copy.deepcopy(encoder.state_dict())
     mode = encoder.training
     encoder.eval()
+    # float32 as the protocol says: no tf32 in convolutions
+    cudnn = torch.backends.cudnn
+    exact = cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False)
     try:
-        yield
+        with exact:
+            yield
     finally:
         encoder.train(mode)
     changed = [name for name, value in encoder.state_dict().items() if not torch.equal(value, before[name])]
@@ -67,7 +73,8 @@ def extract(encoder, split, device, views=None, rng=None, bs=512):
     views: an `Augmentation`, drawn with `rng`, a torch.Generator; None: the images as they are.
     """
     features = None
-    for rows, images in split.batches(torch.arange(len(split)).split(bs), device):
+    parts = torch.arange(len(split)).split(bs)
+    for rows, images in tqdm(split.batches(parts, device), "features", len(parts), leave=False, disable=None):
         x = views(images, rng) if views else to_float(images)
         part = embed(encoder, x)
         if features is None:
@@ -154,6 +161,24 @@ def mean_accuracy(probe, splits, train, test, passes=1):
         test_rows = test_rows.to(train.device)
         total += probe(train[rows], train_labels[rows % n], test[test_rows], test_labels[test_rows])
     return total / len(pairs)
+
+
+def with_few_labels(splits, share, seed=0):
+    """Return the splits with only a share of the labels of `train`: of each class the same share, at least one.
+
+    share: in (0, 1]; seed: decides which. Raises UserError under "cv", where the same labels are learnt and scored.
+    """
+    if splits.eval == "cv":
+        raise Utils.UserError(f"--labels {share:g}: cross-validation scores on these labels: give --eval val or test")
+    train = copy.copy(splits.train)
+    train.labels = torch.full_like(splits.train.labels, -1)
+    rng = torch.Generator().manual_seed(seed)
+    for label in range(len(train.classes)):
+        rows = (splits.train.labels == label).nonzero().flatten()
+        count = math.ceil(share * len(rows))
+        kept = rows[torch.randperm(len(rows), generator=rng)[:count]]
+        train.labels[kept] = label
+    return splits._replace(train=train)
 
 
 def can_probe(splits):
@@ -253,6 +278,7 @@ def evaluate(encoder, untrained, splits, views, device, epoch):
     return result
 
 
+SAVED = ("knn", "linear", "chance", "n_test", "split", "epoch")  # what evaluation.json always holds
 ROWS = {  # of the printed table: {name in evaluation.json: title}
     "knn": "kNN",
     "linear": "linear probe",
@@ -290,17 +316,20 @@ def get_args(argv=None):
     add = parser.add_argument
     add("checkpoint", help="a .pt file, or a run folder: its newest checkpoint")
     add("--eval", choices=["val", "cv", "test"], help="split that is scored; default: as in the run")
-    add("--data", help="another place of the same data, where the run's own is gone")
+    data = "score on these labelled images instead: the run's own at another place, or others (transfer)"
+    add("--data", help=data)
+    labels = "share of the labels that probes and fine-tuning learn from, the same of each class"
+    add("--labels", type=Flags.bounded(float, 1e-6, 1), default=1.0, metavar="SHARE", help=labels)
     finetune = "also fine-tune a copy, for that many epochs"
     add("--finetune", type=Flags.bounded(int, 0), default=0, metavar="EPOCHS", help=finetune)
-    add("--out", metavar="FILE", help="file to write; default: evaluation.json next to the checkpoint")
+    add("--out", metavar="FILE", help="file to write; default: evaluation-EPOCH-SPLIT.json next to the checkpoint")
     Flags.add_reading(parser.add_argument_group("reading images (default: as in the run)"))
     parser.set_defaults(n_workers=None, data_dir=None, storage=None, skip_bad=None)
     return parser.parse_args(argv)
 
 
 def main(args):
-    """Score one checkpoint."""
+    """Score one checkpoint; return the exit code."""
     # the checkpoint, and the flags of its run with those that were given
     file = Path(args.checkpoint)
     if file.is_dir():
@@ -313,6 +342,10 @@ def main(args):
     Utils.check_run(file, state)
     given = {key: value for key, value in vars(args).items() if value is not None}
     run = argparse.Namespace(**(usual_flags(file, state["args"]) | state["args"] | given))
+    if (
+        args.data
+    ):  # a folder of images is resized to what the encoder has seen; the sets with a name have their own size
+        run.size = None if args.data in Data.DATASETS else run.image_size
 
     # the encoder, as it was before training and as it is
     device = Utils.pick_device(args.device)
@@ -321,42 +354,50 @@ def main(args):
     Utils.load_(file, encoder=encoder)
     encoder.to(device, memory_format=torch.channels_last)
 
-    # scores
+    # the images
     splits = Flags.splits_for(run, device)
+    if args.labels < 1:
+        splits = with_few_labels(splits, args.labels)
     if not can_probe(splits):
-        raise Utils.UserError(f"--data {run.data}: one class or no labels: there is nothing to score")
+        raise Utils.UserError(
+            f"--data {run.data}: fewer than two classes, or too few labels: there is nothing to score"
+        )
+
+    # scores
     result = evaluate(encoder, untrained, splits, Flags.augmentation_for(run), device, state["epoch"])
     if args.finetune:
         crop = Flags.augmentation_for(run, aug="crop")
         result["finetune"] = fine_tune(encoder, splits, device, crop, args.finetune)
-        result["protocol"] = {**PROTOCOL, "finetune_epochs": args.finetune}
-    out = Path(args.out) if args.out else file.parent / "evaluation.json"
-    result |= measured_by_training(out, state["epoch"])
-    print(f"{file}\n{scores_table(result)}")
+    result["data"] = Utils.shown(run.data)
+    result["protocol"] = PROTOCOL | {"labels": args.labels, "finetune_epochs": args.finetune}
+    print(f"{file}\n{scores_table(result)}")  # first: there may be no room to write it
+    out = Path(args.out) if args.out else file.parent / file_name(args, result)
     Utils.write_json(out, result)
     print(f"written to {out}")
+    return 0
+
+
+def file_name(args, result):
+    """Return the name of the file of some scores: never evaluation.json, which holds the run's own."""
+    name = f"evaluation-{result['epoch']}-{result['split']}"
+    if args.data:
+        name += f"-{re.sub(r'[^A-Za-z0-9_.-]', '~', Path(args.data).name)}"
+    if args.labels < 1:
+        name += f"-labels_{args.labels:g}"
+    return f"{name}.json"
 
 
 def usual_flags(file, stored):
     """Return the defaults of flags that a checkpoint of another version lacks; say which of them are used."""
-    row = Data.get_row(stored.get("data", "shapes"), stored.get("size"))
+    row = Data.DATASETS.get(stored.get("data", "shapes"), Data.DATASETS["folder"])
     usual = {"data": "shapes", "size": None, "eval": "val", "aug": "full", "seed": 0, "small_stem": row.small_images}
-    usual |= {"image_size": row.size, "init": None, "normalise": False}
+    usual |= {"image_size": stored.get("size") or row.size, "init": None, "normalise": False}
     usual |= {"n_workers": 2, "data_dir": str(DATA_DIR), "storage": "auto", "skip_bad": False}
     usual |= row.recipe_for("cuda")
     missing = [f"--{key} {value}" for key, value in usual.items() if key not in stored]
     if missing:
         print(f"{Utils.shown(file)} is of another version: it lacks {', '.join(missing)}: these defaults are used")
     return usual
-
-
-def measured_by_training(file, epoch):
-    """Return what an evaluation.json of the same epoch holds of the pairs: it takes the run's data and generator."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or none of ours: it is written anew
-        before = json.loads(file.read_text())
-        if before["epoch"] == epoch:
-            return {"pairs": before["pairs"]}
-    return {}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Take an encoder home: the code that loads it elsewhere, its weights for other programs, features of images.
+"""Export an encoder: the code that loads it elsewhere, its weights for other programs, or features of images.
 
     python Export.py Models/RUN                                        # prints the code that loads it in torchvision
     python Export.py Models/RUN --library timm                         # the same in timm, for ResNets
@@ -8,7 +8,9 @@
 RUN is a run folder of TrainSimCLR.py or TrainISICLE.py, or a .pt file in it.
 """
 
-import argparse
+import Signals  # noqa: F401  first: see TrainSimCLR.py
+
+# isort: split
 import csv
 import importlib.util
 import json
@@ -40,26 +42,23 @@ ONNX_BYTES = 2**31  # protobuf files are smaller
 
 def get_args(argv=None):
     """Parse the flags."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=form)
-    names = ", ".join(name for name in Data.DATASETS if name != "folder")
+    parser = Flags.plain_parser(__doc__)
     add = parser.add_argument
-    add("run", metavar="RUN", help="a run folder, or a .pt file in it")
+    add("run", metavar="RUN", help="a run folder of TrainSimCLR.py or TrainISICLE.py, or a .pt file in it")
     add("--out", metavar="FILE", help="file to write; its ending says what: .safetensors, .pt, .onnx; .npz, .csv")
-    add("--library", choices=["torchvision", "timm"], default="torchvision", help="that the printed code uses")
-    add("--features", metavar="DATA", help=f"images to write the features of: a folder, or {names}")
+    add("--library", choices=["torchvision", "timm"], default="torchvision", help="library of the printed code")
+    add("--features", metavar="DATA", help=f"images to write the features of: a folder, or {Flags.NAMES}")
 
     add = parser.add_argument_group("with --features").add_argument
-    split = "split of DATA (default: train; a folder without splits is train as a whole)"
+    split = "split of DATA; a folder without splits is train as a whole"
     add("--split", choices=["train", "val", "test"], default="train", help=split)
-    size = "side to resize images to (default: that of the images that the encoder was trained on)"
-    add("--size", type=Flags.number(int, 8), metavar="PX", help=size)
-    add("--bs", type=Flags.number(int, 1), default=256, metavar="N", help="images in memory at a time (default: 256)")
-    add("--device", default="auto", help="torch device, for example cpu or cuda:1 (default: cuda if there is one)")
-    workers = "processes that decode image files (default: 2)"
-    add("--n_workers", type=Flags.number(int, 0), default=2, metavar="N", help=workers)
-    place = "folder that holds the data sets (default: Data)"
-    add("--data_dir", default=str(Data.DEFAULT_OPTIONS.data_dir), metavar="DIR", help=place)
+    size = "side to resize images to; default: that of the images that the encoder was trained on"
+    add("--size", type=Flags.bounded(int, 8), metavar="PX", help=size)
+    add("--bs", type=Flags.bounded(int, 1), default=256, metavar="N", help="images in memory at a time")
+    add("--device", default="auto", help="torch device, for example cpu or cuda:1; auto: cuda if there is one")
+    add("--n_workers", type=Flags.bounded(int, 0), default=2, metavar="N", help="processes that decode image files")
+    place = str(Data.DEFAULT_OPTIONS.data_dir)
+    add("--data_dir", default=place, metavar="DIR", help="folder that holds the data sets")
     add("--skip_bad", action="store_true", help="leave unreadable images out and count them, instead of stopping")
     return parser.parse_args(argv)
 
@@ -137,7 +136,10 @@ def loading_code(metadata, file, library, is_plain):
         images = f"images = torch.rand(8, 3, {size}, {size})"
         use = "features = model(images)"
     title = f"# {metadata['backbone']} after {metadata['epoch']} epochs on {metadata['data']}"
-    images += "  # your images instead: RGB in [0, 1], not normalised"
+    images += "  # your images instead: RGB in [0, 1]"
+    if metadata.get("mean") is not None and file.suffix != ".onnx":  # an ONNX model normalises by itself
+        mean, std = (f"torch.tensor({metadata[name]}).view(3, 1, 1)" for name in ("mean", "std"))
+        images += f"\nimages = (images - {mean}) / {std}"
     use += f"  # (8, {metadata['num_features']})"
     return "\n".join([title, *imports, "", *lines, images, use])
 

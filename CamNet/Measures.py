@@ -4,6 +4,7 @@ Measured on images that it was not trained on.
 """
 
 import torch
+from tqdm import tqdm
 
 from CamNet.Codes import Purpose, make_keys
 
@@ -110,7 +111,8 @@ class HeldOut:
         """Return k samples of each image, float32 (B, k, 3, S, S); vary: see `sample_grid`."""
         parts = []
         with self.autocast():
-            for condition, keys in zip(self.condition.split(AT_ONCE), self.keys.split(AT_ONCE)):
+            batches = list(zip(self.condition.split(AT_ONCE), self.keys.split(AT_ONCE)))
+            for condition, keys in tqdm(batches, "measuring", leave=False, disable=None):
                 parts.append(sample_grid(generator, condition, keys, k, vary))
         return torch.cat(parts)
 
@@ -162,6 +164,10 @@ class HeldOut:
             result["single_code"] = values.pop("best_of_1")
             result |= {f"single_code_{name}": value for name, value in values.items()}
         return result | {"n_images": len(self.images)}
+
+
+READ = ("best_of_1", "best_of_16", "bicubic", "diversity_pixels", "n_images", "distance", "corrupt")
+READ += ("seconds_search_per_1000", "seconds_train_per_1000", "peak_memory_bytes")  # by both functions below
 
 
 def unfit(result):

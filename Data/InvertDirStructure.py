@@ -129,12 +129,15 @@ def make_plan(folder, out):
     return plan, counts, skipped
 
 
-def find_strange(plan, out):
-    """Return an image in the target that the plan does not have, or None."""
+def find_problem(plan, todo, out):
+    """Return why the target cannot hold the planned images, or None."""
     for path in sorted(out.glob("*/*/*")):
         label, split, _ = path.parts[-3:]
         if split in SPLITS.values() and not is_hidden(label) and is_image(path) and path not in plan:
-            return path
+            return f"{path} is not in --folder (left by another split?)"
+    for target, image in plan.items():
+        if target not in todo and not (target.is_file() and filecmp.cmp(image, target, shallow=False)):
+            return f"{target} exists and differs from {image}"
     return None
 
 
@@ -144,21 +147,11 @@ def pending(plan, out, folder):
     A target that was made from another folder must hold the very same images: after a data set was moved it does, for
     another data set with the same name it does not.
     """
+    todo = {target: image for target, image in plan.items() if not os.path.lexists(target)}
+    problem = find_problem(plan, todo, out)
     record = record_of(out)
     source = Path(os.fsdecode(record.read_bytes())) if out.exists() and record.exists() else folder
-    todo = {target: image for target, image in plan.items() if not os.path.lexists(target)}
-    strange = find_strange(plan, out)
-    problem = None
-    if strange:
-        problem = f"{strange} is not in --folder (left by another split?)"
-    elif todo and source != folder:
-        problem = f"{next(iter(todo))} is missing"
-    for target, image in plan.items():
-        if problem:
-            break
-        if target not in todo and not (target.is_file() and filecmp.cmp(image, target, shallow=False)):
-            problem = f"{target} exists and differs from {image}"
-    if problem and source != folder:
+    if source != folder and (problem or todo):
         problem = f"{out} was made from {source}, not from {folder}"
     if problem:
         raise UserError(f"--dest {out.parent}: {problem}; give another --dest DIR, or remove {out}")
@@ -206,7 +199,8 @@ def report(folder, out, plan, counts, skipped):
     for split, c in counts.items():
         state = f"{c['new']} new, {c['images'] - c['new']} already there"
         say(f"{split}: {c['classes']} classes, {c['images']} images ({state}), {c['skipped']} files skipped")
-    others = [path for path in sorted(folder.iterdir()) if path not in find_splits(folder).values()]
+    read = find_splits(folder).values()
+    others = [path for path in sorted(folder.iterdir()) if path not in read]
     files = sum(not path.is_dir() for path in others)
     say(f"{out}: {len(plan)} images; {files} files outside the splits skipped")
     if skipped:

@@ -22,7 +22,6 @@ import argparse
 import csv
 import errno
 import fcntl
-import gzip
 import hashlib
 import io
 import json
@@ -78,8 +77,9 @@ KINDS = {
     b"\x89HDF": "an HDF5 file",
 }
 KINDS |= {b"PK": "an incomplete zip archive", b"\x1f\x8b": "a gzip file that is damaged or holds no tar"}
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, struct.error)
-DAMAGED += (EOFError, KeyError, ValueError)  # a truncated file, a link to nothing, a name that is no valid text
+# what reading a damaged archive raises
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
+DAMAGED += (EOFError, KeyError, ValueError, OverflowError, MemoryError, OSError)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -242,7 +242,8 @@ def check_member(archive, name, link=None, hard=False):
     if link is not None:
         joined = os.path.normpath(link if hard else PurePosixPath(name).parent / link)
         if PureWindowsPath(link).anchor or joined.startswith(".."):
-            raise UserError(f"{archive}: member {name} links to {link}, outside; nothing was extracted")
+            hint = "do not trust it"
+            raise UserError(f"{archive}: member {name} links to {link}, outside; nothing was extracted; {hint}")
 
 
 def zip_members(archive):
@@ -251,7 +252,8 @@ def zip_members(archive):
         for m in z.infolist():
             check_member(archive, m.filename)
             if (mode := m.external_attr >> 16) and stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise UserError(f"{archive}: member {m.filename} is a link or device; nothing was extracted")
+                hint = "pack it again without links"
+                raise UserError(f"{archive}: member {m.filename} is a link or device; nothing was extracted; {hint}")
             if m.flag_bits & 1:
                 raise UserError(
                     f"{archive}: is encrypted; unpack it, pack the folder without a password, and give that"
@@ -267,7 +269,7 @@ def tar_members(archive):
         for m in t.getmembers():
             check_member(archive, m.name, m.linkname if m.issym() or m.islnk() else None, m.islnk())
             if m.isdev():
-                raise UserError(f"{archive}: member {m.name} is a device; nothing was extracted")
+                raise UserError(f"{archive}: member {m.name} is a device; nothing was extracted; do not trust it")
         for m in t.getmembers():
             if not m.isdir():
                 yield m.name, lambda m=m: t.extractfile(m) or io.BytesIO()
@@ -314,6 +316,8 @@ def extract(archive, folder, skip_bad):
     except (FileExistsError, NotADirectoryError) as e:
         raise UserError(f"{archive}: holds {Path(e.filename).relative_to(folder)} twice; repack it") from None
     except DAMAGED as e:
+        if getattr(e, "errno", None) not in (None, errno.EINVAL):  # of the disk
+            raise
         raise DamagedArchive(f"{archive}: cannot be read ({e}); get it again or give another file") from None
     except RuntimeError as e:  # a compression method that Python does not have, links in a circle
         raise UserError(
@@ -417,7 +421,9 @@ def collect(raw, lists):
             raise UserError(f"{Path(*parts[1:])}: is in no class folder and in no few-shot list; {hint}")
         other = images.setdefault(label, {}).setdefault(path.name, path)
         if other != path:
-            raise UserError(f"{other.relative_to(raw)} and {path.relative_to(raw)}: two images of one class and name")
+            raise UserError(
+                f"{other.relative_to(raw)} and {path.relative_to(raw)}: two images of one class and name; rename one"
+            )
         found = next((FOLDER_SPLIT[p.lower()] for p in parts[-2::-1] if p.lower() in FOLDER_SPLIT), None)
         splits.setdefault(label, set()).add(found)
     return images, splits
@@ -460,7 +466,9 @@ def lay_out(images, out, seed):
         names = sorted(files)
         n = len(files)
         if n < 3:
-            raise UserError(f"class {label} has {n} images; each class needs one for each of train, val and test")
+            raise UserError(
+                f"class {label} has {n} images; give it at least three, one for each of train, val and test"
+            )
         random.Random(f"{seed}/{label}".encode("utf-8", "surrogateescape")).shuffle(names)
         test = max(1, round(0.20 * n))
         val = max(1, round(0.16 * n))
@@ -478,7 +486,9 @@ def write_lists(lists, folder):
     for split, rows in lists.items():
         part = folder / f".few_shot_{split}.part"
         with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as f:
-            csv.writer(f, lineterminator="\n").writerows([("filename", "label"), *rows])
+            # csv does not quote a carriage return by itself
+            quoting = csv.QUOTE_ALL if any("\r" in value for row in rows for value in row) else csv.QUOTE_MINIMAL
+            csv.writer(f, lineterminator="\n", quoting=quoting).writerows([("filename", "label"), *rows])
         part.replace(folder / f"few_shot_{split}.csv")
 
 
@@ -642,7 +652,9 @@ def explain(error, dest):
 def get_args(argv=None):
     P = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     source = P.add_mutually_exclusive_group()
-    source.add_argument("--archive", type=Path, nargs="+", metavar="FILE", help="local zip, tar or tar.gz file(s)")
+    source.add_argument(
+        "--archive", type=Path, nargs="+", metavar="FILE", help="zip, tar or tar.gz files that you have"
+    )
     source.add_argument("--url", help="http(s) or file URL of one archive (default: three tar files on Google Drive)")
     P.add_argument("--sha256", metavar="HEX", help="expected SHA-256 sum of the archive")
     P.add_argument("--size", type=int, metavar="BYTES", help="expected size of the archive")

@@ -1,13 +1,16 @@
 """A small data set in files, and the flags and the finished run that several test files start from."""
 
 import os
+import signal
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision  # noqa: F401  whole: a part that is imported after a lazy import of it is loaded twice
 from helpers import only_run, run, save_shapes
 
+import Signals
 import TrainSimCLR
 import Utils
 
@@ -58,9 +61,14 @@ def cli(monkeypatch, capfd):
 
     def run_here(argv, script=TrainSimCLR):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
+        handlers = {number: signal.getsignal(number) for number in Signals.EXIT_CODES}
         capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            Utils.run_script(script.main, lambda: script.get_args(sys.argv[1:]))
+        try:
+            with pytest.raises(SystemExit) as caught:
+                Utils.run_script(script.main, lambda: script.get_args(sys.argv[1:]))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         out, err = capfd.readouterr()
         return SimpleNamespace(code=caught.value.code or 0, out=out, err=err)
 

@@ -1,7 +1,9 @@
 """What several test files use: image files, users' errors, run folders and their checkpoints, processes."""
 
+import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -83,9 +85,9 @@ def one_error(done, *parts, code=2):
 # ---------------------------------------------------------------------------------------------------- run folders
 
 
-def only_run(models_dir):
-    """Return the one run folder in it."""
-    (folder,) = models_dir.iterdir()
+def only_run(models_dir, pattern="[!.]*"):
+    """Return the one run folder in it whose name is like this pattern."""
+    (folder,) = models_dir.glob(pattern)
     return folder
 
 
@@ -117,8 +119,9 @@ def check_board(folder, group):
     for line in lines(folder):
         for name in line.keys() - {"step", "epoch", "seconds"}:
             tag = Run.TAGS.get(name, f"{'Train' if 'loss' in line else group}/{name}")
-            logged.setdefault(tag, {})[line["step"]] = line[name]
-    assert {tag for tag in events.Tags()["scalars"] if not tag.startswith("Final/")} == logged.keys()
+            unit = 100 if tag.startswith("Accuracy/") else 1  # shown in per cent
+            logged.setdefault(tag, {})[line["step"]] = unit * line[name]
+    assert set(events.Tags()["scalars"]) == logged.keys()
     for tag, values in logged.items():
         shown = {event.step: event.value for event in events.Scalars(tag)}
         assert shown == pytest.approx(values, rel=1e-6, abs=1e-7), tag
@@ -153,6 +156,17 @@ def different(file, other):
 
 
 # ---------------------------------------------------------------------------------------------------- processes
+
+
+@contextlib.contextmanager
+def no_file_larger_than(n_bytes):
+    """Let every write beyond this size fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def start(*words, **options):

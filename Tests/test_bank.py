@@ -11,8 +11,8 @@ from helpers import signal_when, start
 
 import Utils
 from CamNet import Bank
-from CamNet.Generator import Generator
 from CamNet.Codes import Purpose, make_keys
+from CamNet.Generator import Generator
 from Images import Shapes
 from Images.Split import Split
 

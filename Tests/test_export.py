@@ -123,7 +123,6 @@ def test_the_encoder_is_the_trained_one(small_stem, runs):
         ("resnet8", True, 32),
         ("convnext_tiny", False, 32),
         ("vit_b_16", False, 48),
-        ("googlenet", False, 32),
         ("squeezenet1_1", False, 32),
     ],
 )
@@ -136,7 +135,7 @@ def test_printed_code_of_torchvision(backbone, small_stem, size, runs, export):
         assert not {"Backbones", "timm"} & {word.strip(".") for word in code.split()}
 
 
-@pytest.mark.parametrize("backbone, small_stem", [*STEMS, ("resnet50", True)])
+@pytest.mark.parametrize("backbone, small_stem", STEMS)
 def test_printed_code_of_timm(backbone, small_stem, runs, export):
     folder = runs(backbone, small_stem)
     model = check_code(export(folder, "--library", "timm"), folder)
@@ -149,7 +148,8 @@ def test_timm_has_no_such_model(backbone, runs):
 
 
 def test_every_resnet_has_its_name_in_timm():
-    timm = pytest.importorskip("timm")
+    import timm  # slow, and needed here alone
+
     names = [name for name in torchvision.models.list_models() if is_resnet(name)]
     assert len(names) >= 10
     assert {*names} <= {*timm.list_models()}
@@ -169,7 +169,7 @@ def test_written_weights(backbone, small_stem, ending, runs, export, tmp_path):
     assert out.stat().st_size < 1.02 * 4 * 11_200_000
 
 
-@pytest.mark.parametrize("backbone, small_stem", [*STEMS, ("resnet8", True), ("vit_b_16", False)])
+@pytest.mark.parametrize("backbone, small_stem", [*STEMS, ("resnet8", True), ("squeezenet1_1", False)])
 def test_onnx(backbone, small_stem, runs, export, tmp_path):
     folder = runs(backbone, small_stem)
     variables = run_code(export(folder, "--out", tmp_path / "encoder.onnx"))
@@ -279,7 +279,7 @@ def test_another_encoder_than_it_says(finished):
 def drawings(tmp_path):
     """A folder of 10 classes with 3 images each, some in a folder of their class's, of several sizes."""
     folder = save_shapes(tmp_path / "drawings", 3, size=48)
-    first = sorted((folder / "circle").iterdir())[0]
+    first = sorted((folder / "disc").iterdir())[0]
     first.parent.joinpath("a b").mkdir()
     first.rename(first.parent / "a b" / "ü.png")
     return folder
@@ -309,7 +309,7 @@ def test_features_of_a_folder(drawings, runs, export, tmp_path):
     table = np.load(tmp_path / "x.npz")
     files = sorted(drawings.rglob("*.png"))
     assert {*table["paths"].tolist()} == {path.relative_to(drawings).as_posix() for path in files}
-    assert "circle/a b/ü.png" in table["paths"].tolist()
+    assert "disc/a b/ü.png" in table["paths"].tolist()
     assert table["classes"].tolist() == sorted(path.name for path in drawings.iterdir())
     assert [path.split("/")[0] for path in table["paths"]] == table["classes"][table["labels"]].tolist()
     assert table["labels"].dtype == np.int64
@@ -382,7 +382,7 @@ def test_features_of_a_data_set_by_name(runs, export, tmp_path):
 
 
 def test_bad_files(drawings, runs, export, tmp_path):
-    bad = save(drawings / "circle" / "0000a.png", np.zeros((4, 4, 3), np.uint8))
+    bad = save(drawings / "disc" / "0000a.png", np.zeros((4, 4, 3), np.uint8))
     bad.write_bytes(b"nothing")
     flags = [runs("resnet8", True), "--features", drawings, "--n_workers", 0, "--out", tmp_path / "x.npz"]
     refused(*flags, parts=["0000a.png", "--skip_bad"])
@@ -390,7 +390,7 @@ def test_bad_files(drawings, runs, export, tmp_path):
     assert "left out: 1 file" in export(*flags, "--skip_bad", "--bs", 2)
     table = np.load(tmp_path / "x.npz")
     assert len(table["features"]) == len(table["paths"]) == len(table["labels"]) == 30
-    assert "circle/0000a.png" not in table["paths"].tolist()
+    assert "disc/0000a.png" not in table["paths"].tolist()
     names = table["classes"][table["labels"]]
     assert [path.split("/")[0] for path in table["paths"]] == names.tolist()
 
@@ -477,18 +477,9 @@ def test_no_run(tmp_path):
 
 
 def test_the_script(runs, tmp_path):
-    """Standard output is a program; errors are one line and exit code 2."""
-
-    def start(*argv):
-        command = [sys.executable, "Export.py", *map(str, argv)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-    done = start(runs("resnet18", True), "--out", tmp_path / "x.safetensors")
+    """Standard output is a program; everything else goes to standard error."""
+    command = [sys.executable, "Export.py", str(runs("resnet18", True)), "--out", str(tmp_path / "x.safetensors")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert f"written to {tmp_path / 'x.safetensors'}" in done.stderr
     check_code(done.stdout, runs("resnet18", True))
-
-    done = start(runs("resnet18", True), "--out", tmp_path / "x.zip")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1

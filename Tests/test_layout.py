@@ -9,6 +9,7 @@ from helpers import ROOT
 PACKAGES = ("Benchmarks", "CamNet", "Images")
 ENVIRONMENT = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}  # what torchrun tells its processes
 CHAPTERS = ("Augmentations", "Backbones", "Losses", "Optimizers")
+GROUND = ("Utils", "Distributed", "Signals", "Lazy")
 
 
 def read_modules():
@@ -117,15 +118,15 @@ def test_camnet_imports_none_of_the_files_above_it(name):
 
 
 @pytest.mark.parametrize("name", [*CHAPTERS, *sorted(name for name in MODULES if name.startswith("Images"))])
-def test_chapters_and_images_stand_on_utils_and_distributed_alone(name):
+def test_chapters_and_images_stand_on_the_ground_alone(name):
     own = name.partition(".")[0]
     others = {other.partition(".")[0] for other in reach(GRAPH, name)}
-    assert others <= {own, "Utils", "Distributed"}
+    assert others <= {own, *GROUND}
 
 
-def test_distributed_and_utils_are_the_ground():
-    assert GRAPH["Distributed"] == set()
-    assert GRAPH["Utils"] == {"Distributed"}
+@pytest.mark.parametrize("name", GROUND)
+def test_the_ground_imports_nothing_but_itself(name):
+    assert reach(GRAPH, name) <= set(GROUND)
 
 
 def test_there_is_no_cycle():

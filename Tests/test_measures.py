@@ -231,15 +231,22 @@ def test_measures_of_bfloat16_samples_are_float32():
 
 # fitness
 
-GOOD = {"best_of_16": 0.1, "bicubic": 0.2, "diversity_pixels": 0.05, "single_code_diversity_pixels": 0.01}
+GOOD = {
+    "best_of_1": 0.3,
+    "best_of_16": 0.1,
+    "bicubic": 0.2,
+    "diversity_pixels": 0.05,
+    "single_code_diversity_pixels": 0.01,
+}
 
 
 @pytest.mark.parametrize(
     "change, parts",
     [
         ({}, None),
-        ({"single_code_diversity_pixels": None, "best_of_1": 0.2}, None),
-        ({"single_code_diversity_pixels": None, "best_of_1": 0.15}, ("67%", "60%")),
+        ({"single_code_diversity_pixels": None}, None),
+        ({"single_code_diversity_pixels": None, "best_of_1": 0.15}, ("67%", "more than 60%")),
+        ({"single_code_diversity_pixels": None, "best_of_1": math.nan}, ("nan%",)),
         ({"best_of_16": 0.2}, ("0.2000", "bicubic")),
         ({"best_of_16": 0.3}, ("0.3000", "0.2000")),
         ({"best_of_16": math.nan}, ("nan",)),

@@ -59,7 +59,7 @@ def jpeg(number):
 
 
 def stand_in(form="divided", per_class=PER_CLASS):
-    """Returns {member name: content} of an archive in one of the forms that the script accepts."""
+    """Return {member name: content} of an archive in one of the forms that the script accepts."""
     files, lists = {}, {s: ["filename,label"] for s in ("train", "val", "test")}
     for c, (label, split) in enumerate(CLASS_SPLIT.items()):
         for i in range(per_class):
@@ -73,28 +73,35 @@ def stand_in(form="divided", per_class=PER_CLASS):
     return files
 
 
-def pack(path, files):
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as z:
+def packed(ending, files):
+    """Return the bytes of a zip, tar or tar.gz archive of {member name: content}."""
+    f = io.BytesIO()
+    if ending == "zip":
+        with zipfile.ZipFile(f, "w") as z:
             for name, content in files.items():
                 z.writestr(name, content)
     else:
-        with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as t:
+        with tarfile.open(fileobj=f, mode="w:gz" if ending == "gz" else "w") as t:
             for name, content in files.items():
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 t.addfile(info, io.BytesIO(content))
+    return f.getvalue()
+
+
+def pack(path, files):
+    path.write_bytes(packed(path.suffix.removeprefix("."), files))
     return path
 
 
 def tree(folder):
-    """Returns {path: (inode, modification time, content)} of all files below a folder."""
+    """Return {path: (inode, modification time, content)} of all files below a folder."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
     return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns, p.read_bytes()) for p in files}
 
 
 def split_of(folder):
-    """Returns {split: {(class, image)}} of an ImageFolder tree."""
+    """Return {split: {(class, image)}} of an ImageFolder tree."""
     return {s: {(p.parent.name, p.name) for p in (folder / s).glob("*/*")} for s in ("train", "val", "test")}
 
 
@@ -509,7 +516,8 @@ def test_the_scripts_agree_on_names():
     invert_script = load(INVERT)
     assert setup_script.SUFFIXES == invert_script.SUFFIXES
     assert setup_script.IGNORED == invert_script.IGNORED
-    for name in ("shown", "say", "is_hidden", "Parser"):
+    assert inspect.getsource(setup_script.Parser.error) == inspect.getsource(invert_script.Parser.error)
+    for name in ("shown", "say", "is_hidden"):
         assert inspect.getsource(getattr(setup_script, name)) == inspect.getsource(getattr(invert_script, name))
 
 
@@ -529,7 +537,7 @@ def image_of_each_ending():
 
 def test_images_of_every_ending(tmp_path):
     images = image_of_each_ending()
-    files = {f"{s}/{s}/a{e}": images[e] for s in ("train", "val", "test") for e in images}
+    files = {f"{s}/{s}1/a{e}": images[e] for s in ("train", "val", "test") for e in images}
     out = setup(pack(tmp_path / "a.zip", {n.replace(".jf", ".JF"): c for n, c in files.items()}), tmp_path / "out")
     assert f"found: 3 classes, {3 * len(images)} images" in out
     assert "skipped: 0 files that are no images, 0 hidden files, 0 broken images" in out
@@ -572,22 +580,6 @@ def test_hidden_files_are_in_no_list_given_later(tmp_path):
             (tmp_path / Path(name).name).write_bytes(content)
     setup(archive, dest, "--csv_dir", tmp_path)
     assert len(set.union(*split_of(dest / "miniImagenetFewShot").values())) == 40
-
-
-def packed(ending, files):
-    """Return the bytes of an archive."""
-    f = io.BytesIO()
-    if ending == "zip":
-        with zipfile.ZipFile(f, "w") as z:
-            for name, content in files.items():
-                z.writestr(name, content)
-    else:
-        with tarfile.open(fileobj=f, mode="w") as t:
-            for name, content in files.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                t.addfile(info, io.BytesIO(content))
-    return f.getvalue()
 
 
 PICKLE = pickle.dumps({"image_data": [1]})

@@ -17,6 +17,7 @@ from helpers import (
     finish,
     lines,
     losses,
+    no_file_larger_than,
     one_error,
     one_line,
     only_run,
@@ -32,10 +33,10 @@ import TrainCamNet
 import TrainISICLE
 import TrainSimCLR
 import Utils
-from Backbones import ResNet8
 from CamNet.Corruptions import Corruption
+from Images.Split import Split
 
-GENERATOR = "--net tiny --distance pixels --m 4,2 --period 16 --visits 2 --periods 1 --bs 8 --no-single_code"
+GENERATOR = "--net tiny --corrupt gray+down2 --distance pixels --m 4,2 --period 16 --visits 2 --periods 1 --bs 8"
 
 
 @pytest.fixture
@@ -48,15 +49,22 @@ def cli(cli):
 def models(tree, tmp_path_factory):
     """A folder with a generator of the tiny tree."""
     folder = tmp_path_factory.mktemp("isicle")
-    argv = f"{GENERATOR} --data {tree} --size 16 --models_dir {folder} --data_dir {tree.parent / 'cache'}".split()
-    assert TrainCamNet.main(TrainCamNet.get_args(argv)) == 0
+    place = f"--data {tree} --size 16 --models_dir {folder} --data_dir {tree.parent / 'cache'}"
+    TrainCamNet.main(TrainCamNet.get_args(f"{GENERATOR} --no-single_code {place}".split()))
     return folder
 
 
 @pytest.fixture(scope="module")
 def generator(models):
     """The checkpoint of that generator."""
-    return Utils.newest_checkpoint(next(models.glob("TrainCamNet-*")))
+    return Utils.newest_checkpoint(only_run(models, "TrainCamNet-*"))
+
+
+@pytest.fixture(scope="module")
+def split(quick):
+    """The train split of the tiny tree."""
+    args = TrainISICLE.get_args(quick("no run"))
+    return Flags.train_split_for(args, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +73,7 @@ def first(quick, models):
     argv = quick(models, "--num_codes", "3")
     done = run("TrainISICLE.py", *argv)
     assert done.code == 0, done.err
-    (folder,) = models.glob("TrainISICLE-*")
-    return SimpleNamespace(folder=folder, argv=argv, **vars(done))
+    return SimpleNamespace(folder=only_run(models, "TrainISICLE-*"), argv=argv, **vars(done))
 
 
 # ---------------------------------------------------------------------------------------------------- a whole run
@@ -98,22 +105,21 @@ def test_a_run_shows_what_the_pairs_are_worth(first):
 
 
 def test_a_second_run_takes_the_same_generator_and_bank(first, cli):
-    done = cli([*first.argv, "--suffix", "again"])
+    done = cli([*first.argv, "--suffix", "again", "--no-baselines"])
     assert done.code == 0
     assert ", found" in done.out
     assert "made in" not in done.out
-    (again,) = first.folder.parent.glob("TrainISICLE-*-again")
-    assert losses(again) == losses(first.folder)
+    assert losses(only_run(first.folder.parent, "TrainISICLE-*-again-*")) == losses(first.folder)
 
 
 @pytest.mark.parametrize("views, pair", [(2, "gen_gen"), (3, "real_real_gen")])
 def test_without_synthetic_images_the_run_is_simclrs_bit_for_bit(whole, quick, tmp_path, cli, views, pair):
-    done = cli(quick(tmp_path / "isicle", "--p_gen", "0", "--pair", pair))
+    done = cli(quick(tmp_path / "isicle", "--p_gen", "0", "--pair", pair, "--no-baselines"))
     assert done.code == 0, done.err
     ours = only_run(tmp_path / "isicle")  # no generator was trained
     theirs = whole.folder
     if views > 2:
-        done = cli(quick(tmp_path / "simclr", "--num_views", str(views)), script=TrainSimCLR)
+        done = cli(quick(tmp_path / "simclr", "--num_views", str(views), "--no-baselines"), script=TrainSimCLR)
         assert done.code == 0, done.err
         theirs = only_run(tmp_path / "simclr")
     assert losses(ours) == losses(theirs)
@@ -251,7 +257,7 @@ def test_pick_farthest_asks_the_encoder_that_is_trained(quick, models, cli, monk
     monkeypatch.setattr(TrainISICLE, "farthest", heard)
     short = ("--epochs", "1", "--n_ramp", "0", "--bs", "60", "--no-baselines", "--suffix", "farthest")
     assert cli(quick(models, "--num_codes", "3", "--pick", "farthest", *short)).code == 0
-    (folder,) = models.glob("TrainISICLE-*-farthest")
+    folder = only_run(models, "TrainISICLE-*-farthest-*")
     assert len(asked) > 4  # the steps, and what is measured
     saved = Utils.load_(folder / "1.pt")["encoder"]
     for encoder in asked:
@@ -269,15 +275,19 @@ class Made:
         return self.make(images)
 
 
-def test_label_preservation_of_images_themselves_and_of_noise():
+def test_label_preservation_is_whole_for_the_images_and_chance_for_black_ones():
     device = torch.device("cpu")
-    split = Flags.splits_for(TrainSimCLR.get_args(["--device", "cpu"]), device).train
-    encoder = ResNet8().eval()
+    labels = torch.arange(300) % 3
+    images = torch.randint(0, 130, (300, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    images[torch.arange(300), labels] += 60  # the class is a colour
+    split = Split(images, labels, ["red", "green", "blue"])
+    encoder = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
     same = Reports.label_preservation(encoder, Made(lambda images: images), split, 0, device)
     assert same["label_real"] == same["label_synthetic"]
-    assert same["label_real"] > 0.12  # an untrained net's features are worth a little
+    assert same["label_real"] > 0.95
     black = Reports.label_preservation(encoder, Made(torch.zeros_like), split, 0, device)
-    assert black["label_synthetic"] == pytest.approx(0.1, abs=0.02)
+    assert black["label_real"] == same["label_real"]
+    assert black["label_synthetic"] == pytest.approx(1 / 3, abs=0.1)
 
 
 # ---------------------------------------------------------------------------------------------------- banks
@@ -286,13 +296,13 @@ def test_label_preservation_of_images_themselves_and_of_noise():
 def test_positives_of_ones_own_need_no_generator(quick, tmp_path, cli):
     images = np.random.default_rng(0).integers(0, 256, (240, 2, 3, 16, 16), dtype=np.uint8)
     np.save(tmp_path / "mine.npy", images)
-    done = cli(quick(tmp_path / "m", "--bank", tmp_path / "mine.npy", "--epochs", "2", "--bs", "24"))
+    done = cli(quick(tmp_path / "m", "--bank", tmp_path / "mine.npy", "--epochs", "2", "--bs", "24", "--no-baselines"))
     assert done.code == 0, done.err
     assert only_run(tmp_path / "m").name.startswith("TrainISICLE-")
 
 
 def test_refresh_makes_a_new_bank_every_e_epochs(quick, models, cli):
-    done = cli(quick(models, "--num_codes", "2", "--refresh", "2", "--suffix", "fresh", "--bs", "24"))
+    done = cli(quick(models, "--num_codes", "2", "--refresh", "2", "--suffix", "fresh", "--bs", "24", "--no-baselines"))
     assert done.code == 0, done.err
     assert done.out.count("made in") == 2  # for epochs 0, 1 and for epoch 2; what is measured last has no own
     (bank,) = models.glob("TrainCamNet-*/bank-*-k2-*-refresh2-*.npy")  # the old one is gone
@@ -301,11 +311,11 @@ def test_refresh_makes_a_new_bank_every_e_epochs(quick, models, cli):
 
 def test_several_processes_change_the_bank_together(quick, models):
     argv = quick(models, "--num_codes", "2", "--refresh", "1", "--eval_iter", "1", "--epochs", "2", "--bs", "48")
-    done = run(*TORCHRUN, "TrainISICLE.py", *argv, "--suffix", "two")
+    done = run(*TORCHRUN, "TrainISICLE.py", *argv, "--suffix", "two", "--no-baselines")
     assert done.code == 0, done.err
     assert done.out.count("made in") == 2
     assert done.out.count("generator: ") == 1
-    (folder,) = models.glob("TrainISICLE-*-two")
+    folder = only_run(models, "TrainISICLE-*-two-*")
     assert [line["epoch"] for line in lines(folder) if "cosine_synthetic" in line] == [1, 2]
 
 
@@ -349,60 +359,88 @@ def test_bad_flags_are_one_line_and_write_nothing(quick, generator, whole, tmp_p
     done = cli(quick(tmp_path / "m", *(str(places.get(word, word)) for word in bad.split())))
     one_error(done, *BAD[bad])
     assert len(done.err.splitlines()) == 1
-    assert not (tmp_path / "m").exists()
+    assert not list((tmp_path / "m").rglob("*"))
 
 
-def test_a_generator_of_other_data_is_refused(generator, tree):
-    args = SimpleNamespace(data="cifar10", size=None, corrupt=None)
-    one_line(lambda: Banks.load_generator(generator, args), "--data", "(here cifar10)")
+def test_a_generator_that_was_trained_otherwise_is_refused(generator, split, tree):
     args = SimpleNamespace(data=str(tree), size=32, corrupt="gray")
-    one_line(lambda: Banks.load_generator(generator, args), "--size 16 (here 32)", "gray+down2 (here gray)")
+    parts = ("--size 16 (here 32)", "gray+down2 (here gray)", "--periods 1 (here 5)")
+    one_line(lambda: Banks.load_generator(generator, args, split, {"periods": 5}), *parts)
 
 
-def test_an_unfit_generator_is_warned_of_once(generator, tree, tmp_path, capsys):
+def test_a_generator_is_known_by_its_images_and_not_by_their_place(generator, split, tree, models, tmp_path, capsys):
+    elsewhere = str(shutil.copytree(tree, tmp_path / "elsewhere"))
+    args = SimpleNamespace(data=elsewhere, size=16, corrupt=None, generator=None, models_dir=str(models))
+    assert Banks.find_generator(args, split, {}) == generator
+    Banks.load_generator(generator, args, split, {})
+    assert "other images" not in capsys.readouterr().out
+    others = Split(split.images.flip(0), split.labels, split.classes)
+    assert Banks.find_generator(args, others, {}) is None
+    Banks.load_generator(generator, args, others, {})
+    assert "warning: this generator was trained on other images" in capsys.readouterr().out
+
+
+def test_an_unfit_generator_is_warned_of_once(generator, split, tree, tmp_path, capsys):
     shutil.copy(generator, tmp_path)
     measures = json.loads((generator.parent / "generator.json").read_text())
     Utils.write_json(tmp_path / "generator.json", measures | {"best_of_16": 9.0})
-    Banks.load_generator(tmp_path / generator.name, SimpleNamespace(data=str(tree), size=16, corrupt=None))
+    args = SimpleNamespace(data=str(tree), size=16, corrupt=None)
+    Banks.load_generator(tmp_path / generator.name, args, split, {})
     assert capsys.readouterr().out.count("warning: this generator is not fit") == 1
 
 
 # ---------------------------------------------------------------------------------------------------- stages
 
 
-def test_a_generator_is_trained_where_there_is_none(monkeypatch, tmp_path):
+def test_a_generator_is_trained_where_there_is_none(monkeypatch, split, tree, tmp_path):
     asked = []
 
     def train(args):
         asked.append(args)
         folder = tmp_path / "TrainCamNet-x"
-        folder.mkdir()
-        (folder / "args.json").write_text(json.dumps({"args": {"data": "shapes", "size": None, "corrupt": "gray"}}))
-        (folder / "generator.json").write_text("{}")
-        Utils.save_(folder / "1.pt", step=1)
+        Utils.save_(folder / "1.pt", args={}, step=1, generator={})
+        Utils.write_json(folder / "args.json", {"args": Utils.plain(args) | {"image_size": 16}})
+        Utils.write_json(folder / "generator.json", {"data_fingerprint": split.fingerprint()})
 
+    (tmp_path / "TrainCamNet-x").mkdir()
     monkeypatch.setattr(TrainCamNet, "main", train)
-    args = TrainISICLE.get_args(["--models_dir", str(tmp_path), "--corrupt", "gray"])
-    assert Banks.find_generator(args) is None
-    assert TrainISICLE.train_generator(args) == tmp_path / "TrainCamNet-x" / "1.pt"
-    assert (asked[0].corrupt, asked[0].models_dir, asked[0].resume) == ("gray", str(tmp_path), "auto")
-    assert Banks.find_generator(args) == TrainISICLE.train_generator(args)
+    argv = ["--data", str(tree), "--size", "16", "--models_dir", str(tmp_path), "--corrupt", "gray"]
+    args = TrainISICLE.get_args([*argv, "--camnet", "--periods 7 --seed 3"])
+    wanted = (args, split, *TrainISICLE.generator_flags(args))
+    assert TrainISICLE.train_generator(*wanted) == tmp_path / "TrainCamNet-x" / "1.pt"
+    found = (asked[0].corrupt, asked[0].models_dir, asked[0].resume, asked[0].periods, asked[0].seed)
+    assert found == ("gray", str(tmp_path), "auto", 7, 3)
+    assert TrainISICLE.train_generator(*wanted) == tmp_path / "TrainCamNet-x" / "1.pt"
     assert len(asked) == 1  # the second time it is found
+
+    other = TrainISICLE.get_args([*argv, "--camnet", "--periods 8"])
+    _, flags = TrainISICLE.generator_flags(other)
+    assert Banks.find_generator(other, split, flags) is None
     monkeypatch.setenv("WORLD_SIZE", "2")
-    one_line(lambda: TrainISICLE.train_generator(args), "torchrun", "first run python TrainCamNet.py --data=shapes")
+    refused = (other, split, *TrainISICLE.generator_flags(other))
+    command = f"first run python TrainCamNet.py --data={tree}"
+    one_line(lambda: TrainISICLE.train_generator(*refused), "torchrun", command, "--periods 8")
 
 
-# TrainISICLE.py with a generator for the tiny tree that is trained in seconds, and a bank that is filled slowly
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(quick, tmp_path, cli):
+    small = "--net tiny --distance pixels --m 4,2 --period 16 --visits 2 --bs 8"
+    done = cli(quick(tmp_path / "m", "--dry_run", "--camnet", small))
+    assert (done.code, done.err) == (0, "")
+    assert "generator: about" in done.out
+    assert "bank: 8 restorations of 240 images" in done.out
+    assert "training takes about" in done.out
+    assert not (tmp_path / "m").exists()
+
+
+# TrainISICLE.py with a bank that is filled slowly
 SLOW = """
 import sys, time
-import Data
+import Signals
 from CamNet import Bank
-Data.DATASETS["folder"].generator.update(net="tiny", distance="pixels", m="4,2", period=16, visits=2, periods=3, bs=8)
-Data.DATASETS["folder"].generator.update(save_iter=1, single_code=False)
 Bank.SAVED_EVERY = 0
 restore = Bank.restore
 def slow(*arguments, **more):
-    time.sleep(0.2)
+    time.sleep(0.1)
     return restore(*arguments, **more)
 Bank.restore = slow
 Bank.fill.__kwdefaults__["bs"] = 16
@@ -410,11 +448,12 @@ import TrainISICLE, Utils
 sys.argv[0] = "TrainISICLE.py"
 Utils.run_script(TrainISICLE.main, TrainISICLE.get_args)
 """
+TRAINED = ("--camnet", "--net tiny --distance pixels --m 4,2 --period 16 --visits 2 --periods 3 --bs 8 --save_iter 1")
 
 
-def test_killed_in_any_stage_the_next_start_goes_on(quick, tmp_path):
+def test_killed_in_any_stage_the_next_start_goes_on(quick, tmp_path, cli):
     models = tmp_path / "m"
-    argv = quick(models, "--num_codes", "2")
+    argv = quick(models, "--num_codes", "2", "--no-baselines", *TRAINED)
 
     def kill_when(condition):
         signal_when(start("-c", SLOW, *argv), signal.SIGKILL, condition)
@@ -424,38 +463,37 @@ def test_killed_in_any_stage_the_next_start_goes_on(quick, tmp_path):
     kill_when(lambda: any(models.glob("TrainCamNet-*/bank-*.part.json")))
     assert not any(models.glob("TrainCamNet-*/bank-*.npy"))
     kill_when(lambda: count_lines(models, "TrainISICLE-*/metrics.jsonl") >= 35)
-    (folder,) = models.glob("TrainISICLE-*")
-
+    folder = only_run(models, "TrainISICLE-*")
+    (folder / ".lock").unlink()  # which the killed process has left
     before = content(folder)
-    again = run("-c", SLOW, *argv)
-    one_error(again, "--resume auto continues it")  # nothing is lost by starting as before
+    one_error(cli(argv), "--resume auto continues it")  # nothing is lost by starting as before
     assert content(folder) == before
 
-    last = run("-c", SLOW, *argv, "--resume", "auto")
+    last = cli([*argv, "--resume", "auto"])
     assert last.code == 0, last.err
     assert "continuing at step 30" in last.out
     assert ", found" in last.out
     assert "made in" not in last.out
-    whole = run("-c", SLOW, *argv, "--suffix", "whole")
+    whole = cli([*argv, "--suffix", "whole"])
     assert whole.code == 0, whole.err
-    (uninterrupted,) = models.glob("TrainISICLE-*-whole")
-    assert losses(folder) == losses(uninterrupted)
+    assert losses(folder) == losses(only_run(models, "TrainISICLE-*-whole-*"))
 
 
 def test_two_started_at_a_time_share_generator_and_bank(quick, tmp_path):
-    both = [start("-c", SLOW, *quick(tmp_path / "m", "--num_codes", "2", "--suffix", name)) for name in "ab"]
+    argv = quick(tmp_path / "m", "--num_codes", "2", *TRAINED)
+    argv += ["--epochs", "1", "--n_ramp", "0", "--bs", "60", "--no-baselines"]
+    both = [start("-c", SLOW, *argv, "--suffix", name) for name in "ab"]
     done = [finish(process) for process in both]
     assert [each.code for each in done] == [0, 0], done
     assert sum("made in" in each.out for each in done) == 1
     assert sum("python TrainCamNet.py" in each.out for each in done) == 1
-    assert any("waiting: another process is" in each.out for each in done)
+    assert any("waiting: another process" in each.out for each in done)
 
 
-def test_a_full_disk_is_one_line(quick, models, generator):
-    argv = quick(models, "--num_codes", "5", "--generator", generator, "--suffix", "full")
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))"  # of a bank of 3.5 MiB
-    done = run("-c", f"{limit}\n{SLOW}", *argv)
+def test_a_full_disk_is_one_line(quick, models, generator, cli):
+    with no_file_larger_than(2**18):  # of a bank of 0.9 MiB
+        done = cli(quick(models, "--num_codes", "5", "--generator", generator, "--suffix", "full"))
     one_error(done, "cannot write the bank")
     assert len(done.err.splitlines()) == 1
     assert not any(models.glob("TrainCamNet-*/bank-*-k5-*"))
-    assert not any(models.glob("*-full"))
+    assert not any(models.glob("*-full-*"))

@@ -1,5 +1,7 @@
 """Utils: files and checkpoints that are whole or absent, and what is said of a user's error."""
 
+import errno
+import os
 from argparse import Namespace
 
 import pytest
@@ -62,6 +64,41 @@ def test_a_lock_where_there_is_no_folder_is_one_line(tmp_path):
     one_line(lambda: Utils.locked(tmp_path / "absent" / "bank", "filling it").__enter__(), "cannot write", "absent")
 
 
+def test_a_lock_tells_who_holds_it_and_leaves_no_file(tmp_path):
+    file = tmp_path / "lock"
+    with Utils.locked(file, "filling it"):
+        refused = Utils.locked(file, "filling it", wait=False)
+        one_line(refused.__enter__, f"another process ({os.getpid()} on", "filling it")
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    "error, part",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "CUDA out of memory: lower --bs"),
+        (MemoryError(), "out of memory: lower --bs"),
+        (OSError(errno.ENOSPC, "No space left", "x.pt"), "cannot write x.pt: No space left"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: lower --bs"),
+        (RuntimeError("unable to allocate shared memory(shm)"), "--n_workers 0"),
+        (OSError(errno.ENOENT, "No such file", "x.pt"), None),
+        (RuntimeError("shapes do not match"), None),
+    ],
+)
+def test_errors_of_the_machine_are_explained_and_those_of_the_program_are_not(error, part):
+    message = Utils.explain(error)
+    if part is None:
+        assert message is None
+    else:
+        assert part in message
+        assert "\n" not in message
+
+
+def test_names_from_outside_are_shown_as_one_harmless_line():
+    assert Utils.shown("Fotos/é 日本") == "Fotos/é 日本"
+    assert Utils.shown("a\nb\x1b[2J\u202ec") == "a\\nb\\x1b[2J\\u202ec"
+    assert Utils.shown(os.fsdecode(b"\xff.png")) == "\\xff.png"
+
+
 def test_saving_where_there_is_no_folder_is_one_line(tmp_path):
     one_line(lambda: save_(tmp_path / "no" / "1.pt", step=1), str(tmp_path / "no" / "1.pt"))
 
@@ -90,14 +127,24 @@ def test_load_of_what_is_no_checkpoint_is_one_line(tmp_path, damage):
     one_line(lambda: load_(file, net=trained()[0]), str(file))
 
 
-def test_newest_checkpoint_counts_and_passes_over_damage(tmp_path, capsys):
+def test_newest_checkpoint_counts_and_passes_over_what_cannot_be_continued(tmp_path, capsys):
     assert newest_checkpoint(tmp_path) is None
+    parts = {name: kind() for name, kind in Utils.ENCODER_PARTS.items()}
     for name in ("9.pt", "10.pt", "10+2.pt", "10+11.pt", "best.pt"):
-        save_(tmp_path / name, step=1)
+        save_(tmp_path / name, **parts)
     assert newest_checkpoint(tmp_path).name == "10+11.pt"
     (tmp_path / "10+11.pt").write_bytes(b"")
     assert newest_checkpoint(tmp_path).name == "10+2.pt"
     assert str(tmp_path / "10+11.pt") in capsys.readouterr().out
+    del parts["optimizer"]
+    save_(tmp_path / "10+2.pt", **parts)
+    assert newest_checkpoint(tmp_path).name == "10.pt"
+    assert "holds no run" in capsys.readouterr().out
+
+
+def test_numbers_that_are_not_finite_are_not_loaded(tmp_path):
+    save_(tmp_path / "1.pt", encoder={"weight": torch.tensor([1.0, float("nan")])})
+    one_line(lambda: load_(tmp_path / "1.pt"), "numbers in its encoder are not finite")
 
 
 def test_other_processes_leave_a_shared_mistake_to_the_first(monkeypatch, capsys):
