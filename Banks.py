@@ -11,7 +11,7 @@ import Utils
 from CamNet.Bank import Bank, fill, fingerprint, read, restore
 from CamNet.Corruptions import Corruption
 from CamNet.Generator import Generator
-from CamNet.Measures import unfit
+from CamNet.Measures import READ, unfit
 from Distributed import first_rank_only, say
 
 
@@ -164,7 +164,7 @@ def load_generator(file, args, split, asked):
     say(f"generator: {Utils.shown(file)}")
     if state.get("data_fingerprint") != split.fingerprint():
         say(f"warning: this generator was trained on other images ({Utils.shown(state['args']['data'])})")
-    measures = Utils.read_json(file.parent / "generator.json")
+    measures = Utils.read_json(file.parent / "generator.json", READ)
     reason = unfit(measures) if measures else None
     if reason:
         say(f"warning: this generator is not fit for positives: {reason}")

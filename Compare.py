@@ -297,4 +297,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python Compare.py | head` ends quietly
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # so does Ctrl-C
     main()

@@ -278,6 +278,7 @@ def evaluate(encoder, untrained, splits, views, device, epoch):
     return result
 
 
+SAVED = ("knn", "linear", "chance", "n_test", "split", "epoch")  # what evaluation.json always holds
 ROWS = {  # the printed table: {name in evaluation.json: title}
     "knn": "kNN",
     "linear": "linear probe",

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import re
 from pathlib import Path
 
@@ -14,20 +15,27 @@ from Distributed import say
 from Images.Folders import DATA_DIR
 
 LARGEST_SEED = 2**32 - 1  # other seeds are made from it by multiplication
+LARGEST_INT = 2**31 - 1  # of a flag without a bound of its own: torch counts in 64 bits, also products of two of them
+MOST_WORKERS = 1024
 NAMES = ", ".join(name for name in Data.DATASETS if name != "folder")
 
 
 def bounded(kind, low=None, high=None):
-    """Return an argparse type: an int or a float (`kind`) from low to high; None: no bound."""
+    """Return an argparse type: an int or a finite float (`kind`) from low to high; None: no bound but LARGEST_INT."""
+    largest = LARGEST_INT if kind is int else math.inf
+    if high is not None:
+        largest = high
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no {'integer' if kind is int else 'number'}") from None
-        inside = (low is None or value >= low) and (high is None or value <= high)
-        if not inside:  # also where the value is nan
-            bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+        if kind is float and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is no finite number")
+        is_low = low is not None and value < low
+        if is_low or value > largest:
+            bounds = f"at least {low}" if is_low and high is None else f"from {low} to {largest}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")
         return value
 
@@ -97,7 +105,8 @@ def add_reading(group):
     """Add the flags of every script that reads images."""
     add = group.add_argument
     add("--device", default="auto", help="torch device, for example cpu or cuda:1; auto: cuda if available")
-    add("--n_workers", type=bounded(int, 0), default=2, metavar="N", help="processes that decode image files")
+    workers = "processes that decode image files"
+    add("--n_workers", type=bounded(int, 0, MOST_WORKERS), default=2, metavar="N", help=workers)
     add("--data_dir", default=str(DATA_DIR), metavar="DIR", help="folder that holds the data sets")
     storage = "memory: decode image folders once; stream: at every use; auto: memory if they fit into half of it"
     add("--storage", choices=["auto", "memory", "stream"], default="auto", help=storage)

@@ -98,6 +98,11 @@ def claimed(folder):
 
         def claim():
             try:
+                str(folder).encode()
+            except UnicodeEncodeError:
+                place = Utils.shown(folder.parent)
+                raise UserError(f"{place}: no valid UTF-8, as TensorBoard needs: name another --models_dir") from None
+            try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 reason = f"{error.strerror}: name another place by --models_dir"
@@ -180,15 +185,19 @@ def read_metrics(folder):
     lines = []
     with contextlib.suppress(OSError):
         for text in (Path(folder) / METRICS).read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # a kill can leave half a line
+            with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):  # a kill leaves half a line
                 line = json.loads(text)
                 lines.append({**line, "step": int(line["step"]), "seconds": float(line["seconds"])})
     return lines
 
 
-def has_logged(folder, step, name):
-    """Return whether a run's metrics.jsonl holds `name` at a step."""
-    return any(line["step"] == step and name in line for line in read_metrics(folder))
+def logged_at(folder, step):
+    """Return {name: number} of all that a run's metrics.jsonl holds for a step."""
+    numbers = {}
+    for line in read_metrics(folder):
+        if line["step"] == step:
+            numbers |= line
+    return numbers
 
 
 class Run:
@@ -211,7 +220,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         Utils.remove_stale(self.folder)
         record = self.folder / "args.json"
-        starts = (Utils.read_json(record) or {}).get("starts", [])
+        starts = (Utils.read_json(record) or {}).get("starts")
+        starts = starts if isinstance(starts, list) else []
         Utils.write_json(record, {"args": Utils.plain(args), "starts": [*starts, provenance(device)]})
         self.metrics = self.folder / METRICS
         if resumed_step is not None:

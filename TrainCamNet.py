@@ -35,7 +35,7 @@ from CamNet import IMLE, Distances
 from CamNet.Codes import Purpose, make_keys, uniforms
 from CamNet.Corruptions import pyramid
 from CamNet.Generator import NETS, Generator
-from CamNet.Measures import AT_ONCE, SHOWN, HeldOut, fitness_table, unfit
+from CamNet.Measures import AT_ONCE, READ, SHOWN, HeldOut, fitness_table, unfit
 from Flags import bounded
 from Optimizers import learning_rate
 
@@ -409,11 +409,11 @@ def finish_period(trainer, run, title, loss, seconds):
     run.log(trainer.step, period, **values)
     if is_last:
         run.show_flags(Flags.hyper_parameters(args), ["Train/best_of_1", "Train/diversity_pixels"])
-    if is_last or (args.save_iter and period % args.save_iter == 0):
-        trainer.save(run.folder)
     if is_last or (args.sample_iter and period % args.sample_iter == 0):
         columns = ["x", "c(x)", *(f"sample {index + 1}" for index in range(SHOWN))]
         run.picture("samples", Reports.captioned(Reports.grid(few.shown(trainer.ema)), columns), period)
+    if is_last or (args.save_iter and period % args.save_iter == 0):
+        trainer.save(run.folder)  # last: what comes after a checkpoint is not made again after a kill
     text = "  ".join(f"{name.removeprefix('period_')} {value:.4f}" for name, value in values.items())
     tqdm.write(f"{title} {period}/{args.periods}  {seconds:.0f} s  {text}")
 
@@ -435,6 +435,9 @@ def fit_distance(args):
 def build(args, device):
     """Return (train split, untrained generator, distance). Raises UserError if they do not fit together."""
     row = Data.get_row(args.data, args.size)
+    Utils.check_room(4 * 3 * row.size**2, device, f"an image of --size {row.size}")
+    keys = 4 * 8 * AT_ONCE * max(codes_per_level(args))  # int64, and what they are made from
+    Utils.check_room(keys, device, f"--m {args.m}: the codes of {AT_ONCE} images")
     with Utils.as_user_error():
         generator = build_generator(args, row.size)  # before the images are read, which can take long
         if args.distance != "pixels":
@@ -479,7 +482,7 @@ def is_complete(args, folder, checkpoint):
             f"{folder.parent}"
         )
     is_trained = checkpoint is not None and checkpoint.stem == str(args.periods)
-    return is_trained and "fit" in (Utils.read_json(folder / "generator.json") or {})
+    return is_trained and Utils.read_json(folder / "generator.json", (*READ, "fit")) is not None
 
 
 def show_result(folder, result):

@@ -13,6 +13,7 @@ import Signals  # noqa: F401  first: see TrainSimCLR.py
 
 # isort: split
 import shlex
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -301,6 +302,18 @@ def check_count(args, source, k, flag):
         )
 
 
+def check_disk(args, split):
+    """Raise UserError if the bank is larger than the whole disk."""
+    place = Path(args.models_dir).absolute()
+    while not place.exists():
+        place = place.parent
+    total = shutil.disk_usage(place).total
+    needed = len(split) * args.num_codes * 3 * split.size**2
+    if needed > total:
+        bank = f"--num_codes {args.num_codes}: the bank would take {needed / 2**30:,.0f} GiB"
+        raise Utils.UserError(f"{bank}, and the disk of --models_dir has {total / 2**30:,.0f} GiB: lower it")
+
+
 def make_positives(args, splits, device):
     """Return the source of positives of a run's flags. Raises UserError on flags that do not go together."""
     split = splits.train
@@ -325,6 +338,7 @@ def make_positives(args, splits, device):
 
         # banks that a generator makes
         check_count(args, source, args.num_codes, "--num_codes:")
+        check_disk(args, split)
         if args.dry_run:
             return try_out_bank(args, split, device, source, words, asked)
         checkpoint = Banks.find_generator(args, split, asked) or train_generator(args, split, words, asked)

@@ -422,7 +422,7 @@ def is_unscored(trainer, folder):
     is_boundary = 0 < trainer.step < trainer.steps and trainer.step_in_epoch == 0
     if not is_boundary or not is_scored(trainer.args, trainer.epoch):
         return False
-    return Distributed.first_rank_only(lambda: not Runs.has_logged(folder, trainer.step, "cosine_real"))
+    return Distributed.first_rank_only(lambda: "cosine_real" not in Runs.logged_at(folder, trainer.step))
 
 
 def measure_pairs(trainer, labelled):
@@ -444,8 +444,9 @@ def finish_run(trainer, run, splits, again):
     again: the run was already complete when it was resumed; its old scores are shown if they are of the same split.
     """
     # data without labels: only the pairs can be measured
+    logged = Runs.logged_at(run.folder, trainer.step)
     if not Evaluate.can_probe(splits):
-        if not Runs.has_logged(run.folder, trainer.step, "cosine_real"):
+        if "cosine_real" not in logged:
             run.log(trainer.step, trainer.epoch, group="Pairs", **measure_pairs(trainer, labelled=False))
             run.show_flags(Flags.hyper_parameters(trainer.args), ["Pairs/alignment"])
         print("fewer than two classes, or too few labels: nothing to score")
@@ -453,8 +454,8 @@ def finish_run(trainer, run, splits, again):
 
     # a complete run that was resumed
     file = run.folder / "evaluation.json"
-    result = Utils.read_json(file) or {}
-    if again and result.get("split") == splits.eval and Runs.has_logged(run.folder, trainer.step, "knn"):
+    result = Utils.read_json(file, Evaluate.SAVED) or {}
+    if again and result.get("split") == splits.eval and "knn" in logged:
         print(f"this run is complete: scores from {file}\n{Evaluate.scores_table(result)}")
         return result
 
@@ -468,16 +469,17 @@ def finish_run(trainer, run, splits, again):
     result["pairs"] = measure_pairs(trainer, labelled=True)
     print(Evaluate.scores_table(result))  # before they are written: the disk may be full
 
-    # files, log, TensorBoard
+    # files, what TensorBoard shows, and last the log: what it lacks is scored again after a kill
     Utils.write_json(file, result)
     scores = {name: result[name] for name in ("knn", "linear")}
-    run.log(trainer.step, trainer.epoch, group="Pairs", **scores, **result["pairs"])
     run.show_flags(Flags.hyper_parameters(trainer.args), scores)
     run.baseline("chance", {"knn": result["chance"], "linear": result["chance"]}, trainer.step)
     if untrained:
         run.baseline("untrained", {name: result[f"untrained_{name}"] for name in scores}, trainer.step)
         run.baseline("pixels", {"knn": result["pixels_knn"]}, trainer.step)
     Reports.show_embedding(run, encoder, splits.test, trainer.device)
+    if not logged.items() >= (scores | result["pairs"]).items():
+        run.log(trainer.step, trainer.epoch, group="Pairs", **scores, **result["pairs"])
     return result
 
 
@@ -495,6 +497,15 @@ def check_flags(args, world):
     if args.bs % world:
         Flags.fit(args, "bs", args.bs // world * world, f"it must be a multiple of the {world} processes")
     return row
+
+
+def check_memory(args, row, device):
+    """Raise UserError on sizes that can never fit, before images are read and memory is taken."""
+    bs = args.bs if "bs" in args.given else 2  # the images may be fewer
+    count = getattr(args, "num_views", 2)
+    Utils.check_room(4 * bs * count * 3 * row.size**2, device, f"--size {row.size}: {bs} x {count} views")
+    weights = 3 * 4 * args.proj_hidden * args.proj_dim  # with gradients and momentum
+    Utils.check_room(weights, device, f"a head of --proj_hidden {args.proj_hidden} and --proj_dim {args.proj_dim}")
 
 
 def check_images(args, row, n, world, device):
@@ -548,6 +559,7 @@ def main(args, make_positives=None, script=Path(__file__).stem, build_parser=bui
     rank, world, device = Distributed.start(Utils.pick_device(args.device))
     torch.backends.cudnn.deterministic = args.deterministic
     row = check_flags(args, world)
+    check_memory(args, row, device)
     splits = Flags.splits_for(args, device)
     check_images(args, row, len(splits.train), world, device)
     usual = Flags.hyper_parameters(build_parser(args.data, device.type).parse_args([]))

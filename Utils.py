@@ -43,6 +43,8 @@ def run_script(main, get_args):
     """Run `main(get_args())` and exit: 0 or what main returns; 2 and one line on an error that the user can correct;
     0 after SIGTERM and 130 after Ctrl-C."""
     Signals.raise_on_signal()
+    with contextlib.suppress(AttributeError):  # a stream of another program
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be valid text
     try:
         code = main(get_args())
     except KeyboardInterrupt:
@@ -66,6 +68,7 @@ def run_script(main, get_args):
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 RUNTIME_ERRORS = {  # part of the message of a RuntimeError: what it means, and the remedy
     "can't allocate memory": "out of memory: lower --bs, --size or the width of the net",
+    "Storage size calculation overflowed": "more memory than there can be: lower the sizes",
     "unable to allocate shared memory": "shared memory is full: pass --n_workers 0, or docker run --shm-size=1g",
     "DataLoader worker": "a process that decodes images was killed, probably since memory or shared memory ran out: "
     "pass --n_workers 0, or docker run --shm-size=1g",
@@ -125,7 +128,7 @@ def pick_device(name):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # the meta device has no numbers
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}: try --device auto") from error
     return device
@@ -164,6 +167,14 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def check_room(n_bytes, device, what):
+    """Raise UserError if that many bytes, of `what` in words, are more than is free on a device."""
+    free = free_memory(device)
+    if n_bytes > free:
+        needed = f"{what} would take {n_bytes / 2**30:,.0f} GiB of memory"
+        raise UserError(f"{needed}, and {free / 2**30:,.0f} GiB are free on {device}: lower it")
 
 
 def fits(n_bytes, device):
@@ -219,13 +230,16 @@ def is_alive(process):
     return True
 
 
-def read_json(file):
-    """Return the content of a JSON file that `write_json` wrote, an object, or None if it is missing or damaged."""
+def read_json(file, names=()):
+    """Return the content of a JSON file that `write_json` wrote, an object; None if it is missing or damaged.
+
+    names: keys that it must have.
+    """
     try:
         content = json.loads(Path(file).read_text())
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
+    return content if isinstance(content, dict) and content.keys() >= set(names) else None
 
 
 def write_json(file, content):
@@ -258,16 +272,15 @@ def _acquire(file, work, wait):
     while True:
         try:
             handle = file.open("a+")
+            is_free = _try_lock(handle)
         except OSError as error:
-            raise UserError(f"cannot write {shown(file)}: {error.strerror}: make its folder writable") from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            raise UserError(f"cannot lock {shown(file)}: {error.strerror}: make its folder writable") from error
+        if not is_free:
             handle.seek(0)
             holder = handle.read().strip() or "unknown"
             if not wait:
                 handle.close()
-                raise UserError(f"another process ({holder}) is {work}: wait for it, or stop it") from None
+                raise UserError(f"another process ({holder}) is {work}: wait for it, or stop it")
             print(f"waiting: another process ({holder}) is {work}", flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
         # the previous holder may have removed the file after it was opened here
@@ -275,6 +288,17 @@ def _acquire(file, work, wait):
             if os.path.samestat(os.fstat(handle.fileno()), file.stat()):
                 return handle
         handle.close()
+
+
+def _try_lock(handle, tries=3):
+    """Return whether an open file could be locked. Compare.py locks for an instant, so it is tried several times."""
+    for _ in range(tries):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.05)
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
@@ -349,11 +373,20 @@ def newest_checkpoint(folder):
     return None
 
 
+# What the checkpoint of a run holds, with its type: of TrainCamNet.py, and of the others.
+GENERATOR_PARTS = {"config": dict, "generator": dict, "net": dict, "chosen": torch.Tensor, "total": torch.Tensor}
+GENERATOR_PARTS |= {"args": dict, "step": int, "optimizer": dict, "seconds": dict}
+ENCODER_PARTS = {"encoder": dict, "head": dict, "random": dict, "epoch": int}
+ENCODER_PARTS |= {"args": dict, "step": int, "optimizer": dict}
+
+
 def check_run(file, state):
-    """Raise UserError unless the content of a checkpoint is that of a run: flags, position and weights."""
-    has_weights = isinstance(state.get("encoder", state.get("generator")), dict)
-    if not isinstance(state.get("args"), dict) or not isinstance(state.get("step"), int) or not has_weights:
-        raise UserError(f"{shown(file)} holds no run: give a checkpoint of the training scripts")
+    """Raise UserError unless a checkpoint holds all that a run continues from."""
+    parts = GENERATOR_PARTS if "generator" in state else ENCODER_PARTS
+    wrong = [name for name, kind in parts.items() if not isinstance(state.get(name), kind)]
+    if wrong:
+        lacks = f"it lacks {', '.join(wrong)}"
+        raise UserError(f"{shown(file)} holds no run ({lacks}): give a checkpoint of the training scripts")
 
 
 def all_finite(values):

@@ -166,6 +166,10 @@ class HeldOut:
         return result | {"n_images": len(self.images)}
 
 
+READ = ("best_of_1", "best_of_16", "bicubic", "diversity_pixels", "n_images", "distance", "corrupt")
+READ += ("seconds_search_per_1000", "seconds_train_per_1000", "peak_memory_bytes")  # by both functions below
+
+
 def unfit(result):
     """Return why the samples of this generator are no good as positives, or None. result: see `HeldOut.measure`."""
     best = result["best_of_16"]
