@@ -258,16 +258,15 @@ def _acquire(file, work, wait):
     while True:
         try:
             handle = file.open("a+")
+            is_free = _try_lock(handle)
         except OSError as error:
-            raise UserError(f"cannot write {shown(file)}: {error.strerror}: make its folder writable") from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            raise UserError(f"cannot lock {shown(file)}: {error.strerror}: make its folder writable") from error
+        if not is_free:
             handle.seek(0)
             holder = handle.read().strip() or "unknown"
             if not wait:
                 handle.close()
-                raise UserError(f"another process ({holder}) is {work}: wait for it, or stop it") from None
+                raise UserError(f"another process ({holder}) is {work}: wait for it, or stop it")
             print(f"waiting: another process ({holder}) is {work}", flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
         # the one that had the lock may have removed its file since it was opened here
@@ -275,6 +274,17 @@ def _acquire(file, work, wait):
             if os.path.samestat(os.fstat(handle.fileno()), file.stat()):
                 return handle
         handle.close()
+
+
+def _try_lock(handle, tries=3):
+    """Return whether an open file could be locked. Compare.py locks for an instant, so it is tried several times."""
+    for _ in range(tries):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.05)
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints

@@ -16,7 +16,9 @@ from Images.Split import Split, StreamedSplit
 from Utils import UserError, shown
 
 DATA_DIR = Path(__file__).resolve().parents[1] / "Data"
-SYSTEM_NAMES = frozenset(("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini"))  # in small letters
+# What systems put next to images, in small letters; hidden names aside. Data/InvertDirStructure.py has the same.
+IGNORED = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
+IGNORED += ("thumbs.db", "ehthumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def some(names, most=3):
 
 def is_hidden(name):
     """Return whether a file or folder is no part of the data: hidden, or put there by an operating system."""
-    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+    return name.startswith(".") or name.lower() in IGNORED
 
 
 def is_image(name):

@@ -1,4 +1,4 @@
-"""Benchmarks/Arms.py, by running it on a small data set; its compute, counted by hand."""
+"""Benchmarks/Arms.py, by running it on a small data set; its compute, counted by hand; the tables made from runs."""
 
 import json
 import os
@@ -9,44 +9,34 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 import TrainCamNet
 import TrainISICLE
 import TrainSimCLR
-from Benchmarks import Arms, Collect
+import Utils
+from Benchmarks import Arms, Collect, Compute, Picture, Tables
 
 ROOT = Path(__file__).parents[1]
-KEYS = {
-    "arm",
-    "seed",
-    "linear",
-    "knn",
-    "steps",
-    "epochs",
-    "encoder_macs",
-    "generator_macs",
-    "command",
-    "minutes",
-    "device",
-}
-CHOSEN = "simclr_full,simclr_full_equal_compute,corrupted_only,gen_gen_full,isicle_full"
+KEYS = {"arm", "seed", "linear", "knn", "steps", "epochs", "encoder_macs", "generator_macs", "command", "minutes"}
+KEYS |= {"device", "flags"}
+CHOSEN = ["simclr_full", "simclr_full_equal_compute", "isicle_full"]  # one that waits for the two others
 GENERATOR = "--net tiny --distance pixels --m 4,2 --period 16 --visits 2 --periods 1 --bs 8 --no-single_code"
 
 
 @pytest.fixture(scope="module")
 def arms(flags, tree, tmp_path_factory):
-    """() -> what Arms prints, run over a few arms with two seeds; .out is the file."""
+    """.run(*more) starts Arms over a few arms with one seed; .out is the file, .models the folder of the runs."""
     folder = tmp_path_factory.mktemp("arms")
     place = ["--data", str(tree), "--models_dir", str(folder / "m")]
     cache = ["--data_dir", str(tree.parent / "cache"), "--size", "32"]
-    done = subprocess.run(
-        [sys.executable, "TrainCamNet.py", *GENERATOR.split(), *place, *cache], cwd=ROOT, capture_output=True, text=True
-    )
+    camnet = [sys.executable, "TrainCamNet.py", *GENERATOR.split(), *place, *cache]
+    done = subprocess.run(camnet, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
     def run(*more):
-        own = [*place, "--arms", CHOSEN, "--seeds", "2", "--jobs", "2", "--out", str(folder / "arms.json"), *more]
-        words = [sys.executable, "-m", "Benchmarks.Arms", *own, "--", *flags(folder)[2:-2], "--epochs", "2"]
+        own = [*place, "--arms", ",".join(CHOSEN), "--seeds", "1", "--jobs", "2", "--out", str(folder / "arms.json")]
+        words = [sys.executable, "-m", "Benchmarks.Arms", *own, *more, "--", *flags(folder)[2:-2], "--epochs", "2"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
 
@@ -61,76 +51,162 @@ def done(arms):
     return first.stdout, json.loads(arms.out.read_text())
 
 
-def test_every_run_is_recorded(done, tree):
+# ---------------------------------------------------------------------------------------------------- runs
+
+
+def test_every_run_is_recorded(done):
     printed, records = done
-    assert [(row["arm"], row["seed"]) for row in records] == [
-        (arm, seed) for arm in CHOSEN.split(",") for seed in (0, 1)
-    ]
+    assert [(row["arm"], row["seed"]) for row in records] == [(arm, 0) for arm in CHOSEN]
     for row in records:
-        assert row.keys() >= KEYS and row["split"] == "test" and row["n_test"] == 60
-        assert row["command"].startswith("python Train") and f"--seed {row['seed']}" in row["command"]
-        assert f"{row['arm']}, seed {row['seed']}: kNN {100 * row['knn']:.2f} %" in printed
-    equal = {row["steps"] for row in records if row["arm"] != Arms.EQUAL}
-    assert equal == {60}  # 2 epochs of 30 steps
-    assert Collect.arms_table(records) in printed
+        assert row.keys() >= KEYS
+        assert row["split"] == "test"
+        assert row["n_test"] == 60
+        assert row["command"].startswith("python Train")
+        assert row["command"].endswith("--seed 0")
+        assert f"{row['arm']}, seed 0: kNN {100 * row['knn']:.2f} %" in printed
+        assert row["steps"] == 60 or row["arm"] == Arms.EQUAL  # 2 epochs of 30 steps
+    assert Tables.arms_table(records) in printed
 
 
-def test_table_says_what_a_command_chose(done):
-    row = done[1][-1]
-    assert "--p_gen" not in Collect.arms_table([row])
-    chosen = Collect.arms_table([row | {"command": f"{row['command']} --p_gen 0.5 --epochs 2 --corrupt gray"}])
-    assert f"| {row['title']}, --p_gen 0.5, --corrupt gray | 1 |" in chosen
+def test_lines_of_the_runs_are_shown_as_they_come(done):
+    for arm in CHOSEN:
+        assert f"[{arm}, seed 0] epoch 2/" in done[0]
 
 
-def test_runs_that_a_choice_was_made_by(done, arms):
-    runs = sorted({file.parent for file in arms.models.glob("Train*/evaluation.json")})
-    records = [Collect.collect(run) for run in runs]
-    assert {row["flags"].get("corrupt") for row in records if "pair" not in row["flags"]} == {None}
-    table = Collect.choice_table([row for row in records if row["flags"]["seed"] == 0])
-    for row in [row for row in done[1] if row["seed"] == 0]:
-        scores = f" | {100 * row['knn']:.1f} | {100 * row['linear']:.1f} |"
-        (said,) = [line for line in table.splitlines() if line.endswith(scores)]
-        words = shlex.split(row["command"])
-        assert f"| `{words[1]}" in said and ("--pair" in said) == (words[1] == "TrainISICLE.py")
-        assert (f"--epochs {row['epochs']}" in said) == (row["arm"] == Arms.EQUAL)  # that alone differs in it
-    assert "--epochs 2" in table.splitlines()[-1] and "--bs" not in table
+def test_the_generator_of_a_run_is_recorded(done):
+    rows = {row["arm"]: row for row in done[1]}
+    assert rows["isicle_full"]["generator"].startswith("TrainCamNet-")
+    assert rows["isicle_full"]["generator_flags"].items() >= {"m": "4,2", "period": 16}.items()
+    assert rows["simclr_full"]["generator"] is None
+    assert "generator_flags" not in rows["simclr_full"]
 
 
-@pytest.mark.parametrize("file", ["", "3.pt"])
-def test_choice_says_what_its_generator_is(tmp_path, file):
-    camnet, run = tmp_path / "camnet", tmp_path / "run"
-    for folder in (camnet, run):
-        folder.mkdir()
-    (camnet / "args.json").write_text(json.dumps({"args": {"corrupt": "gray+mask0.5", "periods": 7}}))
-    start = dict.fromkeys(("command", "revision", "device", "torch", "torchvision", "python"), "")
-    args = {"data": "shapes", "seed": 0, "corrupt": None, "generator": str(camnet / file)}
-    (run / "args.json").write_text(json.dumps({"args": args, "starts": [start]}))
-    (run / "metrics.jsonl").write_text('{"step": 1, "seconds": 60}\n')
-    (run / "evaluation.json").write_text("{}")
-    assert Collect.collect(run)["flags"].items() >= {"corrupt": "gray+mask0.5", "periods": 7}.items()
+def test_picture(done, arms):
+    assert Image.open(arms.out.with_suffix(".png")).width >= 600
+
+
+def test_started_again_it_runs_what_is_missing(done, arms):
+    records = done[1]
+    arms.out.write_text(json.dumps(records[:-1]))
+    again = arms.run()
+    assert again.returncode == 0, again.stderr
+    assert "isicle_full, seed 0: kNN" in again.stdout
+    assert "simclr_full, seed 0: kNN" not in again.stdout
+    after = json.loads(arms.out.read_text())
+    assert after[:-1] == records[:-1]
+    for name in ("arm", "seed", "knn", "linear", "steps", "encoder_macs", "generator_macs", "command", "flags"):
+        assert after[-1][name] == records[-1][name], name  # not the revision, which may be another one by now
+
+
+def test_failing_run_is_one_line(arms, tmp_path):
+    failed = arms.run("--arms", "isicle_full", "--out", str(tmp_path / "a.json"), "--isicle", f"--generator {tmp_path}")
+    assert failed.returncode == 2
+    assert len(failed.stderr.splitlines()) == 1
+    assert "no checkpoint there" in failed.stderr
+
+
+def test_one_generator_and_one_bank_for_every_arm(arms, done):
+    assert len(list(arms.models.glob("TrainCamNet-*"))) == 1
+    assert len(list(arms.models.glob("TrainCamNet-*/bank-*.npy"))) == 1  # of the one seed
+
+
+# ---------------------------------------------------------------------------------------------------- arms
+
+
+def arguments(*argv):
+    return Arms.get_args([*argv, "--", "--lr", "0.5"])
+
+
+def test_every_arm_has_its_seeds_and_flags():
+    args = arguments("--data", "cifar10", "--seeds", "2", "--isicle", "--num_codes 4")
+    runs = Arms.missing(args, ["simclr_crop", "gen_gen_crop"], [])
+    assert [(arm, seed) for arm, seed, _ in runs] == [(a, s) for s in (0, 1) for a in ("simclr_crop", "gen_gen_crop")]
+    assert runs[0][2] == shlex.split("TrainSimCLR.py --data cifar10 --lr 0.5 --aug crop --eval test --seed 0")
+    restored = "TrainISICLE.py --data cifar10 --lr 0.5 --pair gen_gen --p_gen 1 --aug crop --num_codes 4"
+    assert runs[3][2] == shlex.split(f"{restored} --eval test --seed 1")
+
+
+def test_records_are_kept_in_the_order_of_the_arms():
+    rows = [{"arm": arm, "seed": seed} for arm in ("simclr_full", "isicle_full") for seed in (0, 1)]
+    records = []
+    for row in reversed(rows):
+        records = Arms.add(records, row)
+    assert records == rows
+    new = {"arm": "simclr_full", "seed": 1, "knn": 0.5}
+    assert Arms.add(records, new) == [rows[0], new, *rows[2:]]
+
+
+def test_flags_of_the_arms_mean_what_their_titles_say():
+    pairs = {
+        "c(x) twice": "corrupted",
+        "one restoration twice": "gen_twice",
+        "two restorations": "gen_gen",
+        "the image and a restoration": "real_gen",
+        "the image twice and a restoration": "real_real_gen",
+    }
+    for script, flags, title in Arms.ARMS.values():
+        module = {"TrainSimCLR.py": TrainSimCLR, "TrainISICLE.py": TrainISICLE}[script]
+        parsed = module.get_args(shlex.split(flags))
+        assert (parsed.aug == "crop") == ("crop and flip only" in title)
+        assert parsed.aug in ("crop", "full")
+        if script == "TrainSimCLR.py":
+            assert parsed.num_views == (3 if "three" in title else 2)
+        else:
+            assert [parsed.pair] == [pair for words, pair in pairs.items() if words in title]
+
+
+@pytest.mark.parametrize("bad, part", [("simclr_ful", "simclr_full"), ("a,b", "a,b: choose from")])
+def test_unknown_arm(bad, part):
+    with pytest.raises(Utils.UserError, match=part):
+        Arms.get_args(["--arms", bad])
+
+
+def test_equal_compute_needs_both_arms(done):
+    with pytest.raises(Utils.UserError, match="add both"):
+        Arms.equal_epochs([row for row in done[1] if row["arm"] != "isicle_full"])
+
+
+# ---------------------------------------------------------------------------------------------------- compute
 
 
 def test_compute_is_what_was_counted_by_hand(done):
-    rows = {row["arm"]: row for row in done[1]}
     stem = 3 * 32 * 9 * 16**2  # stride 2
     blocks = 2 * 32 * 32 * 9 * 16**2 + (32 + 64) * 64 * 9 * 8**2 + 32 * 64 * 8**2
     blocks += (64 + 128) * 128 * 9 * 4**2 + 64 * 128 * 4**2
     head = 128 * 32 + 32 * 128  # --proj_hidden 32, --proj_dim 128
-    for arm, views in (("simclr_full", 2), ("gen_gen_full", 2), ("isicle_full", 3), ("corrupted_only", 2)):
+    rows = {row["arm"]: row for row in done[1]}
+    for arm, views in (("simclr_full", 2), ("isicle_full", 3)):
         assert rows[arm]["encoder_macs"] == 3 * views * 8 * 60 * (stem + blocks + head)
-    assert rows["simclr_full"]["generator_macs"] == rows["corrupted_only"]["generator_macs"] == 0
-    assert rows["gen_gen_full"]["generator_macs"] == rows["isicle_full"]["generator_macs"] > 0
+    assert rows["simclr_full"]["generator_macs"] == 0
+    assert rows["isicle_full"]["generator_macs"] > 0
+
+
+@pytest.mark.parametrize("pair, views", [("gen_gen", 2), ("corrupted", 2), ("multi", 3), ("real_real_gen", 3)])
+def test_every_view_of_a_pair_is_counted(pair, views):
+    flags = TrainISICLE.get_args(["--pair", pair])
+    plain = TrainSimCLR.get_args([])
+    for each in (flags, plain):
+        each.small_stem = True
+    assert Compute.encoder_macs(flags, 10) * 2 == Compute.encoder_macs(plain, 10) * views
+
+
+def test_corrupted_views_cost_no_generator(done, arms):
+    folder = next(arms.models.glob("TrainCamNet-*"))
+    assert "generator_macs" not in Arms.generator_record(SimpleNamespace(pair="corrupted"), folder)
 
 
 def test_generator_is_charged_for_search_training_and_bank():
-    flags = TrainCamNet.get_args(GENERATOR.split())
-    base = Arms.generator_macs(flags, 240, 0)
-    sample = (Arms.generator_macs(flags, 240, 1) - base) // 240  # of one restoration
-    assert sample > 1e6 and Arms.generator_macs(flags, 240, 8, banks=3) == base + 3 * 240 * 8 * sample
+    def macs(*more, k=0, banks=1):
+        return Compute.generator_macs(TrainCamNet.get_args([*GENERATOR.split(), *more]), 240, k, banks)
+
+    base = macs()
+    sample = (macs(k=1) - base) // 240  # of one restoration
+    assert sample > 1e6
+    assert macs(k=8, banks=3) == base + 3 * 240 * 8 * sample
     assert base > 16 * 2 * 3 * sample  # 16 images, trained on twice, forward and backward
-    more = Arms.generator_macs(TrainCamNet.get_args([*GENERATOR.split(), "--m", "4,3"]), 240, 0)
-    assert 16 * sample / 2 < more - base < 16 * sample  # one candidate more on the finer level, the dearer one
-    assert Arms.generator_macs(TrainCamNet.get_args([*GENERATOR.split(), "--periods", "2"]), 240, 0) == 2 * base
+    more = macs("--m", "4,3") - base  # one candidate more on the finer level, the dearer one
+    assert 16 * sample / 2 < more < 16 * sample
+    assert macs("--periods", "2") == 2 * base
 
 
 def test_equal_compute_is_equal(done):
@@ -138,36 +214,125 @@ def test_equal_compute_is_equal(done):
     ours = rows["isicle_full"]["encoder_macs"] + rows["isicle_full"]["generator_macs"]
     per_epoch = rows["simclr_full"]["encoder_macs"] / rows["simclr_full"]["epochs"]
     assert abs(rows[Arms.EQUAL]["encoder_macs"] - ours) <= per_epoch / 2
+    assert rows[Arms.EQUAL]["epochs"] > rows["isicle_full"]["epochs"]
 
 
-def test_started_again_it_runs_what_is_missing(arms, done):
-    records = done[1]
-    arms.out.write_text(json.dumps([row for row in records if (row["arm"], row["seed"]) != ("isicle_full", 1)]))
-    again = arms.run()
-    assert again.returncode == 0 and again.stdout.count(", seed ") == 1 and "isicle_full, seed 1: " in again.stdout
-    assert json.loads(arms.out.read_text()) == records
+# ---------------------------------------------------------------------------------------------------- tables
 
 
-def test_same_generator_for_every_arm(arms, done):
-    assert len(list(arms.models.glob("TrainCamNet-*"))) == 1
-    assert len(list(arms.models.glob("TrainCamNet-*/bank-*.npy"))) == 2  # one for each seed
+def test_title_says_what_was_not_the_default(done):
+    row = done[1][-1]
+    assert Tables.title_of(row) == row["title"]
+    default = row | {"command": f"{row['command']} --p_gen 0.5"}  # spelled out, and yet the default
+    assert Tables.title_of(default) == row["title"]
+    other = row | {"flags": row["flags"] | {"p_gen": 1.0, "corrupt": "gray"}}
+    assert Tables.title_of(other) == f"{row['title']}, --p_gen 1, --corrupt gray"
 
 
-def test_arms_are_what_their_scripts_take(tmp_path):
-    for arm, (script, flags, _) in Arms.ARMS.items():
+def test_command_is_the_shortest_that_has_the_flags(done):
+    for row in done[1]:
+        script = shlex.split(row["command"])[1]
+        words = shlex.split(Tables.command_of(script, row["flags"]))
         module = {"TrainSimCLR.py": TrainSimCLR, "TrainISICLE.py": TrainISICLE}[script]
-        parsed = module.get_args(shlex.split(flags))
-        assert parsed.aug == (
-            "full" if (script == "TrainSimCLR.py" and arm != "simclr_crop") or "full" in arm else "crop"
-        )
+        assert words[:2] == ["python", script]
+        assert vars(module.get_args(words[2:])).items() >= row["flags"].items()
+        assert "--opt" not in words
+    flags = vars(TrainSimCLR.get_args(["--no-proj_norm", "--lars", "--lr", "2"]))
+    flags = {name: flags[name] for name in ("data", "lr", "proj_norm", "lars")}
+    assert Tables.command_of("TrainSimCLR.py", flags, ["lars"]) == "python TrainSimCLR.py --lars --lr 2 --no-proj_norm"
 
 
-def test_unknown_arm_is_one_line():
-    command = [sys.executable, "-m", "Benchmarks.Arms", "--arms", "simclr_ful"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "simclr_full" in done.stderr
+def test_shown_command_has_what_matters():
+    command = "python TrainSimCLR.py --suffix a --lr 2 --seed 1 --resume auto --skip_bad --eval test --models_dir '/a'"
+    assert Tables.shown_command(command, ["seed"]) == "python TrainSimCLR.py --lr 2 --eval test"
 
 
-def test_failing_run_is_one_line(arms, tmp_path):
-    failed = arms.run("--out", str(tmp_path / "arms.json"), "--isicle", f"--generator {tmp_path}")
-    assert failed.returncode == 2 and len(failed.stderr.splitlines()) == 1 and "no checkpoint there" in failed.stderr
+def test_choice_is_shown_as_commands_and_generators(done, arms):
+    runs = sorted({file.parent for file in arms.models.glob("Train*/evaluation.json")})
+    records = [Collect.collect(run) for run in runs]
+    assert len(records) == 3
+    generator = {"data": "shapes", "corrupt": "gray", "periods": 7}
+    records[0]["generator_flags"] = generator
+    lines = Tables.choice_table(records).splitlines()
+    for record in records:
+        scores = f" | {100 * record['evaluation']['knn']:.1f} | {100 * record['evaluation']['linear']:.1f} |"
+        command = Tables.command_of(shlex.split(record["command"])[1], record["flags"], Tables.varying(records))
+        (line,) = [line for line in lines if line.startswith(f"| `{command}`")]
+        assert line.endswith(scores)
+        assert ("| A |" in line) == (record is records[0])
+    assert lines[-1] == "* A: `python TrainCamNet.py --corrupt gray --periods 7`"
+
+
+@pytest.mark.parametrize("file", ["", "3.pt"])
+def test_a_record_holds_the_flags_of_its_generator(tmp_path, file):
+    camnet = tmp_path / "camnet"
+    run = tmp_path / "run"
+    for folder in (camnet, run):
+        folder.mkdir()
+    (camnet / "args.json").write_text(json.dumps({"args": {"corrupt": "gray+mask0.5", "periods": 7, "device": "cpu"}}))
+    start = dict.fromkeys(("command", "revision", "device", "torch", "torchvision", "python"), "")
+    args = {"data": "shapes", "seed": 0, "corrupt": None, "generator": str(camnet / file)}
+    (run / "args.json").write_text(json.dumps({"args": args, "starts": [start]}))
+    (run / "metrics.jsonl").write_text('{"step": 1, "seconds": 60}\n')
+    (run / "evaluation.json").write_text("{}")
+    record = Collect.collect(run)
+    assert record["generator_flags"] == {"corrupt": "gray+mask0.5", "periods": 7}
+    assert record["flags"] == args
+
+
+def test_a_record_of_a_generator_says_what_it_is_compared_with(arms, done):
+    folder = next(arms.models.glob("TrainCamNet-*"))
+    record = Collect.collect(folder)
+    assert record["color_s"] == 0.5
+    assert record["generator"] == json.loads((folder / "generator.json").read_text())
+    assert "python TrainCamNet.py" in Tables.generator_block([record])
+
+
+def test_collect_says_what_it_wrote_and_what_is_wrong(tmp_path, arms, done, monkeypatch, capsys):
+    texts = {"README.md": "<!-- arms arms -->\n<!-- end -->\n<!-- pairs --><!-- end -->\n", "other.md": "nothing\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "Results").mkdir()
+    (tmp_path / "Results" / "arms.json").write_text(json.dumps(done[1]))
+    monkeypatch.setattr(Utils, "ROOT", tmp_path)
+    monkeypatch.setattr(Collect, "FILES", tuple(texts))
+    run = next(arms.models.glob("TrainSimCLR-*"))
+    out = tmp_path / "runs.json"
+    Collect.main(Collect.get_args([str(run), "--out", str(out)]))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [f"written: {out}", f"written: {tmp_path}/README.md", f"unchanged: {tmp_path}/other.md"]
+    assert Tables.arms_table(done[1]) in (tmp_path / "README.md").read_text()
+    assert json.loads(out.read_text()) == [Collect.collect(run)]
+    for argv in ([str(run)], ["--out", "x"]):
+        with pytest.raises(Utils.UserError, match="go together"):
+            Collect.get_args(argv)
+    with pytest.raises(Utils.UserError, match="the folder of a finished run"):
+        Collect.collect(tmp_path)
+    with pytest.raises(Utils.UserError, match="missing: measure it"):
+        Collect.fill("<!-- arms none -->\n<!-- end -->", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- pictures
+
+
+def test_method_is_drawn_from_a_generator(arms, tree, tmp_path):
+    folder = next(arms.models.glob("TrainCamNet-*"))
+    file = tmp_path / "method.png"
+    Picture.main(Picture.get_args(["method", str(folder), "--out", str(file)]))
+    width, height = Image.open(file).size
+    assert width == 3 * (8 * 33 + 1)  # 8 columns of 32 pixels, enlarged by three
+    assert height > 3 * (Picture.ROWS * 33 + 1)  # and captions
+    with pytest.raises(Utils.UserError, match="holds no generator"):
+        Picture.main(Picture.get_args(["method", str(tmp_path)]))
+    with pytest.raises(Utils.UserError, match="no generator in"):
+        Collect.newest_generator(tmp_path)
+    with pytest.raises(Utils.UserError, match="name the JSON file"):
+        Picture.get_args(["arms"])
+
+
+def test_shapes_are_drawn_with_their_names(tmp_path):
+    file = tmp_path / "shapes.png"
+    Picture.main(Picture.get_args(["shapes", "--out", str(file)]))
+    width, height = Image.open(file).size
+    assert height == 10 * 33 + 1
+    assert width > Picture.EACH * 33 + 1

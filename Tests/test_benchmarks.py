@@ -1,5 +1,7 @@
-"""Benchmarks/Speed.py and Redrawn.py, run as their users run them: in a process of their own."""
+"""Benchmarks/Speed.py, run as its users run it, in a process of its own; Search.py and Redrawn.py in this one."""
 
+import contextlib
+import io
 import json
 import os
 import statistics
@@ -10,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import TrainCamNet
+import Utils
+from Benchmarks import Redrawn, Search, Tables
 from CamNet.Bank import read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,35 +22,45 @@ AUGMENTATION = ["ours", "torchvision, PIL images", "torchvision v2, uint8 tensor
 STEP = ["ours", "ours, ISICLE's pairs", "plain loop, PIL, fp32", "ours, fp32", "ours, without channels_last"]
 
 
-def speed(*args):
-    """Run `python ARGS` in the repository's folder."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+# ---------------------------------------------------------------------------------------------------- Speed
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory):
-    """What a quick run prints, and what it writes."""
+def speed(tmp_path_factory):
+    """What a quick run prints to standard output and to standard error, and what it writes."""
     out = tmp_path_factory.mktemp("speed") / "new" / "speed.json"
     tiny = ["--device", "cpu", "--bs", "8", "--size", "16", "--seconds", "0.05", "--threads", "1", "--workers", "1"]
-    done = speed("-m", "Benchmarks.Speed", "--quick", *tiny, "--out", str(out))
+    words = [sys.executable, "-m", "Benchmarks.Speed", "--quick", *tiny, "--out", str(out)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(out.read_text())
+    return done.stdout, done.stderr, json.loads(out.read_text())
 
 
-def test_every_variant_is_measured(result):
+def test_every_variant_is_measured(speed):
     rows = {"augmentation": {}, "step": {}, "step, 3 views": {}}
-    for row in result[1]["rows"]:
+    for row in speed[2]["rows"]:
         rows[row["part"]][row["variant"]] = row
-        assert len(row["rounds"]) == 2 and min(row["rounds"]) > 0
+        assert len(row["rounds"]) == 2
+        assert min(row["rounds"]) > 0
         assert row["views_per_second"] == pytest.approx(statistics.median(row["rounds"]), abs=0.1)
     assert list(rows["augmentation"]) == AUGMENTATION[: None if find_spec("kornia") else -1]
-    assert list(rows["step"]) == STEP and list(rows["step, 3 views"]) == STEP[:2]
+    assert list(rows["step"]) == STEP
+    assert list(rows["step, 3 views"]) == STEP[:2]
     assert all(2**26 < row["peak_memory_bytes"] < 2**34 for row in rows["step"].values())
 
 
-def test_ratios_are_of_the_same_round(result):
-    content = result[1]
+def test_speed_says_what_it_measures_while_it_does(speed):
+    lines = speed[1].splitlines()
+    for row in speed[2]["rows"]:
+        for turn, value in enumerate(row["rounds"]):
+            assert f"{row['part']}, round {turn + 1}/2: {row['variant']}: {value:,.0f} views/s" in lines
+    for name in STEP:
+        assert any(line.startswith(f"memory: {name}: ") for line in lines)
+
+
+def test_ratios_are_of_the_same_round(speed):
+    content = speed[2]
     assert list(content["ratios"]) == [f"{row['part']}: {row['variant']}" for row in content["rows"]]
     ours = {row["part"]: row["rounds"] for row in content["rows"] if row["variant"] == "ours"}
     for row, ratio in zip(content["rows"], content["ratios"].values()):
@@ -53,67 +68,97 @@ def test_ratios_are_of_the_same_round(result):
         assert ratio == pytest.approx(statistics.median(rounds), abs=0.001)
 
 
-def test_json_says_how_it_was_made(result):
-    content = result[1]
+def test_json_says_how_it_was_made(speed):
+    content = speed[2]
     assert content["command"].startswith("python -m Benchmarks.Speed --quick --device cpu --bs 8")
-    assert content["threads"] == {"augmentation": 1, "step": 1} and content["workers"] == 1
-    assert content["device"].startswith("cpu") and content["versions"]["torch"] and content["revision"]
+    assert content["threads"] == {"augmentation": 1, "step": 1}
+    assert content["workers"] == 1
+    assert content["device"].startswith("cpu")
+    assert content["versions"]["torch"]
+    assert content["revision"]
     assert "ru_maxrss" in content["notes"]["peak_memory_bytes"]
 
 
-def test_table_shows_the_same(result):
-    table, content = result
-    lines = [line for line in table.splitlines() if line.startswith(("augmentation ", "step"))]
-    for line, row in zip(lines, content["rows"], strict=True):
-        assert row["variant"] in line and f"{row['views_per_second']:,.0f}" in line
+def test_table_shows_the_same(speed):
+    lines = [line for line in speed[0].splitlines() if line.startswith(("augmentation ", "step"))]
+    for line, row in zip(lines, speed[2]["rows"], strict=True):
+        assert row["variant"] in line
+        assert f"{row['views_per_second']:,.0f}" in line
+    assert len(Tables.speed_table(speed[2]).splitlines()) == 4 + len(lines)
 
 
-def test_started_by_its_path_it_says_how_to():
-    done = speed("Benchmarks/Speed.py")
-    assert done.returncode == 2 and done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1 and "python -m Benchmarks.Speed" in done.stderr
+# ---------------------------------------------------------------------------------------------------- Search
+
+
+def search(*argv):
+    """Run Benchmarks.Search in this process; return what it prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert Search.main(Search.get_args([str(word) for word in argv])) == 0
+    return printed.getvalue()
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory):
-    """What Benchmarks.Search prints and writes, for a generator that was hardly trained."""
+def models(tmp_path_factory):
+    """A folder with a generator that was hardly trained."""
     folder = tmp_path_factory.mktemp("search")
     tiny = "--size 16 --m 12,6 --period 16 --visits 2 --periods 1 --bs 8 --no-single_code --device cpu"
-    done = speed("TrainCamNet.py", *tiny.split(), "--models_dir", str(folder))
-    assert done.returncode == 0, done.stderr
-    run, out = next(folder.iterdir()), folder / "search.json"
-    done = speed(
-        *("-m", "Benchmarks.Search", str(run), "--images", "6", "--rounds", "2", "--device", "cpu", "--out", str(out))
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(out.read_text())
+    assert TrainCamNet.main(TrainCamNet.get_args([*tiny.split(), "--models_dir", str(folder)])) == 0
+    return folder
 
 
-def test_search_is_measured_beside_the_plain_ways(searched):
+@pytest.fixture(scope="module")
+def searched(models, tmp_path_factory):
+    """What Benchmarks.Search prints and writes."""
+    out = tmp_path_factory.mktemp("out") / "search.json"
+    printed = search(next(models.iterdir()), "--images", 6, "--rounds", 2, "--device", "cpu", "--out", out)
+    return printed, json.loads(out.read_text())
+
+
+def test_search_is_compared_with_the_plain_ways(searched):
     rows = {(row["part"], row["variant"]): row for row in searched[1]["rows"]}
     assert {part for part, _ in rows} == {"search", "sampling", "training"}
     assert all(row["images_per_second"] > 0 and row["ratio"] > 0 for row in rows.values())
     assert rows["search", "ours, fp32"]["same"] == 1
     assert rows["search", "as published"]["same"] >= 0.9  # rounding alone may decide between equally near codes
-    assert all(str(row["variant"]) in searched[0] for row in rows.values())
+
+
+def test_search_says_what_it_measures_while_it_does(searched):
+    for row in searched[1]["rows"]:
+        for title in ("warm-up", "round 1/2", "round 2/2"):
+            assert f"{row['part']}, {title}: {row['variant']}: " in searched[0]
 
 
 def test_search_says_how_it_was_made(searched):
     content = searched[1]
-    assert content["command"].startswith("python -m Benchmarks.Search ") and content["revision"]
-    assert content["images"] == 6 and content["generator"]["m"] == "12,6"
+    assert content["command"].startswith("python -m Benchmarks.Search ")
+    assert content["revision"]
+    assert content["images"] == 6
+    assert content["generator"]["m"] == "12,6"
+    assert "`python TrainCamNet.py --m 12,6 --bs 8`, then `python -m Benchmarks.Search" in Tables.search_table(content)
 
 
-def test_redrawn_positives_are_a_bank(tmp_path):
+def test_search_takes_the_newest_generator(models, tmp_path, monkeypatch):
+    (tmp_path / "Models").symlink_to(models)
+    monkeypatch.setattr(Utils, "ROOT", tmp_path)
+    bench = Search.Bench(Search.get_args(["--images", "2"]), Utils.pick_device("cpu"))
+    assert bench.counts == [12, 6]
+    (tmp_path / "Models").unlink()
+    with pytest.raises(Utils.UserError, match=r"run python TrainCamNet\.py"):
+        Search.Bench(Search.get_args([]), Utils.pick_device("cpu"))
+
+
+# ---------------------------------------------------------------------------------------------------- Redrawn
+
+
+def test_redrawn_positives_are_a_bank(tmp_path, capsys):
     file = tmp_path / "redrawn.npy"
-    done = speed("-m", "Benchmarks.Redrawn", str(file), "--num_codes", "2")
-    assert done.returncode == 0 and done.stdout == f"2 positives for each of 8000 images: {file}\n", done.stderr
+    Redrawn.main(Redrawn.get_args([str(file), "--num_codes", "2"]))
+    assert capsys.readouterr().out == f"2 positives for each of 8000 images: {file}\n"
     assert read(file, 8000, 32).shape == (8000, 2, 3, 32, 32)
-    for words, reason in (
-        (["-m", "Benchmarks.Redrawn", str(tmp_path / "no" / "redrawn.npy")], "cannot write"),
-        (["-m", "Benchmarks.Redrawn", str(file), "--num_codes", "0"], "at least 1"),
-        (["Benchmarks/Redrawn.py", str(file)], "python -m Benchmarks.Redrawn"),
-    ):
-        done = speed(*words)
-        assert done.returncode and reason in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(Utils.UserError, match="cannot write"):
+        Redrawn.main(Redrawn.get_args([str(tmp_path / "no" / "redrawn.npy"), "--num_codes", "1"]))
+    with pytest.raises(SystemExit):
+        Redrawn.get_args([str(file), "--num_codes", "0"])
+    assert "at least 1" in capsys.readouterr().err
     assert [each.name for each in tmp_path.iterdir()] == ["redrawn.npy"]
