@@ -30,7 +30,7 @@ FORMATS = {
 }
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
-warnings.filterwarnings("ignore", module="PIL")  # of EXIF blocks, mostly: what makes a file bad is raised
+warnings.filterwarnings("ignore", module="PIL")  # mostly about EXIF blocks; what makes a file bad raises an error
 
 # transpositions by the value of the EXIF tag less 2
 TURNS = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
@@ -141,7 +141,7 @@ def decode(path, size):
 
 
 def _hand_over(item):
-    """Prepare an item of Files for its way out of a worker.
+    """Prepare an item of Files for sending it from a worker.
 
     Images travel in shared memory. Where /dev/shm is full, as in a container with Docker's 64 MB, they are sent through
     a pipe, as an array: torch would find it full in a thread of its own, and the item would never arrive.
@@ -177,7 +177,7 @@ def _items(loader):
 
 
 class Files:
-    """A data set of which a list of indices is one item: (those that decode, their images, {index: reason})."""
+    """A data set with one item for a list of indices: (those that decode, their images, {index: reason} of others)."""
 
     def __init__(self, paths, size):
         self.paths = paths
@@ -210,7 +210,7 @@ class Files:
             num_workers=n_workers,
             collate_fn=_hand_over,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # the loader draws a seed, which must not move the numbers of the training
+            generator=torch.Generator(),  # the loader draws a seed, which must not change training's random numbers
         )
         noticed = False
         for indices, images, bad in _items(loader):
