@@ -600,6 +600,8 @@ def run_stage(trainer, args, folder, title):
     with contextlib.closing(run), Signals.Deferred() as interruption:
         if train(trainer, run, interruption, title):
             run.interrupted(trainer.save(folder))
+        elif interruption.signal is not None:
+            print("interrupted after the last period: all of it is saved; --resume auto continues", flush=True)
         if interruption.signal is not None:
             raise SystemExit(interruption.exit_code)
 
