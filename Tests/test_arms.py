@@ -36,7 +36,16 @@ def arms(flags, tree, tmp_path_factory):
 
     def run(*more):
         own = [*place, "--arms", ",".join(CHOSEN), "--seeds", "1", "--jobs", "2", "--out", str(folder / "arms.json")]
-        words = [sys.executable, "-m", "Benchmarks.Arms", *own, *more, "--", *flags(folder)[2:-2], *"--size 16 --epochs 2".split()]
+        words = [
+            sys.executable,
+            "-m",
+            "Benchmarks.Arms",
+            *own,
+            *more,
+            "--",
+            *flags(folder)[2:-2],
+            *"--size 16 --epochs 2".split(),
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
 
