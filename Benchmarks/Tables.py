@@ -44,25 +44,26 @@ def pairs():
 # ---------------------------------------------------------------------------------------------------- commands
 
 
-def parser_of(script, data):
-    """Return the parser of a training script, with the defaults of a data set."""
-    return import_module(Path(script).stem).build_parser(data)
+def defaults_of(script, data):
+    """Return {flag: default} of a training script for a data set: of those flags with one default on every device."""
+    build_parser = import_module(Path(script).stem).build_parser
+    on_cpu = vars(build_parser(data, "cpu").parse_args([]))
+    on_gpu = vars(build_parser(data, "cuda").parse_args([]))
+    return {name: value for name, value in on_cpu.items() if value == on_gpu[name]}
 
 
 def command_of(script, flags, first=()):
     """Return the shortest command that has these flags today: `python SCRIPT` and what differs from the defaults.
 
-    flags: {name: value}, as `Flags.hyper_parameters`; `generator`, a folder on some machine, is left out. first: names
-    of flags to begin with.
+    Flags whose default depends on the device are spelled out. flags: {name: value}, as of `Flags.hyper_parameters`;
+    `generator`, a folder on some machine, is left out. first: names of flags to begin with.
     """
-    default = vars(parser_of(script, flags["data"]).parse_args([]))
+    default = defaults_of(script, flags["data"]) | {"data": "shapes"}
     names = [name for name in flags if name in first] + [name for name in flags if name not in first]
     words = ["python", script]
     for name in names:
         value = flags[name]
-        if name == "generator" or value is None or (name != "data" and value == default.get(name)):
-            continue
-        if name == "data" and value == "shapes":  # the default of --data
+        if name == "generator" or value is None or (name in default and value == default[name]):
             continue
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
@@ -87,12 +88,18 @@ def shown_command(command, leave_out=()):
 # ---------------------------------------------------------------------------------------------------- encoders
 
 
+def encoder_command(record):
+    """Return the command that makes the record of an encoder today, without its seed."""
+    flags = {name: value for name, value in record["flags"].items() if name != "seed"}
+    command = command_of(shlex.split(record["command"])[1], flags)
+    return f"{command} --eval {record['evaluation']['split']}"
+
+
 def encoder_table(records):
     """Return a table of runs of TrainSimCLR.py: a row per command, mean ± standard deviation over its seeds."""
     groups = {}
     for record in records:
-        key = (shown_command(record["command"], leave_out=["seed"]), device_of(record))
-        groups.setdefault(key, []).append(record)
+        groups.setdefault((encoder_command(record), device_of(record)), []).append(record)
     rows = []
     for (command, device), runs in groups.items():
         scores = {name: spread([run["evaluation"][name] for run in runs]) for name in SCORES}
@@ -154,7 +161,7 @@ def by_arm(records):
 def title_of(row):
     """Return an arm's title, with --p_gen and --corrupt where they were not the default."""
     script = shlex.split(row["command"])[1]
-    default = vars(parser_of(script, row["flags"]["data"]).parse_args([]))
+    default = defaults_of(script, row["flags"]["data"])
     title = row["title"]
     for name in ("p_gen", "corrupt"):
         if row["flags"].get(name) != default.get(name):

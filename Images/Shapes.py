@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 from Lazy import lazy_import
 
@@ -25,25 +26,32 @@ def _box(u, v, width, height):
 
 
 def _triangle(u, v):
-    u, v = u.abs(), v - 0.15  # equilateral, one corner up; its centre is 0.5 from each side
+    # equilateral, one corner up; its centre is 0.5 from each side
+    u = u.abs()
+    v = v - 0.15
     return torch.maximum(v - 0.5, (math.sqrt(3) * u - v - 1.0) / 2)
 
 
 def _star(u, v):
-    angle, wedge = torch.atan2(u, -v), 2 * math.pi / 5
+    # fold the plane into one of the ten halves of a point: its corner lies at (1.05, 0), its notch at angle wedge / 2
+    wedge = 2 * math.pi / 5
+    angle = torch.atan2(u, -v)
     folded = (torch.remainder(angle + wedge / 2, wedge) - wedge / 2).abs()
     radius = torch.hypot(u, v)
-    x, y = (
-        radius * torch.cos(folded),
-        radius * torch.sin(folded),
-    )  # a corner lies at (1.05, 0), a notch at angle wedge/2
-    notch_x, notch_y = 0.45 * math.cos(wedge / 2), 0.45 * math.sin(wedge / 2)
-    normal_x, normal_y = notch_y, 1.05 - notch_x
+    x = radius * torch.cos(folded)
+    y = radius * torch.sin(folded)
+
+    # the signed distance to the line from the corner to the notch
+    notch_x = 0.45 * math.cos(wedge / 2)
+    notch_y = 0.45 * math.sin(wedge / 2)
+    normal_x = notch_y
+    normal_y = 1.05 - notch_x
     return ((x - 1.05) * normal_x + y * normal_y) / math.hypot(normal_x, normal_y)
 
 
 def _heart(u, v):
-    u, v = u.abs(), v - 0.1
+    u = u.abs()
+    v = v - 0.1
     lobes = torch.hypot(u - 0.4, v + 0.33) - 0.48
     tip = torch.maximum((u + v - 0.75) / math.sqrt(2), -0.33 - v)
     return torch.minimum(lobes, tip)
@@ -81,14 +89,17 @@ def _textured(x, y, generator):
         return torch.empty(n, 1, 1).uniform_(low, high, generator=generator)
 
     kind = torch.randint(TEXTURES, (n, 1, 1), generator=generator)
-    angle, frequency, phase = uniform(0, math.pi), uniform(1.5, 4), uniform(0, 2 * math.pi)
+    angle = uniform(0, math.pi)
+    frequency = uniform(1.5, 4)
+    phase = uniform(0, 2 * math.pi)
     along = x * torch.cos(angle) + y * torch.sin(angle)
     across = y * torch.cos(angle) - x * torch.sin(angle)
     wave = torch.sin(math.pi * frequency * along + phase)
     stripes = (0.5 + 3 * wave).clamp(0, 1)
     checks = (0.5 + 3 * wave * torch.sin(math.pi * frequency * across + phase)).clamp(0, 1)
-    mix = torch.zeros_like(along)
-    for k, texture in enumerate((stripes, checks, (0.5 + 0.5 * along).clamp(0, 1)), start=1):
+    gradient = (0.5 + 0.5 * along).clamp(0, 1)
+    mix = torch.zeros_like(along)  # kind 0: plain
+    for k, texture in enumerate((stripes, checks, gradient), start=1):
         mix = torch.where(kind == k, texture, mix)
     first, second = torch.rand(2, n, 3, 1, 1, generator=generator)
     return torch.lerp(first, 0.4 * first + 0.6 * second, mix[:, None])
@@ -108,19 +119,27 @@ def draw(labels, size, generator, looks=None):
 
     generator draws position, scale and tilt; looks: the generator of all the rest, or None: the same one.
     """
-    n, looks = len(labels), looks or generator
+    n = len(labels)
+    looks = looks or generator
+
+    # points (N, size, size) in the coordinates of the image, -1 to 1, and of the object
     axis = (torch.arange(size) + 0.5) / size * 2 - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    x, y = x.expand(n, -1, -1), y.expand(n, -1, -1)
+    x = x.expand(n, -1, -1)
+    y = y.expand(n, -1, -1)
     centre_x, centre_y = torch.empty(2, n, 1, 1).uniform_(-0.3, 0.3, generator=generator)
     scale = torch.empty(n, 1, 1).uniform_(0.4, 0.75, generator=generator)
     tilt = torch.empty(n, 1, 1).uniform_(-math.pi / 6, math.pi / 6, generator=generator)
     u = ((x - centre_x) * torch.cos(tilt) + (y - centre_y) * torch.sin(tilt)) / scale
     v = ((y - centre_y) * torch.cos(tilt) - (x - centre_x) * torch.sin(tilt)) / scale
+
+    # the fraction of each pixel that the outline covers
     distance = torch.empty(n, size, size)
     for k, name in enumerate(CLASSES):
         distance[labels == k] = outline(name, u[labels == k], v[labels == k])
-    inside = (0.5 - distance * scale * size / 2).clamp(0, 1)[:, None]  # share of each pixel that the outline covers
+    inside = (0.5 - distance * scale * size / 2).clamp(0, 1)[:, None]
+
+    # colours and textures, then noise
     ground, figure = _set_contrast(_textured(x, y, looks), _textured(x, y, looks), looks)
     image = torch.lerp(ground, figure, inside)
     noise = torch.empty(n, 1, 1, 1).uniform_(0, 0.08, generator=looks)
@@ -129,7 +148,7 @@ def draw(labels, size, generator, looks=None):
 
 
 def _labels(split, seed):
-    """Return the labels int64 (N,) of a split, in parts, which bound the memory, and the generator to draw them by."""
+    """Return the labels int64 (N,) of a split, in parts of 500 to bound the memory, and the generator to draw with."""
     generator = torch.Generator().manual_seed(1000 * seed + list(SIZES).index(split))
     n = SIZES[split]
     labels = (torch.arange(n) % len(CLASSES))[torch.randperm(n, generator=generator)]
@@ -139,29 +158,38 @@ def _labels(split, seed):
 def make_split(split, size=32, seed=0):
     """Return (images uint8 (N, 3, size, size), labels int64 (N,)) of "train", "val" or "test"."""
     parts, generator = _labels(split, seed)
-    return torch.cat([draw(part, size, generator) for part in parts]), torch.cat(parts)
+    images = [draw(part, size, generator) for part in parts]
+    return torch.cat(images), torch.cat(parts)
 
 
 def redraw_split(split, k, size=32, seed=0):
-    """Return uint8 (N, k, 3, size, size): the outlines of make_split's images where they are, all the rest drawn anew.
+    """Return uint8 (N, k, 3, size, size): make_split's outlines at their places, everything else drawn anew, k times.
 
     They are the positives that a perfect generator would make.
     """
     parts, generator = _labels(split, seed)
-    looks, redrawn = torch.Generator().manual_seed(1000 * seed + len(SIZES)), []
+    looks = torch.Generator().manual_seed(1000 * seed + len(SIZES))
+    redrawn = []
     for part in parts:
         places = [generator.clone_state() for _ in range(k)]
-        draw(part, size, generator)  # on to the next part
-        redrawn.append(torch.stack([draw(part, size, place, looks) for place in places], dim=1))
+        draw(part, size, generator)  # moves the generator to the next part
+        copies = [draw(part, size, place, looks) for place in places]
+        redrawn.append(torch.stack(copies, dim=1))
     return torch.cat(redrawn)
 
 
 def main():
-    """Write Results/shapes.png: twenty images of each class, a row per class."""
+    """Write Results/shapes.png: twenty images of each class, a row per class, with its name on the left."""
     images, labels = make_split("train")
-    rows = torch.cat([images[labels == k][:20] for k in range(len(CLASSES))]).float() / 255
-    grid = torchvision.utils.make_grid(rows, nrow=20, padding=2, pad_value=1)
-    torchvision.utils.save_image(grid, Path(__file__).parents[1] / "Results" / "shapes.png")
+    picked = torch.cat([images[labels == k][:20] for k in range(len(CLASSES))])
+    grid = torchvision.utils.make_grid(picked, nrow=20, padding=2, pad_value=255)
+    left = 90
+    picture = Image.new("RGB", (left + grid.shape[2], grid.shape[1]), "white")
+    picture.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (left, 0))
+    pen = ImageDraw.Draw(picture)
+    for k, name in enumerate(CLASSES):
+        pen.text((left - 8, 34 * k + 18), name, "black", ImageFont.load_default(16), anchor="rm")
+    picture.save(Path(__file__).parents[1] / "Results" / "shapes.png")
 
 
 if __name__ == "__main__":

@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import one_line, save, save_shapes
+from helpers import one_line, real_file, save, save_shapes
 from torchvision import datasets
 
 import Data
 import Evaluate
 import Flags
+import TrainSimCLR
 from Images import Shapes
 from Images.Split import Split, StreamedSplit
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 DEFAULTS = {"n_workers": 0, "size": 16}
 
 
@@ -70,16 +70,16 @@ def test_rows():
     assert list(Data.DATASETS) == names
     assert Data.no_val_split_datasets == ["cifar10", "cifar100", "stl10", "tinyImagenet", "folder"]
     assert Data.small_image_datasets == ["shapes", "cifar10", "cifar100", "tinyImagenet"]
-    assert {row.n_classes for row in Data.DATASETS.values()} == {10, 100, 200, None}
 
 
+@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
 @pytest.mark.parametrize("data", [*Data.DATASETS, "path"])
-def test_every_recipe_is_whole(data, tmp_path):
+def test_every_recipe_is_whole(data, device_type, tmp_path):
     data = str(tmp_path) if data in ("path", "folder") else data
-    args = Flags.contrastive_parser("x", data).parse_args([])
-    recipe = Data.get_row(data).recipe
-    missing = {key for key, value in Flags.hyper_parameters(args).items() if value is None} - {"size"}
-    assert not missing and recipe.keys() == Data.DATASETS["shapes"].recipe.keys()
+    args = TrainSimCLR.build_parser(data, device_type).parse_args([])
+    recipe = Data.get_row(data).recipe_for(device_type)
+    missing = {key for key, value in Flags.hyper_parameters(args).items() if value is None} - {"size", "init"}
+    assert not missing and recipe.keys() - {"size"} == Data.DATASETS["shapes"].recipe.keys()
     assert {key: getattr(args, key) for key in recipe} == recipe
     assert args.n_ramp < args.epochs
 
@@ -88,6 +88,9 @@ def test_what_is_no_data_set():
     one_line(lambda: splits("nowhere"), "--data nowhere", "shapes", "cifar10", "path")
     one_line(lambda: splits("folder"), "--data folder", "path")
     one_line(lambda: splits("shapes", "train"), "--eval train", "val, cv or test")
+    one_line(lambda: splits("no\n\x1b[2J\udcff"), r"--data no\n\x1b[2J\xff: neither")
+    for size in (10**6, 10**9, 10**30):
+        one_line(lambda size=size: splits("shapes", size=size), f"--size {size}", "bytes", "smaller")
 
 
 # shapes
@@ -177,6 +180,51 @@ def test_a_folder_without_val_or_test(tmp_path, capsys):
     one_line(lambda: splits(folder, "test", data_dir=tmp_path), "no folder", str(folder / "test"), "put images")
 
 
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "dev"])
+def test_the_validation_split_by_its_other_names(tmp_path, capsys, name):
+    for folder in ("train", name, "test"):
+        save_shapes(tmp_path / "images" / folder, 2, seed=len(folder))
+    assert Data.get_row(str(tmp_path / "images")).has_val
+    found = splits(tmp_path / "images", data_dir=tmp_path)
+    assert found.eval == "val" and len(found.test) == 20 and "".join(capsys.readouterr()) == ""
+    same = splits(tmp_path / "images" / name, "cv", data_dir=tmp_path).train  # the folder alone, as class folders
+    assert torch.equal(found.test.images, same.images)
+
+
+def test_folders_that_are_not_read_are_named_once(tmp_path, capsys):
+    for folder in ("train", "val", "validation", "car", "plane", ".hidden", "__MACOSX"):
+        save_shapes(tmp_path / "images" / folder, 1, seed=len(folder))
+    found = splits(tmp_path / "images", data_dir=tmp_path)
+    (line,) = "".join(capsys.readouterr()).splitlines()
+    assert line == "images: folders that are not read: car, plane, validation: its splits are train, val, test"
+    assert torch.equal(found.test.images, splits(tmp_path / "images/val", "cv", data_dir=tmp_path).train.images)
+    (tmp_path / "images/train").rename(tmp_path / "images/training")
+    one_line(lambda: splits(tmp_path / "images", data_dir=tmp_path), "no folder", "its folders now: car, plane, train")
+
+
+def test_classes_called_dev_are_classes_where_there_is_no_train(tmp_path, capsys):
+    save_shapes(tmp_path / "images", 2, classes=["dev", "valid", "prod", *Shapes.CLASSES[:7]])
+    found = splits(tmp_path / "images", data_dir=tmp_path)
+    assert len(found.train) == 20 and found.eval == "cv" and "valid" in found.train.classes
+    assert "not read" not in "".join(capsys.readouterr())
+
+
+def test_without_labels_nothing_is_said_of_cross_validation(tmp_path, capsys):
+    save(tmp_path / "flat/0.png", np.zeros((8, 8, 3), np.uint8))
+    save_shapes(tmp_path / "one", 2, classes=["disc"])
+    for name in ("flat", "one"):
+        assert splits(tmp_path / name, data_dir=tmp_path).eval == "cv"
+    assert "".join(capsys.readouterr()) == ""
+
+
+def test_names_that_are_no_text(tmp_path, capsys):
+    folder = save_shapes(tmp_path / "caf\udce9\n" / "train", 1, classes=["a\x1b", *Shapes.CLASSES[1:]]).parent
+    found = splits(folder, data_dir=tmp_path)
+    assert found.train.name == r"caf\xe9\n/train" and r"a\x1b" in found.train.classes
+    assert r"caf\xe9\n has no validation split" in capsys.readouterr().out
+    one_line(lambda: splits(folder, "test", data_dir=tmp_path), r"caf\xe9\n/test")
+
+
 def test_class_folders_alone(tmp_path):
     folder = save_shapes(tmp_path / "images", 2)
     found = splits(folder, data_dir=tmp_path)
@@ -230,6 +278,16 @@ def test_classes_that_are_not_in_every_split(both, tmp_path):
     one_line(lambda: splits(both[1], "cv", data_dir=tmp_path), "without an image in train: star", "fill")
 
 
+def test_an_inverted_tree_names_what_it_does_not_read(both, tmp_path, capsys):
+    (both[1] / "star/extra").mkdir()
+    splits(both[1], data_dir=tmp_path)
+    (line,) = "".join(capsys.readouterr()).splitlines()
+    assert "not read: extra" in line
+    for each in both[1].iterdir():
+        (each / "validation").rename(each / "dev")
+    assert len(splits(both[1], data_dir=tmp_path).test) == 30
+
+
 def test_a_train_folder_means_the_plain_layout(both, tmp_path):
     save_shapes(both[1] / "train", 1)
     row = Data.get_row(str(both[1]))
@@ -273,6 +331,16 @@ def test_a_tree_in_the_place_of_a_download(tmp_path, data, capsys):
     assert splits(data, data_dir=tmp_path).eval == "cv" and "no validation split" in "".join(capsys.readouterr())
 
 
+@pytest.mark.parametrize("data", ["cifar10", "cifar100", "stl10", "tinyImagenet"])
+def test_half_a_tree_in_the_place_of_a_download(tmp_path, data):
+    save_shapes(tmp_path / data / "train", 1)
+    missing = tmp_path / data / ("val" if data == "tinyImagenet" else "test")
+    message = one_line(
+        lambda: splits(data, "test", data_dir=tmp_path), f"no folder {missing}", "put images there", "away"
+    )
+    assert "downloads itself" not in message
+
+
 def test_mini_imagenet(tmp_path):
     message = one_line(lambda: splits("miniImagenet", data_dir=tmp_path), "Data/SetupMiniImagenet.py")
     assert str(tmp_path / "miniImagenet/train") in message and list(tmp_path.iterdir()) == []
@@ -284,10 +352,9 @@ def test_mini_imagenet(tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    if not (REAL / "tiny-imagenet-25.tar.gz").exists():
-        pytest.skip(f"{REAL}/tiny-imagenet-25.tar.gz is not there")
+    archive = real_file("data/tiny-imagenet-25.tar.gz")
     folder = tmp_path_factory.mktemp("tiny")
-    subprocess.run([sys.executable, REAL / "unpack.py", "tiny", folder], check=True)
+    subprocess.run([sys.executable, archive.parent / "unpack.py", "tiny", folder], check=True)
     return folder
 
 

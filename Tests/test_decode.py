@@ -15,7 +15,7 @@ from PIL import EpsImagePlugin, Image
 
 from Images import Decode
 from Images.Decode import FORMATS, SUFFIXES, decode
-from Images.Folders import Options, list_folder, load_folder
+from Images.Folders import IGNORED, Options, list_folder, load_folder
 from Utils import shown
 
 ROOT = Path(__file__).parents[1]
@@ -195,8 +195,9 @@ def test_the_endings_are_those_that_pillow_registers_for_the_formats():
     assert registered - {".pfm"} == SUFFIXES  # .pfm: floating-point pixels, which are refused
 
 
-def test_the_script_that_inverts_trees_knows_the_same_endings():
-    assert set(runpy.run_path(str(ROOT / "Data/InvertDirStructure.py"))["SUFFIXES"]) == SUFFIXES
+def test_the_script_that_inverts_trees_lists_the_same_files():
+    script = runpy.run_path(str(ROOT / "Data/InvertDirStructure.py"))
+    assert set(script["SUFFIXES"]) == SUFFIXES and set(script["IGNORED"]) == set(IGNORED)
 
 
 def test_every_ending_is_listed_and_decoded(tmp_path):

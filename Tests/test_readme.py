@@ -15,9 +15,9 @@ from Benchmarks import Tables
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / name for name in ("README.md", "Results/README.md", "Models/README.md", "Data/README.md")]
-DOCUMENTS += [path for path in [ROOT / "CONTRIBUTING.md"] if path.exists()]
+DOCUMENTS += [ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
 SCRIPTS = [path for folder in (".", "Benchmarks", "Data") for path in ROOT.glob(f"{folder}/*.py")]
-SCRIPTS = [path for path in SCRIPTS if "__main__" in path.read_text()]
+SCRIPTS = [path for path in SCRIPTS if '\nif __name__ == "__main__":' in path.read_text()]
 README = (ROOT / "README.md").read_text()
 
 
@@ -126,8 +126,9 @@ def test_make_targets_exist():
 
 
 def test_every_module_is_listed():
-    listed = set(re.findall(r"^    (\w+\.py) ", README, flags=re.MULTILINE))
-    assert listed == {path.name for path in ROOT.glob("*.py")}
+    lines = re.findall(r"^    ((?:\w+\.py(?:, )?)+) ", README, flags=re.MULTILINE)
+    listed = [name for line in lines for name in line.split(", ")]
+    assert sorted(listed) == sorted(path.name for path in ROOT.glob("*.py"))
     for folder in ("CamNet", "Images", "Benchmarks", "Data"):
         line = re.search(rf"^    {folder}/ +(.*)$", README, flags=re.MULTILINE)[1]
         modules = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}

@@ -61,7 +61,7 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
 
 
 def test_a_lock_where_there_is_no_folder_is_one_line(tmp_path):
-    one_line(lambda: Utils.locked(tmp_path / "absent" / "bank", "filling it").__enter__(), "cannot write", "absent")
+    one_line(lambda: Utils.locked(tmp_path / "absent" / "bank", "filling it").__enter__(), "cannot lock", "absent")
 
 
 def test_a_lock_tells_who_holds_it_and_leaves_no_file(tmp_path):
