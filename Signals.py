@@ -72,7 +72,7 @@ class Deferred:
     @property
     def exit_code(self):
         """Return the exit code for the signal that has arrived."""
-        return EXIT_CODES[self.signal]
+        return EXIT_CODES.get(self.signal, 0)  # None: it came to another process of the run
 
 
 def _is_own_script():

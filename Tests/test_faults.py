@@ -8,8 +8,10 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -551,6 +553,25 @@ def test_a_signal_ends_a_script_wherever_it_is(data, finished, tmp_path, fork, c
     assert problem_of(state_of(tmp_path / "models"), finished(name).state) == ""
 
 
+@pytest.mark.parametrize("number", CODES, ids=["SIGTERM", "SIGINT"])
+def test_a_signal_to_one_rank_ends_all_whatever_is_logged(data, tmp_path, fork, number):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    argv = flags_of("TrainSimCLR", data, tmp_path, "--epochs", "5000", "--eval_iter", "0", "--log_iter", "100000")
+    ranks = []
+    for rank in ("0", "1"):
+        environment = place | {"RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(fork(TrainSimCLR, argv, partial(os.environ.update, environment)))
+    wait_for(lambda: count_lines(tmp_path, "*/metrics.jsonl"), ranks[0])
+    ranks[1].send(number)
+    sent = time.monotonic()
+    assert [rank.wait(30) for rank in ranks] == [0, CODES[number]], ranks[0].output() + ranks[1].output()
+    assert time.monotonic() - sent < 5
+    assert ranks[0].output().count("interrupted: saved") == 1
+    assert Utils.newest_checkpoint(only_run(tmp_path))
+
+
 # ---------------------------------------------------------------------------------------------------- one line
 
 
@@ -674,6 +695,28 @@ def test_names_that_are_no_utf_8_train_and_are_shown_escaped(data, tmp_path, for
     assert child.wait() == 0, child.output()
     assert "Traceback" not in child.output()
     assert ("caf\\xe9" in child.output()) == (where == "data")
+
+
+def test_memory_that_runs_out_is_one_line(data, tmp_path, cli, monkeypatch):
+    monkeypatch.setattr(TrainSimCLR.Trainer, "augment", lambda *_: torch.empty(2**55, dtype=torch.uint8))
+    one_error(cli(flags_of("TrainSimCLR", data, tmp_path)), "out of memory: lower --bs")
+
+
+def test_a_checkpoint_of_another_version_has_the_usual_flags(copied, cli):
+    run = copied("TrainSimCLR", "3.pt", "evaluation.json")
+    file = run.folder / "2.pt"
+    state = torch.load(file, weights_only=True)
+    for name in ("opt", "mm", "skip_bad"):
+        del state["args"][name]
+    torch.save(state, file)
+    done = cli(["--resume", file, "--device", "cpu"])
+    assert done.code == 0, done.err
+    assert "is of another version: it lacks --opt SGD, --mm 0.9: these defaults are used" in done.out
+    check_same(run)
+    torch.save(state, file)
+    done = cli([file, "--device", "cpu"], Evaluate)
+    assert done.code == 0, done.err
+    assert "is of another version: it lacks" in done.out
 
 
 def test_a_worker_that_is_killed_is_one_line(data, tmp_path, cli, monkeypatch):
