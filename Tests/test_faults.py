@@ -558,18 +558,19 @@ def test_a_signal_to_one_rank_ends_all_whatever_is_logged(data, tmp_path, fork, 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    argv = flags_of("TrainSimCLR", data, tmp_path, "--epochs", "5000", "--eval_iter", "0", "--log_iter", "100000")
+    models_dir = tmp_path / "models"
+    argv = flags_of("TrainSimCLR", data, models_dir, "--epochs", "5000", "--eval_iter", "0", "--log_iter", "100000")
     ranks = []
     for rank in ("0", "1"):
         environment = place | {"RANK": rank, "LOCAL_RANK": rank}
         ranks.append(fork(TrainSimCLR, argv, partial(os.environ.update, environment)))
-    wait_for(lambda: count_lines(tmp_path, "*/metrics.jsonl"), ranks[0])
+    wait_for(lambda: count_lines(models_dir, "*/metrics.jsonl"), ranks[0])
     ranks[1].send(number)
     sent = time.monotonic()
     assert [rank.wait(30) for rank in ranks] == [0, CODES[number]], ranks[0].output() + ranks[1].output()
     assert time.monotonic() - sent < 5
     assert ranks[0].output().count("interrupted: saved") == 1
-    assert Utils.newest_checkpoint(only_run(tmp_path))
+    assert Utils.newest_checkpoint(only_run(models_dir))
 
 
 # ---------------------------------------------------------------------------------------------------- one line
