@@ -58,7 +58,7 @@ DRIVE = {
 }
 # SUFFIXES, IGNORED, is_hidden and shown are the same in InvertDirStructure.py; a test compares them.
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".tif", ".tiff")
-SUFFIXES += (".webp", ".gif", ".avif", ".jp2")
+SUFFIXES += (".webp", ".gif", ".avif", ".avifs", ".apng", ".mpo", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx")
 IGNORED = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
 IGNORED += ("thumbs.db", "ehthumbs.db", "desktop.ini")
 # the first bytes of JPEG, PNG, GIF, BMP, PNM, TIFF, WebP, AVIF, JPEG 2000
