@@ -29,14 +29,23 @@ def arms(flags, tree, tmp_path_factory):
     """.run(*more) starts Arms over a few arms with one seed; .out is the file, .models the folder of the runs."""
     folder = tmp_path_factory.mktemp("arms")
     place = ["--data", str(tree), "--models_dir", str(folder / "m")]
-    cache = ["--data_dir", str(tree.parent / "cache"), "--size", "32"]
+    cache = ["--data_dir", str(tree.parent / "cache"), "--size", "16"]
     camnet = [sys.executable, "TrainCamNet.py", *GENERATOR.split(), *place, *cache]
     done = subprocess.run(camnet, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
     def run(*more):
         own = [*place, "--arms", ",".join(CHOSEN), "--seeds", "1", "--jobs", "2", "--out", str(folder / "arms.json")]
-        words = [sys.executable, "-m", "Benchmarks.Arms", *own, *more, "--", *flags(folder)[2:-2], "--epochs", "2"]
+        words = [
+            sys.executable,
+            "-m",
+            "Benchmarks.Arms",
+            *own,
+            *more,
+            "--",
+            *flags(folder)[2:-2],
+            *["--size", "16", "--epochs", "2"],
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
 
@@ -170,9 +179,9 @@ def test_equal_compute_needs_both_arms(done):
 
 
 def test_compute_is_what_was_counted_by_hand(done):
-    stem = 3 * 32 * 9 * 16**2  # stride 2
-    blocks = 2 * 32 * 32 * 9 * 16**2 + (32 + 64) * 64 * 9 * 8**2 + 32 * 64 * 8**2
-    blocks += (64 + 128) * 128 * 9 * 4**2 + 64 * 128 * 4**2
+    stem = 3 * 32 * 9 * 8**2  # 16 pixels, stride 2
+    blocks = 2 * 32 * 32 * 9 * 8**2 + (32 + 64) * 64 * 9 * 4**2 + 32 * 64 * 4**2
+    blocks += (64 + 128) * 128 * 9 * 2**2 + 64 * 128 * 2**2
     head = 128 * 32 + 32 * 128  # --proj_hidden 32, --proj_dim 128
     rows = {row["arm"]: row for row in done[1]}
     for arm, views in (("simclr_full", 2), ("isicle_full", 3)):
@@ -186,7 +195,7 @@ def test_every_view_of_a_pair_is_counted(pair, views):
     flags = TrainISICLE.get_args(["--pair", pair])
     plain = TrainSimCLR.get_args([])
     for each in (flags, plain):
-        each.small_stem = True
+        TrainSimCLR.check_flags(each, 1)
     assert Compute.encoder_macs(flags, 10) * 2 == Compute.encoder_macs(plain, 10) * views
 
 
@@ -320,8 +329,8 @@ def test_method_is_drawn_from_a_generator(arms, tree, tmp_path):
     file = tmp_path / "method.png"
     Picture.main(Picture.get_args(["method", str(folder), "--out", str(file)]))
     width, height = Image.open(file).size
-    assert width == 3 * (8 * 33 + 1)  # 8 columns of 32 pixels, enlarged by three
-    assert height > 3 * (Picture.ROWS * 33 + 1)  # and captions
+    assert width == 5 * (8 * 17 + 1)  # 8 columns of 16 pixels, enlarged to 600 pixels or more
+    assert height > 5 * (Picture.ROWS * 17 + 1)  # and captions
     with pytest.raises(Utils.UserError, match="holds no generator"):
         Picture.main(Picture.get_args(["method", str(tmp_path)]))
     with pytest.raises(Utils.UserError, match="no generator in"):

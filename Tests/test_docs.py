@@ -15,7 +15,7 @@ from PIL import Image
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 FIRST_HOUR = (ROOT / "docs" / "first_hour.md").read_text()
 DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
-SMALLER = {"N": 200, "PERIODS": 1, "EPOCHS": 3}  # numbers of first_hour.md
+SMALLER = {"N": 80, "PERIODS": 1, "EPOCHS": 2, "BATCH": 32}  # numbers of first_hour.md
 QUICK = {
     "TrainSimCLR": "--device cpu --n_workers 0 --bs 16",
     "TrainISICLE": "--device cpu --n_workers 0 --bs 16 --camnet '--m 4 --bs 16'",
