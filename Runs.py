@@ -109,7 +109,9 @@ def claimed(folder):
                 raise UserError(f"cannot make the run folder {Utils.shown(folder)}: {reason}") from error
             stack.enter_context(Utils.locked(folder / ".lock", f"working on {Utils.shown(folder)}", wait=False))
 
-        stack.callback(_remove_if_empty, folder)
+        for place in (folder.parent, folder):  # left in the opposite order
+            if not place.exists():
+                stack.callback(_remove_if_empty, place)
         Distributed.first_rank_only(claim)
         yield
 

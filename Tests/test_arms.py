@@ -44,7 +44,7 @@ def arms(flags, tree, tmp_path_factory):
             *more,
             "--",
             *flags(folder)[2:-2],
-            *"--size 16 --epochs 2".split(),
+            *["--size", "16", "--epochs", "2"],
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
