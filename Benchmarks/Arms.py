@@ -55,8 +55,8 @@ def get_args(argv=None):
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = Flags.plain_parser(__doc__)
     add = parser.add_argument
-    add("--data", default="shapes", help="data set or folder, as in TrainSimCLR.py")
-    add("--arms", default=",".join(ARMS), metavar="A,..", help="arms to run")
+    add("--data", default="shapes", help="data set, as for TrainSimCLR.py")
+    add("--arms", metavar="A,..", help=f"arms to run; default: all, which are {', '.join(ARMS)}")
     add("--seeds", type=bounded(int, 1), default=3, metavar="N", help="runs of each arm, with seeds 0 to N - 1")
     add("--eval", choices=["test", "val", "cv"], default="test", help="split to score; choose flags by val or cv")
     add("--isicle", default="", metavar="FLAGS", help="flags for the arms of TrainISICLE.py only, in one string")
@@ -67,7 +67,7 @@ def get_args(argv=None):
     add("--out", metavar="FILE", help=out)
     args = parser.parse_args(argv[:cut])
     args.rest = argv[cut + 1 :]
-    args.arms = args.arms.split(",")
+    args.arms = args.arms.split(",") if args.arms else list(ARMS)
     if not find_spec("matplotlib"):
         raise Utils.UserError("matplotlib is not installed: pip install -r requirements-dev.txt")
     unknown = [arm for arm in args.arms if arm not in ARMS]
