@@ -1,4 +1,4 @@
-"""Random views of image batches, on the images' own device, with parameters of its own for every image.
+"""Random views of image batches, on the device of the images; the parameters of every image are drawn separately.
 
 Every operation takes a batch (B, 3, H, W) in [0, 1] and parameters (B,), and equals torchvision's function of the same
 name applied to each image (`to_gray`: `rgb_to_grayscale`). `Augmentation` draws the parameters on the CPU with
@@ -15,7 +15,7 @@ import torch
 CONTRAST, SATURATION, HUE = 1, 2, 3  # torchvision's numbers for ColorJitter's operations; brightness is 0
 JITTER = ("brightness", "contrast", "saturation", "hue")
 INTERPOLATIONS = ("bilinear", "bicubic")
-CHUNK_FLOATS = 2**19  # CPU: smaller chunks measured slower (more calls), larger ones too (memory is allocated anew)
+CHUNK_FLOATS = 2**19  # CPU: smaller chunks measured slower (more calls), larger ones too (memory is allocated again)
 
 
 def _require(condition, name, value, allowed):
@@ -171,9 +171,9 @@ def _send(tensors, device):
 
 @dataclass
 class Augmentation:
-    """SimCLR's random views of a whole batch (Chen et al. 2020); every image gets parameters of its own.
+    """SimCLR's random views of a whole batch (Chen et al. 2020); parameters are drawn for each image.
 
-    Crop and resize to `size`, mirror, jitter (brightness, contrast, saturation, hue in an order of the image's own),
+    Crop and resize to `size`, mirror, jitter (brightness, contrast, saturation, hue in an order drawn for each image),
     grey, blur, solarise, each with its probability; normalise. `crop_scale` None resizes the whole image; `jitter` None
     leaves the colours; `blur_kernel` None is a tenth of `size`, odd, at least 3; `mean` None does not normalise.
     """
@@ -284,8 +284,8 @@ class Augmentation:
         lengths = {name: len(values) for name, values in params.items()}
         _require(set(lengths.values()) == {n}, "params' length", lengths, f"the number of images, {n}")
         views = torch.empty(n, 3, self.size, self.size, device=images.device)
-        chunk = CHUNK_FLOATS // (3 * self.size**2) if images.device.type == "cpu" else n
-        chunk = max(1, chunk)
+        parts = round(views.numel() / CHUNK_FLOATS) if images.device.type == "cpu" else 1
+        chunk = math.ceil(n / max(1, parts)) or 1  # of equal size, since each chunk costs the same calls
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             for start in range(0, n, chunk):
                 rows = slice(start, start + chunk)
@@ -295,14 +295,14 @@ class Augmentation:
     def apply_all(self, batches, params):
         """Return views (M B, 3, size, size) of M batches, one after the other: what `apply` returns, in one call.
 
-        batches: M of images (B, 3, H, W); params: M of what `draw` returned. A GPU then has M times fewer operations
-        to start.
+        batches: M of images (B, 3, H, W); params: M of what `draw` returned. On a GPU this starts
+        M times fewer operations.
         """
         joined = {name: torch.cat([each[name] for each in params]) for name in params[0]}
         return self.apply(torch.cat(batches), joined)
 
     def _write_views(self, views, images, params):
-        """Write the views of images into `views`. The CPU takes all decisions, so that a GPU is never waited for."""
+        """Write the views of images into `views`. The CPU takes all decisions, so that nothing waits for a GPU."""
         # Sort the images by the round of the jitter that turns their hue (4: no jitter): each round is one operation.
         hue_round = torch.where(params["jitter"], (params["order"] == HUE).int().argmax(1), 4)
         order = hue_round.argsort(stable=True)

@@ -56,7 +56,7 @@ def build_encoder(name, small_stem, size, normalise=False):
 
     name: "resnet8" or a classification model of torchvision, whose last layer becomes Identity. small_stem: give a
     ResNet of torchvision a 3x3 stem with stride 1 and no pooling (SimCLR, appendix B.9), for images of up to about
-    64 pixels: the 7x7 stem throws three quarters of such an image away. resnet8 has one stem and ignores it.
+    64 pixels: the 7x7 stem and its pooling would quarter their side at once. resnet8 has one stem and ignores it.
     size: side of the images in pixels. normalise: let the encoder itself normalise the images by ImageNet's mean and
     standard deviation, as weights that were trained on ImageNet expect. Raises what `check_backbone` raises.
     """
@@ -95,10 +95,10 @@ def load_weights(encoder, file):
 
 
 def check_backbone(name, small_stem, size):
-    """Return the length F of the output of such an encoder, without memory and without drawing random numbers.
+    """Return the length F of the output of such an encoder; takes no memory for weights and draws no random numbers.
 
-    Raises ValueError, in one line, if the name is not known, if the stem is not to be had, or if the model does not
-    take images of size x size pixels.
+    Raises ValueError, in one line, if the name is not known, if the model cannot have that stem, or if it does not take
+    images of size x size pixels.
     """
     _check_name(name)
     if small_stem and name != "resnet8" and not is_resnet(name):
@@ -133,7 +133,7 @@ def stem_text(encoder):
 
 
 def list_backbones():
-    """Return the names of all backbones: resnet8, then torchvision's classification torchvision.models."""
+    """Return the names of all backbones: resnet8, then torchvision's classification models."""
     return ["resnet8", *torchvision.models.list_models(module=torchvision.models)]
 
 
@@ -214,7 +214,7 @@ def build_head(features, hidden, dim, norm=True):
 
 
 class ContrastiveNet(nn.Module):
-    """Encoder f, which is kept, and projection head g, which is thrown away after training."""
+    """Encoder f, which is kept, and projection head g, which is discarded after training."""
 
     def __init__(self, encoder, head):
         super().__init__()
@@ -227,5 +227,5 @@ class ContrastiveNet(nn.Module):
 
 
 def count_parameters(module):
-    """Return the number of trainable numbers in a module."""
+    """Return the number of trainable weights in a module."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)

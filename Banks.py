@@ -11,12 +11,12 @@ import Utils
 from CamNet.Bank import Bank, fill, fingerprint, read, restore
 from CamNet.Corruptions import Corruption
 from CamNet.Generator import Generator
-from CamNet.Measures import unfit
+from CamNet.Measures import READ, unfit
 from Distributed import first_rank_only, say
 
 
 class BankSchedule:
-    """epoch -> Bank: made by a generator and kept in its run's folder; a new one every --refresh epochs."""
+    """epoch -> Bank: filled by a generator and kept in its run folder; a new one every --refresh epochs."""
 
     def __init__(self, args, split, device, checkpoint, asked):
         """split: the train split; checkpoint: the generator's file, of a run of TrainCamNet.py; asked: see
@@ -30,13 +30,13 @@ class BankSchedule:
         Utils.load_(checkpoint, generator=self.generator)
         self.fingerprint = fingerprint(self.generator.state_dict())[:8]
         self.bf16 = Utils.set_precision(args.precision, device)
-        self.index = None  # of the bank at hand
+        self.index = None  # of the current bank
         self.bank = None
 
     def file(self, index):
-        """Return where a bank lies: in the generator's folder.
+        """Return the file of a bank, in the generator's folder.
 
-        Its name holds generator, K and seed; and --refresh, since such banks are removed after their use.
+        Its name holds generator, K and seed; and --refresh, since banks with this flag are removed after use.
         """
         name = f"bank-{self.fingerprint}-k{self.args.num_codes}-s{self.args.seed}"
         if self.args.refresh:
@@ -48,7 +48,7 @@ class BankSchedule:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def __call__(self, epoch):
-        last = self.args.epochs - 1  # a complete run, scored again, needs no further bank
+        last = self.args.epochs - 1  # a complete run that is resumed needs no further bank
         index = min(epoch, last) // self.args.refresh if self.args.refresh else 0
         if index == self.index:
             return self.bank
@@ -65,7 +65,7 @@ class BankSchedule:
         return self.bank
 
     def make(self, index):
-        """Fill the bank, saying how much it is and how long it takes; an interrupted filling continues."""
+        """Fill the bank, or continue an interrupted filling; print its size and how long it takes."""
         file = self.file(index)
         k = self.args.num_codes
         seed = Utils.derived_seed(self.args.seed, index)
@@ -82,7 +82,7 @@ class BankSchedule:
         print(f"bank: {file}, {outcome}", flush=True)
 
     def estimate(self, seed, most=64):
-        """Return the seconds that the filling may take, from a few images."""
+        """Return the seconds that the filling will take, estimated from a few images."""
         rows, images = next(iter(self.split.batches([torch.arange(min(most, len(self.split)))], self.device)))
         seconds = 0.0
         for _ in range(2):  # the first warms up
@@ -119,7 +119,7 @@ def newest_generator(args, split, asked):
     for file in Path(args.models_dir).glob("TrainCamNet-*/generator.json"):
         flags = (Utils.read_json(file.parent / "args.json") or {}).get("args")
         data = (Utils.read_json(file) or {}).get("data_fingerprint")
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not of ours
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a folder of other content
             if data == split.fingerprint() and not differences(flags, args, asked):
                 found.append((file.stat().st_mtime, file.parent))
     for _, folder in sorted(found, reverse=True):
@@ -130,7 +130,7 @@ def newest_generator(args, split, asked):
 
 
 def differences(flags, args, asked):
-    """Return in what a generator, made with these flags of TrainCamNet.py, is not the one that is asked for."""
+    """Return how a generator, made with these flags of TrainCamNet.py, differs from the one that is asked for."""
     found = []
     size = Data.get_row(args.data, args.size).size
     its_size = flags["image_size"]
@@ -164,7 +164,7 @@ def load_generator(file, args, split, asked):
     say(f"generator: {Utils.shown(file)}")
     if state.get("data_fingerprint") != split.fingerprint():
         say(f"warning: this generator was trained on other images ({Utils.shown(state['args']['data'])})")
-    measures = Utils.read_json(file.parent / "generator.json")
+    measures = Utils.read_json(file.parent / "generator.json", READ)
     reason = unfit(measures) if measures else None
     if reason:
         say(f"warning: this generator is not fit for positives: {reason}")

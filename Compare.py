@@ -264,12 +264,23 @@ def write_plot(file, groups):
     figure.savefig(file, format="png")
 
 
-def main(argv=None):
-    """Read the runs, print the tables, write the files."""
+def build_parser():
+    """Return the parser."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("runs", nargs="*", type=Path, default=[MODELS], help="run folders, or folders of runs")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a line per run")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curves (needs matplotlib)")
+    return parser
+
+
+def get_args(argv=None):
+    """Parse the flags."""
+    return build_parser().parse_args(argv)
+
+
+def main(argv=None):
+    """Read the runs, print the tables, write the files."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     try:
         folders = dict.fromkeys(folder for path in args.runs for folder in find_runs(path))
@@ -297,4 +308,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python Compare.py | head` ends quietly
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # so does Ctrl-C
     main()

@@ -28,7 +28,7 @@ TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1
 class Splits(NamedTuple):
     """What a run learns from and what it is scored on."""
 
-    train: Split | StreamedSplit  # labels of -1: no label, learnt from but not probed
+    train: Split | StreamedSplit  # label -1: none; such images are learnt from but not probed
     test: Split | StreamedSplit  # the split that is scored; `train` itself under "cv"
     eval: str  # "val", "test", or "cv": stratified 3-fold on train
 
@@ -45,7 +45,7 @@ class Row:
     generator_recipe: dict  # defaults of the flags of TrainCamNet.py
     on_cpu: dict = field(default_factory=dict)  # what differs in the recipe where there is no GPU
     generator_on_cpu: dict = field(default_factory=dict)
-    setup: str = ""  # of image folders: what to do where a split's folder is missing
+    setup: str = ""  # for image folders: what the user should do if the folder of a split is missing
     folder: Path | None = None  # of `--data PATH`: where its files lie; None: data_dir / name
     splits: dict = field(default_factory=dict)  # names of split folders that differ: {"test": "val"}
 
@@ -80,7 +80,7 @@ def _is_inside_out(root):
 
 
 def _split_folders(root):
-    """Return the names of the folders at the place of splits, SPLIT/CLASS or CLASS/SPLIT; none of a tree without."""
+    """Return the names of the folders in the place of SPLIT, in SPLIT/CLASS or CLASS/SPLIT; [] without splits."""
     if _has_splits(root):
         return folders_in(root)
     names = set()
@@ -91,7 +91,7 @@ def _split_folders(root):
 
 
 def _note_unread(row):
-    """Name the folders of a user's tree that are no split, as classes called "train" have them next to "train"."""
+    """Print which folders next to a user's splits are not read, such as other classes next to one called "train"."""
     read = ["train", row.splits.get("val", "val"), "test"]
     unread = [name for name in _split_folders(row.folder) if name not in read] if row.folder else []
     if unread:
@@ -99,7 +99,7 @@ def _note_unread(row):
 
 
 def _load_tree(row, split, options):
-    """An ImageFolder tree: SPLIT/CLASS/IMAGE in its folder; that of a path may be CLASS/SPLIT/IMAGE, or train alone."""
+    """Load SPLIT/CLASS/IMAGE; of --data PATH also CLASS/SPLIT/IMAGE, or a tree without splits, which is all train."""
     root = row.folder or options.data_dir / row.name
     folder = root / row.splits.get(split, split)
     inner = ""
@@ -125,7 +125,7 @@ def _what_is_in(root):
 
 
 def _load_torchvision(build):
-    """Return a loader of a torchvision data set that downloads itself; an ImageFolder tree in its place wins."""
+    """Return a loader of a torchvision data set that downloads itself, unless an ImageFolder tree is in its place."""
 
     def load(row, split, options):
         root = options.data_dir / row.name
@@ -142,7 +142,7 @@ def _load_torchvision(build):
 
 
 def _fetch(row, root, work, remedy):
-    """Return what work() returns, which downloads what is not in root; of several processes rank 0 does so."""
+    """Return work(), which downloads what is missing in root; with several processes, rank 0 downloads."""
 
     def guarded():
         try:
@@ -150,8 +150,8 @@ def _fetch(row, root, work, remedy):
         except (OSError, RuntimeError, http.client.HTTPException) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(
-                f"--data {row.name}: not in {shown(root)}, and fetching it failed ({shown(reason)}): try again with a "
-                f"network and with --data_dir in a place that can be written to, or {remedy}"
+                f"--data {row.name}: not in {shown(root)}, and the download failed ({shown(reason)}): try again with a "
+                f"network and a --data_dir that you can write to, or {remedy}"
             ) from error
 
     return first_rank_first(guarded)
@@ -172,14 +172,14 @@ def _stl10(root, split):
 
 
 def _load_tiny_imagenet(row, split, options):
-    """Download the official archive, and sort its val images into class folders, which that archive does not."""
+    """Download the official archive, and sort its val images into class folders, unlike the archive."""
     root = options.data_dir / row.name
     url, md5 = TINY_IMAGENET
 
     def work():
         if not (root / "train").is_dir():
             torchvision.datasets.utils.download_and_extract_archive(url, options.data_dir, md5=md5)
-            (options.data_dir / "tiny-imagenet-200").rename(root)  # whole: an interrupted extraction is done again
+            (options.data_dir / "tiny-imagenet-200").rename(root)  # at the end: an interrupted extraction is repeated
         if (root / "val" / "images").is_dir():
             _sort_tiny_imagenet_val(root / "val")
 
@@ -216,7 +216,7 @@ _CIFAR = {
     "gray_p": 0.1,
     "blur_p": 0.0,
 }
-# Nearer to SimCLR's own for photographs, where blur helps; not tuned.
+# For photographs: nearer to SimCLR's own recipe, with blur; not tuned.
 _LARGE = _CIFAR | {
     "bs": 256,
     "n_ramp": 10,
@@ -225,7 +225,7 @@ _LARGE = _CIFAR | {
     "gray_p": 0.2,
     "blur_p": 0.5,
 }
-# Chosen on the validation split, for as many epochs as leave the demonstration short.
+# Chosen on the validation split, for few epochs, so that the demonstration is short.
 _SHAPES = _CIFAR | {
     "backbone": "resnet8",
     "bs": 256,
@@ -279,12 +279,10 @@ _ON_CPU = {
 _TINY_10 = _TINY | {"corrupt": "gray+detail4", "periods": 10}
 _TINY_6 = _TINY | {"corrupt": "gray+detail4", "periods": 6}
 _OWN = {"size": 64}  # one's own images on a CPU
-CPU_PIXELS = 2e9  # pixels of all images of all epochs, that two cores train the small net on in about half an hour
+CPU_PIXELS = 2e9  # images x pixels x epochs that two cores train the small net on in about half an hour
 
 _PUT = "put images at {train,val,test}/CLASS/IMAGE; Data/README.md shows the layout"
-_DOWNLOAD = (
-    "put images there as CLASS/IMAGE, or move the folder that it is missing from away: the set is then downloaded"
-)
+_DOWNLOAD = "put images there as CLASS/IMAGE, or move away the folder that it is missing from, to download the data set"
 _SET_UP = "run `python Data/SetupMiniImagenet.py`"
 
 _ROWS = [  # loader, name, size, has_val, recipe, generator_recipe, on_cpu, generator_on_cpu, setup
@@ -313,7 +311,7 @@ small_image_datasets = [row.name for row in _ROWS if row.small_images]
 
 
 def get_row(data, size=None):
-    """Return the row of a data set's name, or one made for the path of an image folder. Raises UserError on neither."""
+    """Return the row of a named data set, or a new one for the path of an image folder; UserError if it is neither."""
     if data in DATASETS and data != "folder":
         row = DATASETS[data]
         return row if size is None else replace(row, size=size)
@@ -358,7 +356,7 @@ def get_data_splits(data, eval="val", options=DEFAULT_OPTIONS):
 
 
 def get_train_split(data, options=DEFAULT_OPTIONS):
-    """Return the train split alone of a data set, as `get_data_splits` does: what a generator learns from."""
+    """Return only the train split of `get_data_splits`: the images that a generator learns from."""
     row = get_row(data, options.size)
     _note_unread(row)
     return row.load(row, "train", options)

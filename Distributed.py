@@ -1,6 +1,6 @@
-"""Several processes as one (torchrun): the batch is split, the loss and the batch statistics are those of the whole.
+"""Training in several processes (torchrun): the batch is split, the loss and the batch statistics are of the whole.
 
-All questions of which process this is, and of how many, are asked here.
+Only this file asks which process this is, and how many there are.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def start(device):
 
 
 def _end_with_parent():
-    """Let the system send SIGTERM to this process when torchrun dies: it would otherwise go on alone (Linux only)."""
+    """Let the system send SIGTERM to this process when torchrun dies, instead of running on alone (Linux only)."""
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
@@ -83,7 +83,7 @@ def barrier():
 
 
 def first_rank_only(work):
-    """Return what work() returns, or raise what it raises; of several processes the first works, the others wait."""
+    """Return work(), or raise what it raises. With several processes the first calls it, and the others wait for it."""
     if not is_joined():
         return work()
     # a group of its own: the work can take longer than the time that the training's group waits
@@ -103,7 +103,7 @@ def first_rank_only(work):
 
 
 def first_rank_first(work):
-    """Return what work() returns; of several processes the first works before the others, as in a download."""
+    """Return work(). With several processes, the first calls it before the others do, as for a download."""
 
     def discard_result():
         work()
@@ -114,7 +114,7 @@ def first_rank_first(work):
 
 
 def any_process(flag):
-    """Return whether `flag` is true in any process. It is asked on the hosts: no device is waited for."""
+    """Return whether `flag` is true in any process; asked on the CPU, without waiting for a device."""
     if not is_joined():
         return flag
     count = torch.tensor(int(flag))
@@ -124,7 +124,7 @@ def any_process(flag):
 
 @functools.cache
 def _host_group():
-    """Return a group of all processes that talks through the hosts' memory."""
+    """Return a group of all processes that communicates on the CPU."""
     return dist.new_group(backend="gloo")
 
 
@@ -144,8 +144,8 @@ def gather(z):
 def wrap(net, device, compiled=False):
     """Return `net` with gradients averaged and batch statistics shared by the processes; with one process, `net`.
 
-    compiled: by torch.compile, inside of DistributedDataParallel, which it does not handle well. The parameters are
-    those of `net`.
+    compiled: whether to use torch.compile. It is applied inside DistributedDataParallel, which it does not handle well.
+    The parameters are those of `net`.
     """
     if is_joined() and device.type == "cuda":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
@@ -184,7 +184,9 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        dtype, axes, shape = x.dtype, [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
+        dtype = x.dtype
+        axes = [0, *range(2, x.ndim)]  # all but the channels
+        shape = [1, -1] + [1] * (x.ndim - 2)
         x = x.to(self.weight.dtype)
         mean = _Sum.apply(x.mean(axes)) / dist.get_world_size()
         x = x - mean.view(shape)

@@ -1,4 +1,4 @@
-"""The encoder alone as a file, with what one has to know to use it.
+"""The encoder alone as a file, with the metadata that one needs to use it.
 
 RUN/encoder.pt holds the weights as a plain state dict, which torchvision's model loads strictly once its classifier is
 Identity; RUN/encoder.json holds the metadata.
@@ -29,9 +29,9 @@ class Encoder(NamedTuple):
 
 
 def encoder_metadata(encoder, args, epoch, result=None):
-    """Return what one has to know to use a run's encoder, as plain types.
+    """Return the metadata that one needs to use a run's encoder, as plain types.
 
-    args: the run's flags. epoch: how many it was trained for. result: the content of evaluation.json, if there is one.
+    args: the run's flags. epoch: number of trained epochs. result: the content of evaluation.json, if there is one.
     """
     size = args.image_size
     scores = {key: value for key, value in (result or {}).items() if key not in NOT_SCORES}

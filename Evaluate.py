@@ -1,10 +1,10 @@
-"""Score an encoder: kNN, linear probes, fine-tuning; next to chance, raw pixels and the untrained encoder.
+"""Score an encoder by kNN, linear probes and fine-tuning, next to chance, raw pixels and the untrained encoder.
 
-    python Evaluate.py Models/RUN/40.pt                       # all it needs is in the file
+    python Evaluate.py Models/RUN/40.pt                       # the file holds all that is needed
     python Evaluate.py Models/RUN --eval test --finetune 20   # the newest checkpoint of a run
 
-Writes RUN/evaluation-EPOCH-SPLIT.json (fractions of 1, with the protocol) and prints the same as a table. The run's own
-evaluation.json stays as it is.
+Writes RUN/evaluation-EPOCH-SPLIT.json (fractions of 1, with the protocol) and prints the scores as a table. The run's
+own evaluation.json is not changed.
 """
 
 import Signals  # noqa: F401  first: see TrainSimCLR.py
@@ -44,11 +44,11 @@ PROTOCOL = {
 
 @contextlib.contextmanager
 def frozen(encoder):
-    """Switch to evaluation mode and back, and prove that not one bit of weights and statistics changed in between."""
+    """Switch to evaluation mode and back. Raises AssertionError if a weight or statistic has changed in between."""
     before = copy.deepcopy(encoder.state_dict())
     mode = encoder.training
     encoder.eval()
-    # float32 as the protocol says: no tf32 in convolutions
+    # float32, as the protocol says: no tf32 in convolutions
     cudnn = torch.backends.cudnn
     exact = cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False)
     try:
@@ -98,7 +98,7 @@ def knn_accuracy(train, train_labels, test, test_labels, k=PROTOCOL["knn_k"], te
     test = F.normalize(test, dim=1)
     classes = int(train_labels.max()) + 1
     right = 0
-    for x, y in zip(test.split(1024), test_labels.split(1024)):  # bounds the memory to 1024 N similarities
+    for x, y in zip(test.split(1024), test_labels.split(1024)):  # at most 1024 N similarities in memory
         nearest, rows = (x @ train.T).topk(min(k, len(train)), dim=1)  # (1024, k)
         votes = torch.zeros(len(x), classes, device=x.device)
         votes.scatter_add_(1, train_labels[rows], (nearest / temperature).exp())
@@ -109,7 +109,7 @@ def knn_accuracy(train, train_labels, test, test_labels, k=PROTOCOL["knn_k"], te
 def fit_linear(train, train_labels, l2=PROTOCOL["linear_l2"], iterations=PROTOCOL["linear_iterations"]):
     """Return weight (C, F) and bias (C,) of softmax regression: mean cross-entropy + l2 / 2 |weight|^2 at its minimum.
 
-    The objective is convex and the batch is everything, so there is no rate, no order and no seed to choose.
+    The objective is convex and the batch is all of train, so there is no rate, order or seed to choose.
     """
     weight = train.new_zeros(int(train_labels.max()) + 1, train.shape[1]).requires_grad_()
     bias = train.new_zeros(len(weight)).requires_grad_()
@@ -137,7 +137,7 @@ def linear_accuracy(train, train_labels, test, test_labels):
 def folds(splits):
     """Return [(train rows, test rows)]: the labelled images that a probe learns from, and is scored on.
 
-    One pair for "val" and "test"; for "cv" three, all of `splits.train`, stratified: each class is dealt out evenly.
+    One pair for "val" and "test"; for "cv" three, all of `splits.train`, stratified: each class is divided evenly.
     """
     labels = splits.train.labels
     labelled = (labels >= 0).nonzero().flatten()
@@ -164,7 +164,7 @@ def mean_accuracy(probe, splits, train, test, passes=1):
 
 
 def with_few_labels(splits, share, seed=0):
-    """Return the splits with only a share of the labels of `train`: of each class the same share, at least one.
+    """Return the splits with a part of the labels of `train`: the same share of each class, at least one label.
 
     share: in (0, 1]; seed: decides which. Raises UserError under "cv", where the same labels are learnt and scored.
     """
@@ -200,7 +200,7 @@ def score(encoder, splits, device):
 
 
 def score_augmented(encoder, splits, device, views, seed=0):
-    """Return the accuracy of a linear probe that learns from random views, and is scored on images as they are."""
+    """Return the accuracy of a linear probe that learns from random views and is scored on images as they are."""
     rng = torch.Generator().manual_seed(seed)
     passes = PROTOCOL["linear_aug_passes"]
     with frozen(encoder):
@@ -261,9 +261,9 @@ def fine_tune(encoder, splits, device, views, epochs, bs=256, lr=0.05, seed=0):
 
 
 def evaluate(encoder, untrained, splits, views, device, epoch):
-    """Return the content of evaluation.json: every score with its protocol and with what it is to be compared with.
+    """Return the content of evaluation.json: the scores, what they are compared with, and the protocol.
 
-    untrained: the encoder as it was before training; None leaves out all but kNN, linear probe and chance.
+    untrained: the encoder as it was before training; None: only kNN, linear probe and chance.
     """
     result = score(encoder, splits, device)
     if untrained:
@@ -278,7 +278,8 @@ def evaluate(encoder, untrained, splits, views, device, epoch):
     return result
 
 
-ROWS = {  # of the printed table: {name in evaluation.json: title}
+SAVED = ("knn", "linear", "chance", "n_test", "split", "epoch")  # what evaluation.json always holds
+ROWS = {  # the printed table: {name in evaluation.json: title}
     "knn": "kNN",
     "linear": "linear probe",
     "linear_aug": "linear probe on augmented images",
@@ -313,13 +314,13 @@ def get_args(argv=None):
     """Parse the flags."""
     parser = Flags.plain_parser(__doc__)
     add = parser.add_argument
-    add("checkpoint", help="a .pt file, or a run folder: its newest checkpoint")
+    add("checkpoint", help="a .pt file, or a run folder, whose newest checkpoint is used")
     add("--eval", choices=["val", "cv", "test"], help="split that is scored; default: as in the run")
-    data = "score on these labelled images instead: the run's own at another place, or others (transfer)"
+    data = "labelled images to score on: the run's own in another place, or others (transfer); default: the run's own"
     add("--data", help=data)
-    labels = "share of the labels that probes and fine-tuning learn from, the same of each class"
+    labels = "share of each class's labels that probes and fine-tuning learn from"
     add("--labels", type=Flags.bounded(float, 1e-6, 1), default=1.0, metavar="SHARE", help=labels)
-    finetune = "also fine-tune a copy, for that many epochs"
+    finetune = "also fine-tune a copy of the encoder, for that many epochs"
     add("--finetune", type=Flags.bounded(int, 0), default=0, metavar="EPOCHS", help=finetune)
     add("--out", metavar="FILE", help="file to write; default: evaluation-EPOCH-SPLIT.json next to the checkpoint")
     Flags.add_reading(parser.add_argument_group("reading images (default: as in the run)"))
@@ -329,7 +330,7 @@ def get_args(argv=None):
 
 def main(args):
     """Score one checkpoint; return the exit code."""
-    # the checkpoint, and the flags of its run with those that were given
+    # the checkpoint; the flags of its run, where this command does not give others
     file = Path(args.checkpoint)
     if file.is_dir():
         file = Utils.newest_checkpoint(file)
@@ -340,10 +341,9 @@ def main(args):
         raise Utils.UserError(f"{file} holds no encoder: give a checkpoint of TrainSimCLR.py")
     Utils.check_run(file, state)
     given = {key: value for key, value in vars(args).items() if value is not None}
-    run = argparse.Namespace(**(usual_flags(file, state["args"]) | state["args"] | given))
-    if (
-        args.data
-    ):  # a folder of images is resized to what the encoder has seen; the sets with a name have their own size
+    flags = usual_flags(file, state["args"]) | state["args"] | given
+    run = argparse.Namespace(**flags)
+    if args.data:  # a folder's images are resized to what the encoder has seen; a named data set has its own size
         run.size = None if args.data in Data.DATASETS else run.image_size
 
     # the encoder, as it was before training and as it is
@@ -369,7 +369,7 @@ def main(args):
         result["finetune"] = fine_tune(encoder, splits, device, crop, args.finetune)
     result["data"] = Utils.shown(run.data)
     result["protocol"] = PROTOCOL | {"labels": args.labels, "finetune_epochs": args.finetune}
-    print(f"{file}\n{scores_table(result)}")  # first: there may be no room to write it
+    print(f"{file}\n{scores_table(result)}")  # before it is written: the disk may be full
     out = Path(args.out) if args.out else file.parent / file_name(args, result)
     Utils.write_json(out, result)
     print(f"written to {out}")
@@ -377,7 +377,7 @@ def main(args):
 
 
 def file_name(args, result):
-    """Return the name of the file of some scores: never evaluation.json, which holds the run's own."""
+    """Return the name of the file for some scores; never evaluation.json, which holds the run's own."""
     name = f"evaluation-{result['epoch']}-{result['split']}"
     if args.data:
         name += f"-{re.sub(r'[^A-Za-z0-9_.-]', '~', Path(args.data).name)}"
@@ -387,7 +387,7 @@ def file_name(args, result):
 
 
 def usual_flags(file, stored):
-    """Return the defaults of flags that a checkpoint of another version lacks; say which of them are used."""
+    """Return the defaults of flags that a checkpoint of another version may lack; print those that are used."""
     row = Data.DATASETS.get(stored.get("data", "shapes"), Data.DATASETS["folder"])
     usual = {"data": "shapes", "size": None, "eval": "val", "aug": "full", "seed": 0, "small_stem": row.small_images}
     usual |= {"image_size": stored.get("size") or row.size, "init": None, "normalise": False}

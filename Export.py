@@ -45,17 +45,17 @@ def get_args(argv=None):
     parser = Flags.plain_parser(__doc__)
     add = parser.add_argument
     add("run", metavar="RUN", help="a run folder of TrainSimCLR.py or TrainISICLE.py, or a .pt file in it")
-    add("--out", metavar="FILE", help="file to write; its ending says what: .safetensors, .pt, .onnx; .npz, .csv")
-    add("--library", choices=["torchvision", "timm"], default="torchvision", help="library of the printed code")
+    add("--out", metavar="FILE", help="file to write: weights as .safetensors, .pt or .onnx; features as .npz or .csv")
+    add("--library", choices=["torchvision", "timm"], default="torchvision", help="library that the printed code uses")
     add("--features", metavar="DATA", help=f"images to write the features of: a folder, or {Flags.NAMES}")
 
     add = parser.add_argument_group("with --features").add_argument
-    split = "split of DATA; a folder without splits is train as a whole"
+    split = "split of DATA; all images of a folder without splits are train"
     add("--split", choices=["train", "val", "test"], default="train", help=split)
-    size = "side to resize images to; default: that of the images that the encoder was trained on"
+    size = "side that images are resized to; default: as in the training of the encoder"
     add("--size", type=Flags.bounded(int, 8), metavar="PX", help=size)
-    add("--bs", type=Flags.bounded(int, 1), default=256, metavar="N", help="images in memory at a time")
-    add("--device", default="auto", help="torch device, for example cpu or cuda:1; auto: cuda if there is one")
+    add("--bs", type=Flags.bounded(int, 1), default=256, metavar="N", help="images per batch")
+    add("--device", default="auto", help="torch device, for example cpu or cuda:1; auto: cuda if available")
     add("--n_workers", type=Flags.bounded(int, 0), default=2, metavar="N", help="processes that decode image files")
     place = str(Data.DEFAULT_OPTIONS.data_dir)
     add("--data_dir", default=place, metavar="DIR", help="folder that holds the data sets")
@@ -146,7 +146,8 @@ def loading_code(metadata, file, library, is_plain):
 
 def _model_code(metadata, library):
     """Return (lines that import, lines that build the model without its weights)."""
-    name, size = metadata["backbone"], metadata["image_size"]
+    name = metadata["backbone"]
+    size = metadata["image_size"]
     if library == "timm":
         if not is_resnet(name):
             raise UserError(f"--library timm: only ResNets of torchvision fit timm's, not {name}: leave it out")
@@ -176,14 +177,14 @@ def write_encoder(out, encoder):
     if out.suffix == ".pt":
         Utils.save_(out, encoder=weights, metadata=encoder.metadata)
         return
-    # the other two hold text alone: what is no text is written as JSON
+    # the other two formats hold only text: other values are written as JSON
     metadata = {}
     for key, value in encoder.metadata.items():
         metadata[key] = value if isinstance(value, str) else json.dumps(value)
     if out.suffix == ".safetensors":
         from safetensors.torch import save
 
-        content = save(weights, {"format": "pt", **metadata})
+        content = save(weights, {"format": "pt"} | metadata)
     else:
         content = onnx_bytes(out, encoder, metadata)
     Utils.write_atomically(out, lambda scratch: scratch.write_bytes(content))
@@ -274,7 +275,8 @@ def open_split(args, size):
 def compute_features(net, split, root, device, bs):
     """Return the `Table` of a split, computed in batches of bs images; files that --skip_bad skips are left out."""
     net = net.to(device, memory_format=torch.channels_last)
-    kept, parts = [], []
+    kept = []
+    parts = []
     with tqdm(total=len(split), desc="features", unit="image", disable=Utils.quiet()) as bar:
         for rows, images in split.batches(torch.arange(len(split)).split(bs), device):
             images = (images.float() / 255).contiguous(memory_format=torch.channels_last)

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import re
 from pathlib import Path
 
@@ -14,20 +15,27 @@ from Distributed import say
 from Images.Folders import DATA_DIR
 
 LARGEST_SEED = 2**32 - 1  # other seeds are made from it by multiplication
+LARGEST_INT = 2**31 - 1  # of a flag without a bound of its own: torch counts in 64 bits, also products of two of them
+MOST_WORKERS = 1024
 NAMES = ", ".join(name for name in Data.DATASETS if name != "folder")
 
 
 def bounded(kind, low=None, high=None):
-    """Return an argparse type: an int or a float (`kind`) from low to high; None: no bound."""
+    """Return an argparse type: an int or a finite float (`kind`) from low to high; None: no bound but LARGEST_INT."""
+    largest = LARGEST_INT if kind is int else math.inf
+    if high is not None:
+        largest = high
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no {'integer' if kind is int else 'number'}") from None
-        inside = (low is None or value >= low) and (high is None or value <= high)
-        if not inside:  # also where the value is nan
-            bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+        if kind is float and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is no finite number")
+        is_low = low is not None and value < low
+        if is_low or value > largest:
+            bounds = f"at least {low}" if is_low and high is None else f"from {low} to {largest}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")
         return value
 
@@ -49,7 +57,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells an error in one line, with the flag or value that was probably meant."""
+    """Reports an error in one line, with the flag or value that was probably meant."""
 
     def parse_args(self, argv=None, namespace=None):
         args, unknown = self.parse_known_args(argv, namespace)
@@ -69,7 +77,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _meant(word, names):
-    """Return a question for the name that is nearest to a misspelt word, or nothing."""
+    """Return a question with the name that is closest to a misspelt word; "" if none is close."""
     near = difflib.get_close_matches(word, names, n=1)
     return f": did you mean {near[0]}?" if near else ""
 
@@ -90,16 +98,17 @@ def add_data_place(group):
     """Add --data and --size."""
     add = group.add_argument
     add("--data", default="shapes", help=f"{NAMES}, or the path of a folder of images")
-    add("--size", type=bounded(int, 8), metavar="PX", help="side that an image folder is resized to")
+    add("--size", type=bounded(int, 8), metavar="PX", help="side that images of a folder are resized to")
 
 
 def add_reading(group):
     """Add the flags of every script that reads images."""
     add = group.add_argument
-    add("--device", default="auto", help="torch device, for example cpu or cuda:1; auto: cuda if there is one")
-    add("--n_workers", type=bounded(int, 0), default=2, metavar="N", help="processes that decode image files")
+    add("--device", default="auto", help="torch device, for example cpu or cuda:1; auto: cuda if available")
+    workers = "processes that decode image files"
+    add("--n_workers", type=bounded(int, 0, MOST_WORKERS), default=2, metavar="N", help=workers)
     add("--data_dir", default=str(DATA_DIR), metavar="DIR", help="folder that holds the data sets")
-    storage = "memory: decode image folders once; stream: at every use; auto: memory if they take half of what is free"
+    storage = "memory: decode image folders once; stream: at every use; auto: memory if they fit into half of it"
     add("--storage", choices=["auto", "memory", "stream"], default="auto", help=storage)
     add("--skip_bad", action="store_true", help="leave unreadable images out and count them, instead of stopping")
 
@@ -116,14 +125,14 @@ def add_run_group(parser, unit):
     add("--suffix", default="", help="a word of your own in the run folder's name")
     resume = "continue from a checkpoint, with its flags; auto: from the newest one of this run, if there is one"
     add("--resume", metavar="FILE|auto", help=resume)
-    dry_run = "say what the run would do and take, from a few real steps; write nothing"
+    dry_run = "print what the run would do, its time and its memory, from a few real steps; write nothing"
     add("--dry_run", action="store_true", help=dry_run)
     add("--log_iter", type=bounded(int, 1), default=20, metavar="N", help="steps between logged lines")
     save = f"{unit} between checkpoints; 0: only at the end"
     add("--save_iter", type=bounded(int, 0), default=10, metavar=unit[0].upper(), help=save)
-    precision = "of the network; auto: bf16 where the hardware has it, otherwise tf32, which CPUs ignore"
+    precision = "number format of the net; auto: bf16 if the hardware has it, otherwise tf32 (on a CPU: fp32)"
     add("--precision", choices=["auto", "bf16", "tf32", "fp32"], default="auto", help=precision)
-    deterministic = "on CUDA, use only convolutions that give the same bits again, as a resumed run on a CPU does"
+    deterministic = "on CUDA, use only convolutions that give the same bits in every run, as they do on a CPU"
     add("--deterministic", action="store_true", help=deterministic)
     return group
 
@@ -168,7 +177,7 @@ def hyper_parameters(args):
 
 
 def parse(argv, build_parser):
-    """Parse a training script's flags: as given; else as in the checkpoint of --resume FILE; else the recipe of --data.
+    """Parse a training script's flags: as given; else as in the checkpoint of --resume FILE; else by the recipe.
 
     build_parser: (data, type of device) -> parser. Adds args.given, the names of the flags that the user gave. Raises
     UserError where given flags contradict the checkpoint.
@@ -198,7 +207,7 @@ def parse(argv, build_parser):
     args = parser.parse_args(argv)
     args.given = sorted({*given_flags(parser, argv), *kept})  # what the first start said or fitted stays
 
-    # what decides the result must be what it was; that the images of another --data are the same is seen later
+    # flags that decide the result must not have changed; whether the images have is checked later (Runs.check_data)
     changed = []
     for key, value in hyper_parameters(args).items():
         if key != "data" and key in stored and value != stored[key]:
@@ -219,14 +228,14 @@ def given_flags(parser, argv):
 
 
 def note_version(file, stored, defaults):
-    """Say which flags a checkpoint lacks, as one of another version does: they have their defaults."""
+    """Print which flags a checkpoint of another version lacks; their defaults are used."""
     missing = [f"--{key} {value}" for key, value in defaults.items() if key not in stored and key not in RUN_FLAGS]
     if missing:
         say(f"{Utils.shown(file)} is of another version: it lacks {', '.join(missing)}: these defaults are used")
 
 
 def fit(args, name, value, reason):
-    """Give a flag another value, with a notice, or raise UserError if the user gave it. reason: why it cannot stay."""
+    """Change a flag, with a notice, or raise UserError if the user gave it. reason: why the old value does not fit."""
     before = getattr(args, name)
     if name in getattr(args, "given", ()):
         raise Utils.UserError(f"--{name} {before:g}: {reason}: use {value:g}, or leave it out")
@@ -238,7 +247,7 @@ def fit(args, name, value, reason):
 
 
 def file_options(args, device):
-    """Return how a run's flags have image files read."""
+    """Return the `Options` by which a run reads image files."""
     return Data.Options(
         data_dir=Path(args.data_dir),
         size=args.size,
@@ -258,12 +267,12 @@ def splits_for(args, device):
 
 
 def train_split_for(args, device):
-    """Return the train split of a run's flags, on `device`: all that a generator may see."""
+    """Return the train split of a run's flags, on `device`: the only images that a generator sees."""
     return Data.get_train_split(args.data, file_options(args, device)).to(device)
 
 
 def augmentation_for(args, aug=None):
-    """Return the training `Augmentation` of a run's flags; aug: "full", "crop" or "none" in the place of --aug."""
+    """Return the training `Augmentation` of a run's flags; aug: "full", "crop" or "none" instead of --aug."""
     return Data.get_ssl_data_augs(
         args.data,
         args.color_s,
@@ -276,9 +285,9 @@ def augmentation_for(args, aug=None):
 
 
 def encoder_for(args, with_init=True):
-    """Return the encoder of a run's flags as it was before training: the seed decides, and the file of --init.
+    """Return the encoder of a run's flags as it was before training: by the seed and the file of --init.
 
-    with_init: False where other weights are loaded anyway.
+    with_init: False if other weights are loaded anyway.
     """
     torch.manual_seed(args.seed)
     with Utils.as_user_error():

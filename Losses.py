@@ -22,7 +22,7 @@ def multi_positive(z, temperature=0.5, form="out"):
     """Return NT-Xent for M views of each image, the mean over all M N anchors.
 
     z: (M, N, D), M >= 2 projections of the same N images, not yet normalised. An anchor has M - 1 positives.
-    form: where the mean over an anchor's positives stands (Khosla et al. 2020, arXiv:2004.11362):
+    form: where the mean over an anchor's positives is taken (Khosla et al. 2020, arXiv:2004.11362):
         "out"  outside the logarithm, eq. 2: SupCon's and StableRep's loss;
         "in"   inside it, as a sum: -log(sum of positives / sum of all others).
     Both are `nt_xent` when M = 2. Raises ValueError on another form or fewer than two views.
@@ -88,7 +88,7 @@ FORMS = {  # --loss NAME
     "lout": Form(_lout, "SupCon over all views"),
     "lin": Form(_lin, "the same with the sum over positives inside the logarithm"),
     "ntxent": Form(_ntxent, "NT-Xent of the first two views, plus that of the first with each further view"),
-    "align": Form(_align, "as ntxent, but further views are only pulled closer (CLSP, arXiv:2408.16965)"),
+    "align": Form(_align, "as ntxent, but further views are only pulled towards the first (CLSP, arXiv:2408.16965)"),
 }
 
 

@@ -9,7 +9,7 @@ from torch import nn
 def parameter_groups(module, weight_decay):
     """Return two parameter groups: weights, with weight decay and adaptation; biases and norm layers, without both.
 
-    Norm layers are found by the type of the module, not by its name, so those in shortcuts and in the head are too.
+    Norm layers are found by the type of the module, not by its name, also in shortcuts and in the head.
     """
     norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
     weights = []

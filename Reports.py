@@ -1,4 +1,4 @@
-"""What a run shows of itself: the time of a step, the pairs and what they are worth, the projector."""
+"""What a run reports: the time of its steps, its pairs as pictures and in numbers, TensorBoard's projector."""
 
 import time
 
@@ -21,7 +21,7 @@ PROBED = 4000  # images that show how well the label is preserved: half to learn
 
 
 class Meter:
-    """Where the time of the steps since the last logged line went. On CUDA by events: no step waits for the device."""
+    """Times the stages of the steps since the last logged line; on CUDA by events, without waiting for the device."""
 
     STAGES = ("data", "views", "forward", "loss", "backward")  # backward: the optimizer's step included
 
@@ -30,7 +30,7 @@ class Meter:
         self.start(step)
 
     def start(self, step):
-        """Begin anew at this step."""
+        """Start to measure at this step."""
         self.step = step
         self.marks = [(None, self._now())]
 
@@ -61,14 +61,14 @@ class Meter:
         total = sum(seconds.values())
         views = (step - self.step) * views_per_step
         shares = {stage: round(value / total, 4) for stage, value in seconds.items()}
-        numbers = {"views_per_second": round(views / total, 1), "data_wait": shares.pop("data")}
-        return numbers | {f"time_{stage}": share for stage, share in shares.items()}
+        values = {"views_per_second": round(views / total, 1), "data_wait": shares.pop("data")}
+        return values | {f"time_{stage}": share for stage, share in shares.items()}
 
 
 class Pace:
-    """How long a training will take, from its first steps."""
+    """Estimates how long a training takes, from its first steps."""
 
-    SKIPPED = 1  # steps that are slower than the others
+    SKIPPED = 1  # first steps, which are slower than the others
     MEASURED = 4
 
     def __init__(self, step, steps):
@@ -118,13 +118,13 @@ def show_pairs(run, x, captions, step=0, images=8):
 
 @torch.no_grad()
 def measure_pairs(net, positives, split, augmentation, step, device, labelled):
-    """Return what the pairs are worth, by the net in evaluation mode; neither it nor training's random state changes.
+    """Measure the pairs by the net in evaluation mode; neither the net nor the random state of training changes.
 
     net: a ContrastiveNet; positives: a source like TrainSimCLR.SamePair, at `step`; split: the train split;
     augmentation: the random views. labelled: measure `label_preservation` as well.
-    alignment, uniformity, embedding_std: of the pairs' projections, see `Losses.view_statistics`. cosine_real: of an
-    augmented image to another view of itself; cosine_synthetic: to a view of what the generator made of it, if there is
-    a generator.
+    alignment, uniformity, embedding_std: of the pairs' projections, see `Losses.view_statistics`. cosine_real:
+    similarity of two views of an image; cosine_synthetic: of a view of the image and one of its restoration, if there
+    is a generator.
     """
     rows = torch.arange(0, len(split), -(-len(split) // MEASURED))
     rows, images = next(iter(split.batches([rows], device)))
@@ -137,27 +137,27 @@ def measure_pairs(net, positives, split, augmentation, step, device, labelled):
     with Evaluate.frozen(net):
         # the pairs as the loss sees them
         views = positives(rows, images, step)
-        numbers = view_statistics(torch.stack([project(batch) for batch in views]))
+        measured = view_statistics(torch.stack([project(batch) for batch in views]))
 
         # an image against another view of it, and against a view of its restoration
         anchor = project(images)
-        numbers["cosine_real"] = F.cosine_similarity(anchor, project(images)).mean()
+        measured["cosine_real"] = F.cosine_similarity(anchor, project(images)).mean()
         synthetic = positives.synthetic(rows, images, step)
         if synthetic is not None:
-            numbers["cosine_synthetic"] = F.cosine_similarity(anchor, project(synthetic)).mean()
-        numbers = {name: value.item() for name, value in numbers.items()}
+            measured["cosine_synthetic"] = F.cosine_similarity(anchor, project(synthetic)).mean()
+        measured = {name: value.item() for name, value in measured.items()}
 
         if labelled and synthetic is not None:
-            numbers |= label_preservation(net.encoder, positives, split, step, device)
-    return numbers
+            measured |= label_preservation(net.encoder, positives, split, step, device)
+    return measured
 
 
 @torch.no_grad()
 def label_preservation(encoder, positives, split, step, device):
-    """Return whether the generator leaves the label as it is, as fractions of 1.
+    """Return how well restorations keep the label, as fractions of 1.
 
-    A linear probe learns from real images of the train split. "label_real": its accuracy on other images of it;
-    "label_synthetic": on what was made of those.
+    A linear probe learns from real images of the train split. "label_real": its accuracy on other images of
+    this split; "label_synthetic": on the restorations of those.
     """
     # a random part of the labelled images
     labelled = (split.labels >= 0).nonzero().flatten()

@@ -34,8 +34,8 @@ MAIN = ("pair", "p_gen", "net", "corrupt", "backbone", "bs", "epochs", "periods"
 def run_name(script, data, hyper, usual, suffix=""):
     """Return SCRIPT-DATA[-SUFFIX]-FLAG_VALUE-...-HASH, of about 100 characters.
 
-    data: name of the data set. hyper: {flag: value} of all that decides the result; usual: the same by default. The
-    flags that differ from it come first, then the MAIN ones, as far as there is room; 1 and 1.0 are the same value.
+    data: name of the data set. hyper: {flag: value} of all that decides the result; usual: their defaults. The flags
+    that differ from these come first, then the MAIN ones, as far as there is room; 1 and 1.0 are the same value.
     The hash is of all flags, with the whole path of --data. Raises UserError on a suffix of more than 60 bytes.
     """
     if len(os.fsencode(suffix)) > 60:
@@ -58,8 +58,8 @@ def run_name(script, data, hyper, usual, suffix=""):
 def find_run(args, script, data, hyper, usual):
     """Return the run folder of some flags: with --resume FILE that of the file, otherwise by `run_name`.
 
-    With --resume auto, where there is no folder of that name, it is a folder of a run with the same flags: one with a
-    name of an older version, or one whose data set has been moved since. The arguments are as of `run_name`.
+    If --resume auto finds no folder of that name, it takes a run with the same flags whose folder was named by an older
+    version, or whose data set has been moved. The arguments are those of `run_name`.
     """
     if args.resume not in (None, "auto"):
         return Path(args.resume).resolve().parent
@@ -85,9 +85,9 @@ def _is_same(stored, args, hyper, usual):
 
 @contextlib.contextmanager
 def claimed(folder):
-    """Hold a run folder for this process, or for this group of processes. UserError where another one has it.
+    """Hold a run folder for this process, or for this group of processes. UserError if another one has it.
 
-    A folder into which nothing was written is removed at the end.
+    If nothing was written into the folder, it is removed at the end.
     """
     folder = Path(folder)
     if not Distributed.is_first():
@@ -98,13 +98,20 @@ def claimed(folder):
 
         def claim():
             try:
+                str(folder).encode()
+            except UnicodeEncodeError:
+                place = Utils.shown(folder.parent)
+                raise UserError(f"{place}: no valid UTF-8, as TensorBoard needs: name another --models_dir") from None
+            try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 reason = f"{error.strerror}: name another place by --models_dir"
                 raise UserError(f"cannot make the run folder {Utils.shown(folder)}: {reason}") from error
             stack.enter_context(Utils.locked(folder / ".lock", f"working on {Utils.shown(folder)}", wait=False))
 
-        stack.callback(_remove_if_empty, folder)
+        for place in (folder.parent, folder):  # left in the opposite order
+            if not place.exists():
+                stack.callback(_remove_if_empty, place)
         Distributed.first_rank_only(claim)
         yield
 
@@ -144,13 +151,13 @@ def check_data(file, state, split, data):
     else:
         return
     raise UserError(
-        f"--data {Utils.shown(data)} {difference} when {Utils.shown(file)} was written: make it what it was, or begin "
+        f"--data {Utils.shown(data)} {difference} when {Utils.shown(file)} was written: restore the images, or begin "
         "another run with --suffix NAME"
     )
 
 
 def provenance(device):
-    """Return what a number must come with: command, code revision, versions, hardware."""
+    """Return what every result is stored with: command, code revision, versions, hardware."""
     revision = ""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
         revision = subprocess.check_output(
@@ -171,7 +178,7 @@ def provenance(device):
 
 
 def farewell(folder):
-    """Say where everything of a finished run is."""
+    """Print where the files of a finished run are."""
     print(f"checkpoints, pictures, logs: {folder}\nTensorBoard: tensorboard --logdir {folder.parent}")
 
 
@@ -180,15 +187,19 @@ def read_metrics(folder):
     lines = []
     with contextlib.suppress(OSError):
         for text in (Path(folder) / METRICS).read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # a kill can leave half a line
+            with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):  # a kill leaves half a line
                 line = json.loads(text)
                 lines.append({**line, "step": int(line["step"]), "seconds": float(line["seconds"])})
     return lines
 
 
-def has_logged(folder, step, name):
-    """Return whether a run's metrics.jsonl holds `name` at a step."""
-    return any(line["step"] == step and name in line for line in read_metrics(folder))
+def logged_at(folder, step):
+    """Return {name: number} of all that a run's metrics.jsonl holds for a step."""
+    numbers = {}
+    for line in read_metrics(folder):
+        if line["step"] == step:
+            numbers |= line
+    return numbers
 
 
 class Run:
@@ -211,7 +222,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         Utils.remove_stale(self.folder)
         record = self.folder / "args.json"
-        starts = (Utils.read_json(record) or {}).get("starts", [])
+        starts = (Utils.read_json(record) or {}).get("starts")
+        starts = starts if isinstance(starts, list) else []
         Utils.write_json(record, {"args": Utils.plain(args), "starts": [*starts, provenance(device)]})
         self.metrics = self.folder / METRICS
         if resumed_step is not None:
@@ -227,14 +239,14 @@ class Run:
         Utils.write_atomically(self.metrics, lambda scratch: scratch.write_text(text))
 
     def clock(self):
-        """Return the seconds that this run has taken, earlier starts counted in."""
+        """Return the seconds that this run has taken, including earlier starts."""
         return self.before + time.perf_counter() - self.started
 
     def log(self, step, epoch, group="Train", **values):
-        """Append one object to metrics.jsonl and the same numbers to TensorBoard, there under GROUP/name or in TAGS."""
+        """Append one object to metrics.jsonl; show the values in TensorBoard, by the tags in TAGS or GROUP/name."""
         if not self.writes:
             return
-        line = {"step": step, "epoch": epoch, "seconds": round(self.clock(), 3), **values}
+        line = {"step": step, "epoch": epoch, "seconds": round(self.clock(), 3)} | values
         try:
             with self.metrics.open("a") as handle:
                 handle.write(json.dumps(line) + "\n")
@@ -247,7 +259,7 @@ class Run:
     def baseline(self, name, scores, step):
         """Show scores, fractions of 1, as lines from step 0 to `step` in TensorBoard's charts of the accuracy.
 
-        name: of the lines, "chance" for example; TensorBoard takes them for a run of its own in this run's folder.
+        name: of the lines, "chance" for example; TensorBoard shows them as another run inside this run's folder.
         """
         with tensorboard.SummaryWriter(self.folder / name) as board:
             for key, value in scores.items():
@@ -259,10 +271,12 @@ class Run:
 
         hyper: {flag: value}; metrics: names of values that were logged.
         """
-        shown = {key: hyper[key] for key in FIRST if key in hyper}
-        shown |= {key: value for key, value in hyper.items() if key not in shown}
-        shown = {key: Utils.shown(value) if isinstance(value, str) else value for key, value in shown.items()}
-        shown = {key: "" if value is None else value for key, value in shown.items()}
+        first = [name for name in FIRST if name in hyper]
+        others = [name for name in hyper if name not in FIRST]
+        shown = {}
+        for name in first + others:
+            value = "" if hyper[name] is None else hyper[name]
+            shown[name] = Utils.shown(value) if isinstance(value, str) else value
         for summary in tensorboard.summary.hparams(shown, {self.TAGS.get(name, name): 0.0 for name in metrics}):
             self.board.file_writer.add_summary(summary)
 
@@ -272,15 +286,15 @@ class Run:
         self.board.add_image(name, image, step)
 
     def failure(self, problem, causes):
-        """Return the UserError of a run that learns nothing more, with its last good checkpoint."""
+        """Return the UserError of a run that has failed, with its last good checkpoint."""
         last = Utils.newest_checkpoint(self.folder) or "none"
         return UserError(f"{problem}: likely causes: {causes}; last good checkpoint: {last}")
 
     def interrupted(self, checkpoint):
-        """Say that a signal stopped the run."""
+        """Print that a signal stopped the run."""
         print(f"interrupted: saved {checkpoint}; --resume auto continues", flush=True)
 
     def close(self):
-        """Write out what TensorBoard has not."""
+        """Write what TensorBoard still holds in memory."""
         if self.writes:
             self.board.close()

@@ -1,9 +1,9 @@
 """What SIGTERM and Ctrl-C do. Exit codes: 0 after SIGTERM, which schedulers send to runs that continue later; else 130.
 
 The scripts import this file before all others. A signal then ends the program
-    while the imports take their seconds: at once, in one line;
-    afterwards, by `raise_on_signal`: by an exception, so that files are closed and locks released;
-    in a training loop, by `Deferred`: after the step, when everything is saved.
+    during the imports, which take seconds: at once, with one line;
+    after `raise_on_signal`: by an exception, so that files are closed and locks released;
+    inside `Deferred`, in a training loop: after the step, when everything is saved.
 """
 
 import os
@@ -18,41 +18,43 @@ class Terminated(SystemExit):
     """Raised by SIGTERM: ends the program with exit code 0."""
 
 
-def _exit(number, frame):
+def _exit(signum, frame):
     os.write(2, b"interrupted: nothing had begun yet\n")
-    os._exit(EXIT_CODES[number])
+    os._exit(EXIT_CODES[signum])
 
 
-def _raise(number, frame):
-    if number == signal.SIGINT:
+def _raise(signum, frame):
+    if signum == signal.SIGINT:
         raise KeyboardInterrupt
-    raise Terminated(EXIT_CODES[number])
+    raise Terminated(EXIT_CODES[signum])
 
 
 def raise_on_signal():
     """From now on a signal raises KeyboardInterrupt or Terminated."""
-    for number in EXIT_CODES:
-        signal.signal(number, _raise)
+    for signum in EXIT_CODES:
+        signal.signal(signum, _raise)
 
 
 class Deferred:
-    """A context in which signals are only noted, so that a loop can finish its step and save; a second Ctrl-C stops at
-    once."""
+    """A context in which signals are only noted, so that a loop can finish its step and save.
+
+    A second Ctrl-C ends the program at once.
+    """
 
     def __enter__(self):
-        self.signal = None  # the one that has come
+        self.signal = None  # the one that has arrived
         self.is_raising = False
-        self.before = {number: signal.signal(number, self._note) for number in EXIT_CODES}
+        self.before = {signum: signal.signal(signum, self._note) for signum in EXIT_CODES}
         return self
 
-    def _note(self, number, frame):
-        is_second = self.signal == signal.SIGINT == number
-        self.signal = number
+    def _note(self, signum, frame):
+        is_second = self.signal == signal.SIGINT == signum
+        self.signal = signum
         if is_second or self.is_raising:
-            _raise(number, frame)
+            _raise(signum, frame)
 
     def cut_short(self, work):
-        """Return work(), which a signal ends at once since it can be done again; None if one has come."""
+        """Return work(), or None if a signal came before or during it. For work that can be repeated later."""
         if self.signal is not None:
             return None
         self.is_raising = True
@@ -64,12 +66,12 @@ class Deferred:
             self.is_raising = False
 
     def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
 
     @property
     def exit_code(self):
-        """Return the exit code after the signal that has come."""
+        """Return the exit code for the signal that has arrived."""
         return EXIT_CODES[self.signal]
 
 

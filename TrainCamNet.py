@@ -1,12 +1,12 @@
-"""Train CAM-Net, the generator of positives, by conditional implicit maximum likelihood; and measure it.
+"""Train CAM-Net, the generator of restorations, by conditional implicit maximum likelihood (cIMLE); measure it.
 
     python TrainCamNet.py                                        # generated shapes: minutes on two cores
     python TrainCamNet.py --data cifar10 --net small             # LPIPS; --data PATH takes any folder of images
     python TrainCamNet.py --data Data/camnet_data/miniImagenet   # what Data/InvertDirStructure.py wrote
 
 Writes Models/RUN/: args.json, metrics.jsonl, TensorBoard events, PERIOD.pt, samples.png (rows: images; columns: x,
-c(x), samples), generator.json; and single_code/, the training of the net that learns from one code. A period is: search
-the best codes of some images, then train on them.
+c(x), samples), generator.json; and single_code/, the same net trained on one code per image, to compare with. A period:
+search codes for some images, then train on these images and codes.
 """
 
 import Signals  # first: see TrainSimCLR.py
@@ -35,13 +35,13 @@ from CamNet import IMLE, Distances
 from CamNet.Codes import Purpose, make_keys, uniforms
 from CamNet.Corruptions import pyramid
 from CamNet.Generator import NETS, Generator
-from CamNet.Measures import AT_ONCE, SHOWN, HeldOut, fitness_table, unfit
+from CamNet.Measures import AT_ONCE, READ, SHOWN, HeldOut, fitness_table, unfit
 from Flags import bounded
 from Optimizers import learning_rate
 
 HELD_OUT = 256  # images that the generator is measured on, at most a tenth of the data
-FEW = 32  # of these, which are looked at after every period
-SINGLE = "single_code"  # the folder, in a run's, of the net that learns from one code
+FEW = 32  # of these, which are measured after every period
+SINGLE = "single_code"  # subfolder of a run: the same net, trained on one code per image
 
 
 # ---------------------------------------------------------------------------------------------------- flags
@@ -59,7 +59,7 @@ def build_parser(data="shapes", device_type="cpu"):
     parser = Flags.plain_parser(__doc__)
     group = parser.add_argument_group("data")
     Flags.add_data_place(group)
-    flip = "mirror half of the images, drawn anew in every period"
+    flip = "mirror half of the images, drawn again in every period"
     group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help=flip)
     add_generator_flags(parser.add_argument_group("generator"))
     add_search_flags(parser.add_argument_group("search and distance"))
@@ -74,17 +74,17 @@ def build_parser(data="shapes", device_type="cpu"):
 def add_generator_flags(group):
     add = group.add_argument
     add("--net", choices=list(NETS), help="size of the generator: tiny for CPUs, small for a GPU, paper as published")
-    corrupt = "what the generator undoes: gray, detail<k> (without the k x k lowest frequencies), down<k> (1/k of the "
-    corrupt += "side), mask<f> (share hidden), joined by +"
+    corrupt = "corruption that the generator undoes: gray, detail<k> (removes the k x k lowest frequencies), down<k> "
+    corrupt += "(1/k of the side), mask<f> (hides a fraction f); joined by +"
     add("--corrupt", metavar="SPEC", help=corrupt)
-    project = "make the corruption of every sample exactly c(x) (except where detail<k> has to clamp to [0, 1])"
+    project = "change each sample so that its corruption is exactly c(x) (detail<k>: except for clamped pixels)"
     add("--project", action=argparse.BooleanOptionalAction, default=True, help=project)
-    mapping = "cumulative: styles see those of coarser levels, so that the levels agree (CHIMLE); default: the net's"
+    mapping = "mapping networks; cumulative: they also see the styles of coarser levels (CHIMLE); default: the net's"
     add("--mapping", choices=["cumulative", "per_level"], help=mapping)
-    level_input = "both: finer levels see c(x) and the coarser output; output: that output alone, as published for "
-    level_input += "super-resolution; default: the net's"
+    level_input = "what finer levels see; both: c(x) and the coarser output; output: that output alone, as published "
+    level_input += "for super-resolution; default: the net's"
     add("--level_input", choices=["both", "output"], help=level_input)
-    init = "first weights of the style path; ref: as published, where styles change nothing at first"
+    init = "initial weights of the style layers; ref: as published, where styles have no effect at first"
     add("--init", choices=["he", "ref"], default="he", help=init)
 
 
@@ -104,17 +104,17 @@ def add_search_flags(group):
     add("--m", type=counts, metavar="M,..", help=m)
     period = "images per period: their codes are searched, then trained on"
     add("--period", type=bounded(int, 1), metavar="N", help=period)
-    add("--keep_previous", action="store_true", help="keep an image's last codes where no nearer ones are found")
-    chunk = "candidates in one forward of the search: bounds the memory, changes only rounding"
+    add("--keep_previous", action="store_true", help="keep an image's previous codes if none nearer are found")
+    chunk = "candidates in one forward pass of the search; bounds the memory, changes only rounding"
     add("--chunk", type=bounded(int, 1), default=1024, metavar="N", help=chunk)
-    reject = "skip candidates that are nearer than D to the target (RS-IMLE), so that training sees codes like those "
-    reject += "of sampling; 0: none"
+    reject = "skip candidates nearer to the target than D (RS-IMLE), so that the codes in training are more like those "
+    reject += "in sampling; 0: skip none"
     add("--reject", type=bounded(float, 0), default=0.0, metavar="D", help=reject)
     distance = "pixels, which needs no download, or LPIPS with this backbone"
     add("--distance", choices=list(Distances.NAMES), help=distance)
-    alpha = "weight of the pixels' squared error that is added to LPIPS, which hardly sees it (published: 0)"
+    alpha = "weight of the squared pixel error that is added to LPIPS (published: 0)"
     add("--alpha", type=bounded(float, 0), default=0.1, help=alpha)
-    side = "LPIPS sees smaller images enlarged to this side; 0: as they are"
+    side = "side to which smaller images are enlarged for LPIPS; 0: as they are"
     add("--lpips_side", type=bounded(int, 0), default=64, metavar="PX", help=side)
     weights = "weights of the LPIPS backbone; default: torchvision's, downloaded once"
     add("--lpips_weights", metavar="FILE", help=weights)
@@ -122,18 +122,18 @@ def add_search_flags(group):
 
 def add_optimisation_flags(group):
     add = group.add_argument
-    add("--periods", type=bounded(int, 1), metavar="P", help="how often codes are searched")
-    add("--visits", type=bounded(int, 1), metavar="V", help="how often each image of a period is trained on")
+    add("--periods", type=bounded(int, 1), metavar="P", help="number of times that codes are searched, then trained on")
+    add("--visits", type=bounded(int, 1), metavar="V", help="training steps on each image in a period")
     add("--bs", type=bounded(int, 1), metavar="N", help="images per step")
-    add("--lr", type=bounded(float, 0), help="peak learning rate of Adam; a cosine to 0")
-    map_lr = "the mapping network, through which all styles go, learns at C times --lr (published: .01)"
+    add("--lr", type=bounded(float, 0), help="peak learning rate of Adam; then a cosine to 0")
+    map_lr = "learning rate of the mapping networks, which make the styles: C times --lr (published: 0.01)"
     add("--map_lr", type=bounded(float, 0), default=0.1, metavar="C", help=map_lr)
     add("--n_ramp", type=bounded(int, 0), default=100, metavar="N", help="steps of linear warm-up")
-    ema = "decay of the averaged weights, which samples are made with"
+    ema = "decay of the moving average of the weights, which the samples are made with"
     add("--ema", type=bounded(float, 0, 0.99999), metavar="D", help=ema)
-    seed = "seed of initial weights, order of images and codes"
+    seed = "seed of the initial weights, the order of the images and the codes"
     add("--seed", type=bounded(int, 0, Flags.LARGEST_SEED), default=0, help=seed)
-    single = "also train the net on one code (m = 1), to compare with: takes as long as the training itself"
+    single = "also train the net on one code per image (m = 1), to compare with; takes as long as the training itself"
     add("--single_code", action=argparse.BooleanOptionalAction, default=True, help=single)
 
 
@@ -141,14 +141,14 @@ def add_optimisation_flags(group):
 
 
 def build_generator(args, size):
-    """Return the Generator of a run's flags, as it was before training: the seed decides."""
+    """Return the Generator of a run's flags, not yet trained; its weights follow from the seed."""
     torch.manual_seed(args.seed)
     changes = {key: getattr(args, key) for key in ("mapping", "level_input") if getattr(args, key)}
     return Generator(args.net, size, args.corrupt, args.project, init=args.init, **changes)
 
 
 class Trainer:
-    """All that a step changes, and how. Every random number follows from the seed, the period and the image."""
+    """What a step changes, and the step itself. All random numbers follow from the seed, the period and the image."""
 
     def __init__(self, args, split, generator, distance, counts, device):
         self.args = args
@@ -229,7 +229,7 @@ class Trainer:
         self.total = state["total"].to(self.device)
 
     def rows_of(self, period):
-        """Return the images of a period, int64 (n,): the rows one after the other, in a new order each time round."""
+        """Return the rows of a period's images, int64 (n,): each pass over the data is in a new order."""
         rows = []
         for position in range(period * self.visited, (period + 1) * self.visited):
             lap, place = divmod(position, len(self.rows))
@@ -244,7 +244,7 @@ class Trainer:
         return torch.cat([images for _, images in self.split.batches(rows.split(512), self.device)])
 
     def prepare(self, interruption, title, quiet):
-        """Return the current `Period`, its codes searched, or None if interrupted before they all were."""
+        """Search the codes of the current `Period` and return it; None if a signal interrupted the search."""
         args = self.args
         index = self.period
 
@@ -258,7 +258,7 @@ class Trainer:
         started = time.perf_counter()
         period = Period(self, rows, images, keys)
 
-        # resumed inside a period: the codes were chosen by the weights of its start
+        # resumed inside a period: its codes were searched before, by the weights at its start
         if self.step % self.steps_per_period:
             period.keys = self.chosen[rows].to(self.device)
             return period
@@ -297,14 +297,14 @@ class Trainer:
         self.step += 1
         self.total += loss.detach()
 
-        # the average of the weights; early on it forgets faster, or it would be mostly the first weights
+        # the average of the weights; early on it forgets faster, otherwise the initial weights would dominate
         decay = min(self.args.ema, self.step / (self.step + 10))
         new = [parameter.detach() for parameter in self.net.parameters()]
         torch._foreach_lerp_(list(self.ema.parameters()), new, 1 - decay)
         return loss.detach()
 
     def parts(self, count):
-        """Yield the images, as indices (b,) into the period, of each step that is left of it."""
+        """Yield the images of each remaining step of the period, as indices (b,) into it."""
         steps_per_visit = -(-count // self.args.bs)
         done = self.step % self.steps_per_period
         for index in range(done, self.steps_per_period):
@@ -320,7 +320,7 @@ class Trainer:
 
 
 class Period:
-    """Some images with all that is the same while they are trained on. keys: their chosen codes, int64 (n, L)."""
+    """The images of a period, and what is computed once for them. keys: their chosen codes, int64 (n, L)."""
 
     def __init__(self, trainer, rows, images, keys):
         self.keys = None
@@ -354,7 +354,7 @@ def train(trainer, run, interruption, title):
             return True
         if period.distances:
             distances = {f"search_level{level + 1}": value for level, value in enumerate(period.distances)}
-            # under the step that it is for: a resumed run makes and logs both anew
+            # logged for the next step: a run that resumes here searches and logs it again
             run.log(trainer.step + 1, trainer.period, **distances)
 
         # train
@@ -378,8 +378,8 @@ def train(trainer, run, interruption, title):
             if interruption.signal is not None:
                 break
 
-        # nothing is saved of a run that learns nothing more
-        finite = Utils.all_finite(trainer.ema.parameters())  # an average holds what its weights held
+        # weights that are not finite must not be saved
+        finite = Utils.all_finite(trainer.ema.parameters())  # it has every NaN of the weights
         mean = check_loss(trainer, run, trainer.total / trainer.steps_per_period if finite else float("nan"))
         trainer.seconds["train"] += time.perf_counter() - searched
         if interruption.signal is not None and trainer.step % trainer.steps_per_period:
@@ -389,7 +389,7 @@ def train(trainer, run, interruption, title):
 
 
 def check_loss(trainer, run, loss):
-    """Return the loss as a number; waits for the device. UserError if it is not finite: the run learns nothing more."""
+    """Return the loss as a float; waits for the device. Raises UserError if it is not finite."""
     loss = float(loss)
     if not abs(loss) < float("inf"):
         args = trainer.args
@@ -400,7 +400,7 @@ def check_loss(trainer, run, loss):
 
 
 def finish_period(trainer, run, title, loss, seconds):
-    """Measure on a few images, save and show where it is due, and print the period's line."""
+    """Measure on a few images; save and draw samples if this period is one for it; print its line."""
     args = trainer.args
     period = trainer.period
     is_last = trainer.step == trainer.steps
@@ -409,11 +409,11 @@ def finish_period(trainer, run, title, loss, seconds):
     run.log(trainer.step, period, **values)
     if is_last:
         run.show_flags(Flags.hyper_parameters(args), ["Train/best_of_1", "Train/diversity_pixels"])
-    if is_last or (args.save_iter and period % args.save_iter == 0):
-        trainer.save(run.folder)
     if is_last or (args.sample_iter and period % args.sample_iter == 0):
         columns = ["x", "c(x)", *(f"sample {index + 1}" for index in range(SHOWN))]
         run.picture("samples", Reports.captioned(Reports.grid(few.shown(trainer.ema)), columns), period)
+    if is_last or (args.save_iter and period % args.save_iter == 0):
+        trainer.save(run.folder)  # last: what comes after a checkpoint is not made again after a kill
     text = "  ".join(f"{name.removeprefix('period_')} {value:.4f}" for name, value in values.items())
     tqdm.write(f"{title} {period}/{args.periods}  {seconds:.0f} s  {text}")
 
@@ -422,7 +422,7 @@ def finish_period(trainer, run, title, loss, seconds):
 
 
 def fit_distance(args):
-    """Use the distance of pixels where the weights of LPIPS would have to be downloaded and the user did not ask."""
+    """Use the pixel distance if LPIPS would have to download its weights and the user did not ask for LPIPS."""
     is_lpips = args.distance != "pixels"
     if is_lpips and "distance" not in args.given and not args.lpips_weights and not Distances.is_at_hand(args.distance):
         Distributed.say(
@@ -433,8 +433,11 @@ def fit_distance(args):
 
 
 def build(args, device):
-    """Return (train split, generator as it begins, distance), all of which fit together. Raises UserError."""
+    """Return (train split, untrained generator, distance). Raises UserError if they do not fit together."""
     row = Data.get_row(args.data, args.size)
+    Utils.check_room(4 * 3 * row.size**2, device, f"an image of --size {row.size}")
+    keys = 4 * 8 * AT_ONCE * max(codes_per_level(args))  # int64, and what they are made from
+    Utils.check_room(keys, device, f"--m {args.m}: the codes of {AT_ONCE} images")
     with Utils.as_user_error():
         generator = build_generator(args, row.size)  # before the images are read, which can take long
         if args.distance != "pixels":
@@ -458,7 +461,7 @@ def measure(trainer, single):
     jittered = torch.stack([jitter(held.images, rng) for _ in range(2)], dim=1)
     result = held.measure(trainer.ema, single and single.ema, jittered)
 
-    # what it took
+    # time and memory
     n_searched = trainer.period * trainer.visited
     n_trained = trainer.step * min(args.bs, trainer.visited)
     result["seconds_search_per_1000"] = 1000 * trainer.seconds["search"] / n_searched
@@ -472,14 +475,14 @@ def measure(trainer, single):
 
 
 def is_complete(args, folder, checkpoint):
-    """Return whether nothing is left to do for a run. Raises UserError if a run cannot continue from its checkpoint."""
+    """Return whether a run is complete. Raises UserError if it cannot continue from its checkpoint."""
     if folder.name == SINGLE:
         raise Utils.UserError(
-            f"--resume {args.resume}: the net that learns from one code continues with its run: give a checkpoint of "
+            f"--resume {args.resume}: the net of one code is resumed together with its run: give a checkpoint of "
             f"{folder.parent}"
         )
     is_trained = checkpoint is not None and checkpoint.stem == str(args.periods)
-    return is_trained and "fit" in (Utils.read_json(folder / "generator.json") or {})
+    return is_trained and Utils.read_json(folder / "generator.json", (*READ, "fit")) is not None
 
 
 def show_result(folder, result):
@@ -508,7 +511,7 @@ def warnings_in_one_line():
 
 
 def describe(args, trainer, folder):
-    """Print what is about to happen, in the values that count."""
+    """Print the settings of the run, with the values that are used."""
     net = trainer.net
     precision = Utils.precision_name(args.precision, trainer.bf16)
     sides = " -> ".join(str(side) for side in (net.sides[0] // 2, *net.sides))
@@ -521,7 +524,7 @@ def describe(args, trainer, folder):
 
 
 def main(args):
-    """Train, train again on one code, measure; return 0. A signal ends the program once everything is saved."""
+    """Train, train the same net on one code, measure; return 0. A signal ends the program after saving."""
     device = Utils.pick_device(args.device)
     torch.backends.cudnn.deterministic = args.deterministic
     row = Data.get_row(args.data, args.size)
@@ -562,13 +565,13 @@ def main(args):
         # measure
         print("measuring", flush=True)
         result = measure(trainer, single)
-        show_result(folder, result)  # first: there may be no room to write it
+        show_result(folder, result)  # before it is written: the disk may be full
         Utils.write_json(folder / "generator.json", result)
         return 0
 
 
 def try_out(args, trainer, folder):
-    """Say what the run would do, and what it would take by a part of a search and a few real steps; write nothing."""
+    """Print what the run would do, and its time and memory, from part of a search and a few steps; write nothing."""
     describe(args, trainer, folder)
     rows = trainer.rows_of(0)[:AT_ONCE]
     images = trainer.images(rows)
@@ -597,6 +600,8 @@ def run_stage(trainer, args, folder, title):
     with contextlib.closing(run), Signals.Deferred() as interruption:
         if train(trainer, run, interruption, title):
             run.interrupted(trainer.save(folder))
+        elif interruption.signal is not None:
+            print("interrupted after the last period: all of it is saved; --resume auto continues", flush=True)
         if interruption.signal is not None:
             raise SystemExit(interruption.exit_code)
 

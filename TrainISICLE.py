@@ -1,18 +1,19 @@
-"""Pre-train an encoder with ISICLE: positives are what a generator makes of a corrupted image, each time another one.
+"""Pre-train an encoder with ISICLE: a generator restores corrupted images, and its restorations are the positives.
 
     python TrainISICLE.py                                   # generator, bank, encoder, scores: minutes on two cores
-    python TrainISICLE.py --pair gen_gen --p_gen 1          # the pair is two restorations, and nothing else
+    python TrainISICLE.py --pair gen_gen --p_gen 1          # the pair is always two restorations
     python TrainISICLE.py --data PATH --bank positives.npy  # positives of your own
     tensorboard --logdir Models
 
 Finds the newest generator that TrainCamNet.py made for the data, or trains one; fills the bank, K restorations of every
-image; then trains by TrainSimCLR.py's loop, from which it differs in nothing but the source of positives below.
+image; then trains by TrainSimCLR.py's loop. Only the source of positives, below, differs from the baseline.
 """
 
 import Signals  # noqa: F401  first: see TrainSimCLR.py
 
 # isort: split
 import shlex
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ from Flags import bounded
 
 
 class Pair(NamedTuple):
-    """The views of a step: the image `real` times, then `made` different restorations, all of it `times` times."""
+    """The views of a step: `real` times the image and `made` different restorations; this list `times` times."""
 
     real: int
     made: int | None  # None: --num_pos
@@ -70,14 +71,20 @@ def add_positives(group):
     add = group.add_argument
     pairs = "; ".join(f"{name}: {pair.what}" for name, pair in PAIRS.items())
     add("--pair", choices=list(PAIRS), default="real_real_gen", help=f"views of a step; {pairs}")
-    p_gen = "probability of a restoration where the pair has one; otherwise the image itself is seen"
+    p_gen = "probability of each restoration of the pair; otherwise the image takes its place"
     add("--p_gen", type=bounded(float, 0, 1), default=0.5, metavar="P", help=p_gen)
-    add("--gen_warmup", type=bounded(float, 0), default=0.0, metavar="E", help="epochs in which --p_gen rises from 0")
+    add(
+        "--gen_warmup",
+        type=bounded(float, 0),
+        default=0.0,
+        metavar="E",
+        help="epochs until the probability reaches --p_gen",
+    )
     add("--num_codes", type=bounded(int, 1), default=8, metavar="K", help="restorations of each image in the bank")
     add("--num_pos", type=bounded(int, 2), default=3, metavar="M", help="views of --pair multi")
-    pick = "which of the K restorations a step sees; farthest: those that the encoder finds least alike"
+    pick = "which of the K restorations a step uses; farthest: those whose features differ most"
     add("--pick", choices=["random", "farthest"], default="random", help=pick)
-    refresh = "epochs between two banks, each of new codes; 0: one bank for the whole run"
+    refresh = "epochs until the bank is made again with new codes; 0: one bank for the whole run"
     add("--refresh", type=bounded(int, 0), default=0, metavar="E", help=refresh)
     corrupt = "corruption that the generator undoes; default: that of the newest generator for this data, or the data "
     corrupt += "set's recipe if there is none"
@@ -98,13 +105,13 @@ def add_positives(group):
 
 
 class Restored:
-    """The source of positives: restorations from the bank, drawn anew in every step, next to the image where asked for.
+    """The source of positives: restorations drawn from the bank in each step, with the image if the pair has it.
 
-    What is drawn follows from seed, step and image, so neither a resumed run nor one on several processes differs.
+    The draw depends only on seed, step and image, so it is the same in a resumed run and with several processes.
     """
 
     def __init__(self, args, bank_of_epoch=None, warmup_steps=0):
-        """bank_of_epoch: epoch -> Bank; None: .bank stays as it is. warmup_steps: in which --p_gen rises from 0."""
+        """bank_of_epoch: epoch -> Bank; None: .bank stays as it is. warmup_steps: those of --gen_warmup."""
         self.args = args
         self.pair = PAIRS[args.pair]
         self.made = args.num_pos if self.pair.made is None else self.pair.made  # different restorations per step
@@ -112,7 +119,7 @@ class Restored:
         self.warmup_steps = warmup_steps
         self.bank = None
         self.encoder = None  # the one that is trained; set by the Trainer
-        self.fingerprint = ""  # identifies what is restored from; checked on resume
+        self.fingerprint = ""  # identifies the generator or the bank; checked on resume
         self.synthetic_share = 0.0  # of the last views
 
     def __len__(self):
@@ -140,17 +147,17 @@ class Restored:
         if p == 0:
             return [images] * len(self)
         restored = self.restorations(indices, images, step)
-        shares = [1.0] * self.made  # of restorations in each view
+        fractions = [1.0] * self.made  # of restorations in each view
 
         # with probability 1 - p the image takes the place of its restoration
         if p < 1:
             keys = make_keys(self.args.seed, step, indices.cpu(), StepPurpose.SHARE)
             is_restored = (uniforms(keys, self.made) < p).unbind(dim=1)  # on the host, as the keys are
-            shares = [mask.float().mean().item() for mask in is_restored]
+            fractions = [mask.float().mean().item() for mask in is_restored]
             restored = [_choose(mask, view, images) for mask, view in zip(is_restored, restored)]
 
         views = ([images] * self.pair.real + restored) * self.pair.times
-        self.synthetic_share = sum(shares * self.pair.times) / len(views)
+        self.synthetic_share = sum(fractions * self.pair.times) / len(views)
         return views
 
     def restorations(self, indices, images, step):
@@ -164,7 +171,7 @@ class Restored:
         return list(self.bank.take(indices, columns).to(images.device).unbind(dim=1))
 
     def synthetic(self, indices, images, step):
-        """Return the first restoration of each image, to be measured; see TrainSimCLR.SamePair."""
+        """Return the first restoration of each image, for measurements; see TrainSimCLR.SamePair."""
         if self.bank is None:
             return None
         first = torch.zeros(len(indices), 1, dtype=torch.int64)
@@ -176,7 +183,7 @@ class Restored:
 
 
 class Corrupted(Restored):
-    """A control: the views are c(x), enlarged to the image's size; what the corruption does without a generator."""
+    """A control without a generator: both views are c(x), enlarged to the size of the image."""
 
     def __init__(self, args, corruption):
         super().__init__(args)
@@ -206,10 +213,10 @@ def _choose(mask, view, images):
 
 @torch.no_grad()
 def farthest(bank, indices, count, images, encoder):
-    """Return columns int64 (b, count) of the bank: one after the other the least like those before, to the encoder.
+    """Return columns int64 (b, count) of the bank: restorations whose features differ most.
 
-    The first is the least like the image, uint8 (b, 3, H, W), or, where images is None, like the mean of all
-    restorations.
+    The first has the lowest cosine similarity to the image, uint8 (b, 3, H, W), or, if images is None, to the mean of
+    all restorations. Each further one has the lowest similarity to the nearest of those chosen before.
     """
     b = len(indices)
     rows = torch.arange(bank.k).expand(b, -1)
@@ -226,7 +233,7 @@ def farthest(bank, indices, count, images, encoder):
     anchor = restored.mean(dim=1) if images is None else features[b * bank.k :]
     likeness = torch.einsum("bkf,bf->bk", restored, anchor)
 
-    # one after the other: the one that is least like the most similar of those before
+    # choose one after the other; likeness: to the most similar of those chosen before
     columns = []
     for _ in range(count):
         column = likeness.argmin(dim=1, keepdim=True)  # (b, 1)
@@ -235,7 +242,7 @@ def farthest(bank, indices, count, images, encoder):
         to_picked = torch.einsum("bkf,bf->bk", restored, picked)
         mean_was_the_anchor = images is None and len(columns) == 1
         likeness = to_picked if mean_was_the_anchor else torch.maximum(likeness, to_picked)
-        likeness = likeness.scatter(1, torch.cat(columns, dim=1), 2.0)  # above every cosine: never twice
+        likeness = likeness.scatter(1, torch.cat(columns, dim=1), 2.0)  # above every cosine: none is chosen twice
     return torch.cat(columns, dim=1)
 
 
@@ -243,7 +250,7 @@ def farthest(bank, indices, count, images, encoder):
 
 
 def generator_flags(args):
-    """Return the words of --camnet, and {flag: value} of what they say about the generator."""
+    """Return the words of --camnet, and {flag: value} of those that decide what the generator learns."""
     words = shlex.split(args.camnet)
     given = Flags.parse([*words, f"--data={args.data}"], TrainCamNet.build_parser)
     asked = {name: value for name, value in Flags.hyper_parameters(given).items() if name in given.given}
@@ -261,18 +268,18 @@ def generator_words(args, words):
 
 
 def train_generator(args, split, words, asked):
-    """Train a generator by the recipe of the data, or continue to; return its checkpoint."""
+    """Train a generator by the recipe of the data, or continue one; return its checkpoint."""
     argv = [*generator_words(args, words), "--resume=auto"]
     command = shlex.join(["python", "TrainCamNet.py", *argv])
     if Distributed.is_launched():
-        raise Utils.UserError(f"--generator: none for {args.data} yet, and torchrun trains none: first run {command}")
+        raise Utils.UserError(f"--generator: none for {args.data} yet; torchrun cannot train it: first run {command}")
     lock = Path(args.models_dir) / f".generator-{Data.get_row(args.data).name}.lock"
     with Utils.locked(lock, f"training a generator for {args.data}"):
         found = Banks.newest_generator(args, split, asked)
         if found:  # another process has trained it meanwhile
             return found
         print(f"no generator for {args.data} yet: {command}", flush=True)
-        TrainCamNet.main(TrainCamNet.get_args(argv))  # ends the program where a signal ends it
+        TrainCamNet.main(TrainCamNet.get_args(argv))  # a signal that ends the training also ends the program
         return Banks.newest_generator(args, split, asked)
 
 
@@ -287,12 +294,24 @@ def check_flags(args):
 
 
 def check_count(args, source, k, flag):
-    """Raise UserError unless the k restorations of an image are enough for a step."""
+    """Raise UserError if a step needs more than the k restorations of an image."""
     if k < source.made:
         raise Utils.UserError(
             f"{flag} {k} restorations of an image, and --pair {args.pair} takes {source.made}: use {source.made} or "
             "more, or --pair real_gen"
         )
+
+
+def check_disk(args, split):
+    """Raise UserError if the bank is larger than the whole disk."""
+    place = Path(args.models_dir).absolute()
+    while not place.exists():
+        place = place.parent
+    total = shutil.disk_usage(place).total
+    needed = len(split) * args.num_codes * 3 * split.size**2
+    if needed > total:
+        bank = f"--num_codes {args.num_codes}: the bank would take {needed / 2**30:,.0f} GiB"
+        raise Utils.UserError(f"{bank}, and the disk of --models_dir has {total / 2**30:,.0f} GiB: lower it")
 
 
 def make_positives(args, splits, device):
@@ -309,7 +328,7 @@ def make_positives(args, splits, device):
         if args.pair == "corrupted":
             return Corrupted(args, Corruption(Banks.corruption_for(args, split, asked), split.size))
 
-        # a bank of one's own
+        # a bank that the user made
         if args.bank:
             images = read(args.bank, len(split), split.size)
             check_count(args, source, images.shape[1], f"--bank {args.bank}: it holds")
@@ -319,6 +338,7 @@ def make_positives(args, splits, device):
 
         # banks that a generator makes
         check_count(args, source, args.num_codes, "--num_codes:")
+        check_disk(args, split)
         if args.dry_run:
             return try_out_bank(args, split, device, source, words, asked)
         checkpoint = Banks.find_generator(args, split, asked) or train_generator(args, split, words, asked)
@@ -329,7 +349,7 @@ def make_positives(args, splits, device):
 
 
 def try_out_bank(args, split, device, source, words, asked):
-    """Return the source of a dry run: instead of restorations its bank shows the images, as many times."""
+    """Return the source of a dry run: its bank holds K copies of each image instead of restorations."""
     if not Banks.find_generator(args, split, asked):
         TrainCamNet.main(TrainCamNet.get_args([*generator_words(args, words), "--dry_run"]))
     gib = len(split) * args.num_codes * 3 * split.size**2 / 2**30

@@ -9,7 +9,7 @@ Writes Models/RUN/: args.json, metrics.jsonl, TensorBoard events, EPOCH.pt, pair
 the script's name, the data and the flags that decide what is learnt.
 """
 
-import Signals  # first, so that a signal ends also the imports below in one line
+import Signals  # first: a signal during the other imports then ends the program with one line
 
 # isort: split
 import argparse
@@ -33,7 +33,7 @@ from EncoderFiles import encoder_metadata, save_encoder
 from Flags import bounded
 from Optimizers import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 
-COLLAPSED = 0.02  # embedding_std below this means that all images have one embedding; 1 is spread evenly
+COLLAPSED = 0.02  # embedding_std: below this nearly all images have the same embedding; 1: spread evenly
 
 
 # ---------------------------------------------------------------------------------------------------- flags
@@ -47,7 +47,7 @@ def get_args(argv=None):
 def build_parser(data="shapes", device_type="cpu", doc=__doc__, add_positives=None):
     """Return the parser of a contrastive script; the defaults are the recipe of the row of `data` on the device.
 
-    add_positives: adds the flags of where the views come from to an argument group; None: SimCLR's.
+    add_positives: a function that adds the flags of the source of positives to an argument group; None: SimCLR's.
     """
     parser = Flags.plain_parser(doc)
     add_data_flags(parser.add_argument_group("data and views"))
@@ -62,12 +62,15 @@ def build_parser(data="shapes", device_type="cpu", doc=__doc__, add_positives=No
 def add_data_flags(group):
     Flags.add_data_place(group)
     add = group.add_argument
-    scored = "split that is scored; val: cv if there is none; cv: 3-fold on train; test: only for reported numbers"
+    scored = (
+        "split to score; val: validation split, or cv if there is none; cv: 3-fold cross-validation on train; test: "
+    )
+    scored += "only for numbers that are reported"
     add("--eval", choices=["val", "cv", "test"], default="val", help=scored)
     aug = "full: crop, flip, colour; crop: crop and flip; none: the images as they are"
     add("--aug", choices=["full", "crop", "none"], default="full", help=aug)
     add("--color_s", type=bounded(float, 0, 2), metavar="S", help="strength of the colour jitter, 0 to about 1")
-    add("--crop_min", type=bounded(float, 0.001, 1), metavar="A", help="smallest share of the area that a crop keeps")
+    add("--crop_min", type=bounded(float, 0.001, 1), metavar="A", help="smallest part of the area that a crop keeps")
     add("--gray_p", type=bounded(float, 0, 1), metavar="P", help="probability of a grey view")
     add("--blur_p", type=bounded(float, 0, 1), metavar="P", help="probability of a blurred view")
 
@@ -84,15 +87,16 @@ def add_model_flags(group):
     add("--stem", choices=["auto", "small", "large"], default="auto", help=stem)
     init = "weights to continue from: torchvision's for this backbone, an encoder.pt or a checkpoint"
     add("--init", metavar="FILE", help=init)
-    add("--normalise", action="store_true", help="by ImageNet's mean and deviation, as such weights expect")
-    add("--proj_dim", type=bounded(int, 1), metavar="D", help="length of a projection")
-    add("--proj_hidden", type=bounded(int, 1), metavar="H", help="width of the projection head")
+    normalise = "normalise images by ImageNet's mean and standard deviation, as weights trained on it expect"
+    add("--normalise", action="store_true", help=normalise)
+    add("--proj_dim", type=bounded(int, 1), metavar="D", help="dimensions of a projection")
+    add("--proj_hidden", type=bounded(int, 1), metavar="H", help="hidden units of the projection head")
     add("--proj_norm", action=argparse.BooleanOptionalAction, help="batch normalisation in the projection head")
     loss = "; ".join(f"{name}: {form.what}" for name, form in Losses.FORMS.items())
     add("--loss", choices=list(Losses.FORMS), default="lout", help=loss)
     weight = "weight of the views after the second, with --loss ntxent or align"
     add("--gen_weight", type=bounded(float, 0), default=1.0, metavar="W", help=weight)
-    add("--temp", type=bounded(float, 1e-3), metavar="T", help="temperature; lower weighs similar negatives more")
+    add("--temp", type=bounded(float, 1e-3), metavar="T", help="temperature; if low, similar negatives weigh more")
 
 
 def add_optimisation_flags(group):
@@ -102,12 +106,12 @@ def add_optimisation_flags(group):
     add("--epochs", type=bounded(int, 1), metavar="E", help="passes over the data")
     add("--opt", choices=["SGD", "Adam"], help="optimizer; SGD has Nesterov momentum")
     add("--lr", type=bounded(float, 0), help="peak learning rate; it is not scaled with --bs")
-    add("--mm", type=bounded(float, 0, 0.9999), metavar="M", help="momentum; beta1 of Adam")
-    add("--wd", type=bounded(float, 0), help="weight decay; biases and norm layers have none")
+    add("--mm", type=bounded(float, 0, 0.9999), metavar="M", help="momentum of SGD; beta1 of Adam")
+    add("--wd", type=bounded(float, 0), help="weight decay; none on biases and norm layers")
     add("--n_ramp", type=bounded(float, 0), metavar="E", help="epochs of linear warm-up before the cosine to 0")
-    add("--lars", action="store_true", help="adapt the rate of every layer (LARS); over Adam as LAMB does")
+    add("--lars", action="store_true", help="layer-wise learning rates (LARS); with Adam as in LAMB")
     add("--trust", type=bounded(float, 0), default=0.001, metavar="C", help="trust coefficient of --lars")
-    seed = "seed of initial weights, order of images and views"
+    seed = "seed of the initial weights, the order of the images and the views"
     add("--seed", type=bounded(int, 0, Flags.LARGEST_SEED), default=0, help=seed)
 
 
@@ -150,10 +154,10 @@ class SamePair:
         return [images] * self.num_views
 
     def synthetic(self, indices, images, step):
-        """Return what a generator makes of the images, uint8 (b, 3, H, W), to be measured; None: there is none."""
+        """Return a synthetic view of each image, uint8 (b, 3, H, W), for measurements; None: there is no generator."""
 
     def logged(self):
-        """Return {name: number} of the last views, for the log."""
+        """Return {name: value} of the last views, for the log."""
         return {}
 
 
@@ -161,7 +165,7 @@ class SamePair:
 
 
 class Trainer:
-    """All that a step changes, and how: net, optimizer, random state, position."""
+    """What a step changes (net, optimizer, random state, position), and the step itself."""
 
     def __init__(self, args, train_split, positives, device, rank=0, world=1):
         self.args = args
@@ -188,7 +192,7 @@ class Trainer:
         self.net = ContrastiveNet(encoder, head).to(device, memory_format=torch.channels_last)
         groups = parameter_groups(self.net, args.wd)
         self.optimizer = build_optimizer(args.opt, groups, args.lr, args.mm, args.lars, args.trust)
-        positives.encoder = encoder  # some choose by what it has learnt
+        positives.encoder = encoder  # --pick farthest compares its features
 
         # speed
         self.bf16 = Utils.set_precision(args.precision, device)
@@ -243,7 +247,7 @@ class Trainer:
     def batches(self):
         """Yield (indices, images) for each remaining step of the epoch: this process's share of the batch.
 
-        Seed and epoch alone decide the order, so that an epoch can be entered anywhere.
+        The order depends only on seed and epoch, so that a run can resume at any step of an epoch.
         """
         order_rng = torch.Generator().manual_seed(Utils.derived_seed(self.args.seed, self.epoch))
         order = torch.randperm(len(self.train_split), generator=order_rng)
@@ -262,7 +266,7 @@ class Trainer:
     def update(self, indices, images, lap=lambda stage: None):
         """Take one step; return (loss, projections (M, N, D), views (M b, 3, H, W)) without waiting for the device.
 
-        lap: is told the name of each stage that ends; see `Reports.Meter`.
+        lap: is called with the name of each stage when it ends; see `Reports.Meter`.
         """
         # views of the images
         lap("data")
@@ -327,7 +331,7 @@ def train_epoch(trainer, run, interruption):
             if stopped:
                 break
 
-    # nothing is saved of a run that learns nothing more
+    # weights that are not finite must not be saved
     mean = (total / steps).item()
     finite = Utils.all_finite(trainer.net.state_dict().values())
     check_health(trainer, run, mean if finite else float("nan"))
@@ -335,7 +339,7 @@ def train_epoch(trainer, run, interruption):
 
 
 def show_pace(trainer, run, bar):
-    """Say once how long the training takes, and from then on, in the bar of the epoch, what is left of it."""
+    """Print once how long the training takes; from then on show the remaining time in the progress bar."""
     pace = trainer.pace
     if pace.tick(trainer.step) and run.writes:
         tqdm.write(estimate(trainer))
@@ -344,7 +348,7 @@ def show_pace(trainer, run, bar):
 
 
 def estimate(trainer):
-    """Return how long the training takes, in words."""
+    """Return how long the training takes, when the next checkpoint comes, and the memory, in words."""
     left = trainer.pace.left(trainer.step)
     save_iter = trainer.args.save_iter or trainer.args.epochs
     to_checkpoint = min(
@@ -368,7 +372,7 @@ def log_step(trainer, run, loss, z, meter):
 
 
 def check_health(trainer, run, loss, std=1.0):
-    """Stop a run that learns nothing more: loss not finite or, after the first epoch, all embeddings equal."""
+    """Raise UserError if the loss is not finite or, after the first epoch, if the embeddings have collapsed."""
     args = trainer.args
     is_finite = abs(loss) < float("inf")
     has_collapsed = std < COLLAPSED and trainer.step > trainer.steps_per_epoch
@@ -387,7 +391,7 @@ def is_scored(args, epoch):
 
 
 def finish_epoch(trainer, run, splits, loss, interruption):
-    """Save and score where it is due, and print the epoch's line; return whether a signal has come."""
+    """Save and score if this epoch is one for it; print its line; return whether a signal has arrived."""
     args = trainer.args
     epoch = trainer.epoch
     is_last = trainer.step == trainer.steps
@@ -404,7 +408,7 @@ def finish_epoch(trainer, run, splits, loss, interruption):
 
 
 def score_epoch(trainer, run, splits):
-    """Score the epoch that has just ended if that is due; log and return its scores."""
+    """Score the encoder if --eval_iter asks for it after this epoch; log and return the scores."""
     if not is_scored(trainer.args, trainer.epoch):
         return {}
     can_probe = Evaluate.can_probe(splits)
@@ -414,15 +418,15 @@ def score_epoch(trainer, run, splits):
 
 
 def is_unscored(trainer, folder):
-    """Return whether the checkpoint that was resumed lacks its scores: a kill came between saving and scoring."""
+    """Return whether the resumed checkpoint was not scored, because the run was killed after saving it."""
     is_boundary = 0 < trainer.step < trainer.steps and trainer.step_in_epoch == 0
     if not is_boundary or not is_scored(trainer.args, trainer.epoch):
         return False
-    return Distributed.first_rank_only(lambda: not Runs.has_logged(folder, trainer.step, "cosine_real"))
+    return Distributed.first_rank_only(lambda: "cosine_real" not in Runs.logged_at(folder, trainer.step))
 
 
 def measure_pairs(trainer, labelled):
-    """Return what the pairs are worth at the trainer's step; see `Reports.measure_pairs`."""
+    """Return the measures of the pairs at the trainer's step; see `Reports.measure_pairs`."""
     return Reports.measure_pairs(
         net=trainer.net,
         positives=trainer.positives,
@@ -435,14 +439,14 @@ def measure_pairs(trainer, labelled):
 
 
 def finish_run(trainer, run, splits, again):
-    """Score the last epoch next to its baselines; write evaluation.json and what TensorBoard shows of it; return
-    the scores.
+    """Score the last epoch and its baselines; write the scores to evaluation.json and TensorBoard; return them.
 
-    again: the run was complete when this start resumed it; what it scored then is shown if it scored the same split.
+    again: the run was already complete when it was resumed; its old scores are shown if they are of the same split.
     """
     # data without labels: only the pairs can be measured
+    logged = Runs.logged_at(run.folder, trainer.step)
     if not Evaluate.can_probe(splits):
-        if not Runs.has_logged(run.folder, trainer.step, "cosine_real"):
+        if "cosine_real" not in logged:
             run.log(trainer.step, trainer.epoch, group="Pairs", **measure_pairs(trainer, labelled=False))
             run.show_flags(Flags.hyper_parameters(trainer.args), ["Pairs/alignment"])
         print("fewer than two classes, or too few labels: nothing to score")
@@ -450,8 +454,8 @@ def finish_run(trainer, run, splits, again):
 
     # a complete run that was resumed
     file = run.folder / "evaluation.json"
-    result = Utils.read_json(file) or {}
-    if again and result.get("split") == splits.eval and Runs.has_logged(run.folder, trainer.step, "knn"):
+    result = Utils.read_json(file, Evaluate.SAVED) or {}
+    if again and result.get("split") == splits.eval and "knn" in logged:
         print(f"this run is complete: scores from {file}\n{Evaluate.scores_table(result)}")
         return result
 
@@ -463,18 +467,19 @@ def finish_run(trainer, run, splits, again):
         untrained = Flags.encoder_for(trainer.args).to(trainer.device, memory_format=torch.channels_last)
     result = Evaluate.evaluate(encoder, untrained, splits, trainer.augmentation, trainer.device, trainer.epoch)
     result["pairs"] = measure_pairs(trainer, labelled=True)
-    print(Evaluate.scores_table(result))  # first: there may be no room to write them
+    print(Evaluate.scores_table(result))  # before they are written: the disk may be full
 
-    # files, the log, and what TensorBoard shows
+    # files, what TensorBoard shows, and last the log: what it lacks is scored again after a kill
     Utils.write_json(file, result)
     scores = {name: result[name] for name in ("knn", "linear")}
-    run.log(trainer.step, trainer.epoch, group="Pairs", **scores, **result["pairs"])
     run.show_flags(Flags.hyper_parameters(trainer.args), scores)
     run.baseline("chance", {"knn": result["chance"], "linear": result["chance"]}, trainer.step)
     if untrained:
         run.baseline("untrained", {name: result[f"untrained_{name}"] for name in scores}, trainer.step)
         run.baseline("pixels", {"knn": result["pixels_knn"]}, trainer.step)
     Reports.show_embedding(run, encoder, splits.test, trainer.device)
+    if not logged.items() >= (scores | result["pairs"]).items():
+        run.log(trainer.step, trainer.epoch, group="Pairs", **scores, **result["pairs"])
     return result
 
 
@@ -482,7 +487,7 @@ def finish_run(trainer, run, splits, again):
 
 
 def check_flags(args, world):
-    """Return the row of the data; fit what the user did not say. Raises UserError on flags that do not go together."""
+    """Return the row of the data; adjust flags that were not given. Raises UserError on flags that do not fit."""
     row = Data.get_row(args.data, args.size)
     can_be_small = args.backbone == "resnet8" or is_resnet(args.backbone)
     args.image_size = row.size
@@ -494,8 +499,17 @@ def check_flags(args, world):
     return row
 
 
+def check_memory(args, row, device):
+    """Raise UserError on sizes that can never fit, before images are read and memory is taken."""
+    bs = args.bs if "bs" in args.given else 2  # the images may be fewer
+    count = getattr(args, "num_views", 2)
+    Utils.check_room(4 * bs * count * 3 * row.size**2, device, f"--size {row.size}: {bs} x {count} views")
+    weights = 3 * 4 * args.proj_hidden * args.proj_dim  # with gradients and momentum
+    Utils.check_room(weights, device, f"a head of --proj_hidden {args.proj_hidden} and --proj_dim {args.proj_dim}")
+
+
 def check_images(args, row, n, world, device):
-    """Fit to the n training images what the user did not say. Raises UserError on flags that do not fit them."""
+    """Adjust flags that were not given to the n training images. Raises UserError if given flags do not fit them."""
     # a batch of at most half of the images, with a learning rate for it
     if n < args.bs or (n < 2 * args.bs and "bs" not in args.given):
         before = args.bs
@@ -515,13 +529,13 @@ def check_images(args, row, n, world, device):
 
 
 def check_views(args, count):
-    """Raise UserError if the loss is for more views than there are."""
+    """Raise UserError if the loss needs more views than there are."""
     if args.loss == "align" and count == 2:
         raise Utils.UserError("--loss align: it is for more than two views: choose lout, or a --pair of three")
 
 
 def describe(args, row, trainer, folder):
-    """Print what is about to happen, in the values that count."""
+    """Print the settings of the run, with the values that are used."""
     net = trainer.net
     precision = Utils.precision_name(args.precision, trainer.bf16)
     stem = stem_text(net.encoder)
@@ -545,6 +559,7 @@ def main(args, make_positives=None, script=Path(__file__).stem, build_parser=bui
     rank, world, device = Distributed.start(Utils.pick_device(args.device))
     torch.backends.cudnn.deterministic = args.deterministic
     row = check_flags(args, world)
+    check_memory(args, row, device)
     splits = Flags.splits_for(args, device)
     check_images(args, row, len(splits.train), world, device)
     usual = Flags.hyper_parameters(build_parser(args.data, device.type).parse_args([]))
@@ -565,7 +580,7 @@ def main(args, make_positives=None, script=Path(__file__).stem, build_parser=bui
 
 
 def try_out(args, row, folder, trainer):
-    """Say what the run would do, and what it would take by a few real steps; write nothing."""
+    """Print what the run would do, and its time and memory, from a few real steps; write nothing."""
     trainer.positives.start_epoch(0)
     describe(args, row, trainer, folder)
     trainer.net.train()
@@ -574,7 +589,7 @@ def try_out(args, row, folder, trainer):
             trainer.update(indices, images)[0].item()  # waits for the device
             if trainer.pace.tick(trainer.step):
                 break
-    if trainer.pace.seconds is not None:  # else that was all of it
+    if trainer.pace.seconds is not None:  # otherwise the whole run is shorter than the measurement
         print(estimate(trainer))
     print("dry run: nothing was written")
     Distributed.stop()

@@ -1,4 +1,4 @@
-"""What every script needs: errors, devices and their memory, files that are written whole, checkpoints."""
+"""What every script needs: errors, devices and their memory, atomic writing of files, checkpoints."""
 
 import contextlib
 import errno
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class UserError(ValueError):
-    """A mistake that its user can correct: one line with flag or file, value and remedy, shown without a traceback."""
+    """A mistake that the user can correct: one line with flag or file, value and remedy, shown without a traceback."""
 
 
 @contextlib.contextmanager
@@ -40,9 +40,11 @@ def as_user_error():
 
 
 def run_script(main, get_args):
-    """Run `main(get_args())` and exit: 0 or what main returns; 2 and one line on an error that its user can correct;
+    """Run `main(get_args())` and exit: 0 or what main returns; 2 and one line on an error that the user can correct;
     0 after SIGTERM and 130 after Ctrl-C."""
     Signals.raise_on_signal()
+    with contextlib.suppress(AttributeError):  # a stream of another program
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be valid text
     try:
         code = main(get_args())
     except KeyboardInterrupt:
@@ -56,7 +58,7 @@ def run_script(main, get_args):
         if message is None:
             raise
         if not Distributed.is_first():
-            time.sleep(5)  # what all processes see is reported by the first: torchrun ends the others meanwhile
+            time.sleep(5)  # the first process reports the error; torchrun ends the others in the meantime
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         code = 2
     sys.stdout.flush()
@@ -66,8 +68,9 @@ def run_script(main, get_args):
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 RUNTIME_ERRORS = {  # part of the message of a RuntimeError: what it means, and the remedy
     "can't allocate memory": "out of memory: lower --bs, --size or the width of the net",
+    "Storage size calculation overflowed": "more memory than there can be: lower the sizes",
     "unable to allocate shared memory": "shared memory is full: pass --n_workers 0, or docker run --shm-size=1g",
-    "DataLoader worker": "a process that decodes images was killed, as when memory or shared memory runs out: "
+    "DataLoader worker": "a process that decodes images was killed, probably since memory or shared memory ran out: "
     "pass --n_workers 0, or docker run --shm-size=1g",
     "gloo": "another process of this run has ended: see its error; --resume auto continues",
     "NCCL": "another process of this run has ended: see its error; --resume auto continues",
@@ -97,17 +100,17 @@ def explain(error):
 
 
 def shown(name):
-    """Return a name from outside (a path, a class) as one line that any terminal and file can take.
+    """Return a name that comes from outside (a path, a class) as one line that is safe to print and to write.
 
-    What is no valid text, and what a terminal could act on (control characters, line breaks, changes of the writing
-    direction), is written as an escape sequence.
+    Bytes that are not valid text, and characters that a terminal could act on (control characters, line breaks, changes
+    of the writing direction), become escape sequences.
     """
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def quiet():
-    """Return whether progress bars are out of place: standard error is no terminal."""
+    """Return whether to hide progress bars: standard error is no terminal."""
     return not sys.stderr.isatty()
 
 
@@ -120,12 +123,12 @@ def derived_seed(seed, index):
 
 
 def pick_device(name):
-    """Return the torch device of --device. Raises UserError when it is not there."""
+    """Return the torch device of --device. Raises UserError if it is not available."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # the meta device has no numbers
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}: try --device auto") from error
     return device
@@ -142,7 +145,7 @@ def set_precision(name, device):
 
 
 def precision_name(name, bf16):
-    """Return what --precision `name` came to, in words."""
+    """Return the number format that --precision `name` led to, in words."""
     return "bf16" if bf16 else name.replace("auto", "fp32")
 
 
@@ -151,7 +154,7 @@ def free_memory(device):
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:  # what can be taken without swapping: files in the page cache, as a bank just written, are no hindrance
+    try:  # memory available without swapping, page cache included: it can be full of a bank that was just written
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
@@ -164,6 +167,14 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def check_room(n_bytes, device, what):
+    """Raise UserError if that many bytes, of `what` in words, are more than is free on a device."""
+    free = free_memory(device)
+    if n_bytes > free:
+        needed = f"{what} would take {n_bytes / 2**30:,.0f} GiB of memory"
+        raise UserError(f"{needed}, and {free / 2**30:,.0f} GiB are free on {device}: lower it")
 
 
 def fits(n_bytes, device):
@@ -180,7 +191,7 @@ def is_held(storage, n_bytes, device):
 
 
 def write_atomically(file, write):
-    """Call `write(scratch)` and move the result to `file`: all of it or nothing. Raises UserError where it fails.
+    """Call `write(scratch)` and move the result to `file`: all of it or nothing. Raises UserError if that fails.
 
     Scratch files that killed processes have left for the same `file` are removed.
     """
@@ -202,14 +213,14 @@ def write_atomically(file, write):
 def remove_stale(folder, pattern=".*.tmp"):
     """Remove the scratch files of `write_atomically` in a folder whose processes are gone."""
     for path in Path(folder).glob(pattern):
-        number = re.fullmatch(r"\..*\.(\d+)\.tmp", path.name)
-        if number and not is_alive(int(number[1])):
+        process = re.fullmatch(r"\..*\.(\d+)\.tmp", path.name)
+        if process and not is_alive(int(process[1])):
             with contextlib.suppress(OSError):
                 path.unlink()
 
 
 def is_alive(process):
-    """Return whether a process of this machine is running."""
+    """Return whether a process of this machine, an id, is running."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -219,13 +230,16 @@ def is_alive(process):
     return True
 
 
-def read_json(file):
-    """Return the content of a JSON file that `write_json` wrote, an object, or None where it is missing or damaged."""
+def read_json(file, names=()):
+    """Return the content of a JSON file that `write_json` wrote, an object; None if it is missing or damaged.
+
+    names: keys that it must have.
+    """
     try:
         content = json.loads(Path(file).read_text())
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
+    return content if isinstance(content, dict) and content.keys() >= set(names) else None
 
 
 def write_json(file, content):
@@ -236,10 +250,10 @@ def write_json(file, content):
 
 @contextlib.contextmanager
 def locked(file, work, wait=True):
-    """Hold a lock, which one process has at a time. file: the lock's file; it holds the number of that process.
+    """Hold a lock, which only one process can have. file: the lock's file; it holds the id of that process.
 
-    work: what the other process is doing, in words. Where another process has the lock: wait for it and say so, or,
-    without `wait`, raise UserError. The file is removed at the end; a killed process leaves it behind, unlocked.
+    If another process has the lock: print so and wait, or, without `wait`, raise UserError. work: what the process with
+    the lock does, in words. The file is removed at the end; a killed process leaves it behind, unlocked.
     """
     handle = _acquire(Path(file), work, wait)
     with handle:
@@ -269,7 +283,7 @@ def _acquire(file, work, wait):
                 raise UserError(f"another process ({holder}) is {work}: wait for it, or stop it")
             print(f"waiting: another process ({holder}) is {work}", flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
-        # the one that had the lock may have removed its file since it was opened here
+        # the previous holder may have removed the file after it was opened here
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle.fileno()), file.stat()):
                 return handle
@@ -300,8 +314,8 @@ def save_(file, **parts):
 def load_(file, **parts):
     """Return what `save_` wrote, tensors on the CPU; load each named part strictly.
 
-    Raises UserError on a file that is missing, damaged (its checksums are compared), not finite, or does not fit,
-    naming what does not.
+    Raises UserError if the file is missing, damaged (its checksums are compared), holds numbers that are not finite, or
+    does not fit.
     """
     file = Path(file)
     if not file.is_file():
@@ -341,9 +355,9 @@ def checkpoint_name(whole, inside):
 
 
 def newest_checkpoint(folder):
-    """Return the furthest checkpoint of a run folder that can be continued from, or None.
+    """Return the latest checkpoint of a run folder that a run can continue from, or None.
 
-    Checkpoints are EPOCH.pt or, inside an epoch, EPOCH+STEP.pt. Those that are damaged or no checkpoints of a run are
+    Checkpoints are EPOCH.pt or, inside an epoch, EPOCH+STEP.pt. Files that are damaged or not checkpoints of a run are
     passed over with a notice.
     """
     found = []
@@ -359,11 +373,20 @@ def newest_checkpoint(folder):
     return None
 
 
+# What the checkpoint of a run holds, with its type: of TrainCamNet.py, and of the others.
+GENERATOR_PARTS = {"config": dict, "generator": dict, "net": dict, "chosen": torch.Tensor, "total": torch.Tensor}
+GENERATOR_PARTS |= {"args": dict, "step": int, "optimizer": dict, "seconds": dict}
+ENCODER_PARTS = {"encoder": dict, "head": dict, "random": dict, "epoch": int}
+ENCODER_PARTS |= {"args": dict, "step": int, "optimizer": dict}
+
+
 def check_run(file, state):
-    """Raise UserError unless the content of a checkpoint is that of a run: with its flags, position and weights."""
-    has_weights = isinstance(state.get("encoder", state.get("generator")), dict)
-    if not isinstance(state.get("args"), dict) or not isinstance(state.get("step"), int) or not has_weights:
-        raise UserError(f"{shown(file)} holds no run: give a checkpoint of the training scripts")
+    """Raise UserError unless a checkpoint holds all that a run continues from."""
+    parts = GENERATOR_PARTS if "generator" in state else ENCODER_PARTS
+    wrong = [name for name, kind in parts.items() if not isinstance(state.get(name), kind)]
+    if wrong:
+        lacks = f"it lacks {', '.join(wrong)}"
+        raise UserError(f"{shown(file)} holds no run ({lacks}): give a checkpoint of the training scripts")
 
 
 def all_finite(values):
@@ -378,6 +401,6 @@ def plain(args):
     """Return the flags as plain types, as checkpoints and args.json hold them."""
     values = {}
     for key, value in vars(args).items():
-        if key != "given":  # of one start only
+        if key != "given":  # only about this start
             values[key] = value if isinstance(value, (bool, int, float, type(None))) else str(value)
     return values

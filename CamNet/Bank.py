@@ -1,8 +1,8 @@
 """The bank: K restorations of every training image, made once, so that a synthetic view costs no more than a lookup.
 
-On disk it is NAME.npy, uint8 (N, K, 3, H, W) in the order of the train split, which NumPy reads as it is, and beside it
-NAME.npy.json, what it was made from. While it is being filled they are NAME.npy.part and NAME.npy.part.json, and the
-second says how far it is.
+On disk it is NAME.npy, uint8 (N, K, 3, H, W) in the order of the train split, a plain NumPy file; NAME.npy.json next to
+it says what it was made from. While the bank is filled, they are called NAME.npy.part and NAME.npy.part.json, and the
+second also holds the number of rows that are done.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from CamNet.Codes import Purpose, make_keys
 
-CHECKED = 16 * 2**30  # bytes of a bank whose checksum is compared at every start: about 0.5 s per GiB, once it is read
-SAVED_EVERY = 20.0  # seconds between two notes of how far the filling is
+CHECKED = 16 * 2**30  # bytes; the checksum of a bank up to this size is compared at every start, 0.5 s per GiB
+SAVED_EVERY = 20.0  # seconds between two notes of the progress of the filling
 
 
 def fingerprint(state):
-    """Return a hash of a state dict: of names, shapes and every number."""
+    """Return a hash of a state dict: of names, shapes and all values."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
@@ -49,8 +49,10 @@ def fingerprint_images(split, most=256):
 
 
 def read(file, n, size):
-    """Return an .npy of positives, uint8 (n, K, 3, size, size), as a read-only memory map. ValueError if it is no such
-    file or of another shape or type, or, where a note tells its checksum, if that is another."""
+    """Return the positives in an .npy file, uint8 (n, K, 3, size, size), as a read-only memory map.
+
+    ValueError if it is no such file, if its shape or type differ, or if it does not have the checksum in its note.
+    """
     try:
         images = np.load(file, mmap_mode="r")
     except Exception as error:  # NumPy raises half a dozen types on damaged files
@@ -61,7 +63,7 @@ def read(file, n, size):
     if not fits or images.dtype != np.uint8:
         wanted = f"uint8 ({n}, K, 3, {size}, {size}), in the order of the train split"
         found = f"{getattr(images, 'dtype', type(images).__name__)} {shape}"
-        raise ValueError(f"--bank {file}: {found}, but needed is {wanted}")
+        raise ValueError(f"--bank {file}: {found}, expected {wanted}")
     crc = _read_note(_note_of(Path(file))).get("crc")
     if crc is not None and images.nbytes <= CHECKED and crc != checksum(images):
         raise ValueError(f"--bank {file}: it is damaged (wrong checksum): delete it")
@@ -79,16 +81,18 @@ def fill(file, generator, split, k, seed, device, autocast=contextlib.nullcontex
     """Fill `file` with k restorations of every image of the split, or continue where an interrupted call stopped.
 
     The codes follow from seed, image and index alone. autocast: makes the context that the generator runs in.
-    Returns whether anything was to be done. ValueError if the file was made from something else (generator, corruption,
+    Returns whether there was work to do. ValueError if the file was made from something else (generator, corruption,
     k, seed or data), or if the disk is full.
     """
     file = Path(file)
     shape = (len(split), k, 3, split.size, split.size)
-    made_from = {"generator": fingerprint(generator.state_dict()), **generator.config, "k": k, "seed": seed}
-    made_from |= {"data": fingerprint_images(split), "shape": list(shape)}
+    made_from = {"generator": fingerprint(generator.state_dict())} | generator.config
+    made_from |= {"k": k, "seed": seed, "data": fingerprint_images(split), "shape": list(shape)}
     if file.exists():
         _check(file, made_from)
         return False
+
+    # fill the part, and note the progress: every 20 seconds, and when interrupted
     part = file.with_name(file.name + ".part")
     try:
         images, done, crc = _open(part, shape, made_from)
@@ -107,6 +111,8 @@ def fill(file, generator, split, k, seed, device, autocast=contextlib.nullcontex
             except (KeyboardInterrupt, SystemExit):
                 _save_progress(images, part, made_from, done, crc)
                 raise
+
+        # complete: give both files their names
         images.flush()
         _write_note(_note_of(file), made_from | {"crc": crc})
         part.replace(file)
@@ -137,13 +143,13 @@ def to_uint8(images):
 def _open(part, shape, made_from):
     """Return (the array in the file as a memory map, rows that are done, their checksum).
 
-    An interrupted filling continues if what it wrote is whole. Otherwise the file is made, and its whole room is taken
-    at once, so that a full disk shows now.
+    An interrupted filling continues if what it wrote is intact. Otherwise a new file is made, and all of its space is
+    allocated at once, so that a full disk is noticed now.
     """
     note = _read_note(_note_of(part))
     if part.exists() and note:
         _check(part, made_from)
-        with contextlib.suppress(Exception):  # a damaged file can fail in any way: it is made anew
+        with contextlib.suppress(Exception):  # a damaged file can fail in any way: then a new one is made
             images = np.lib.format.open_memmap(part, mode="r+")
             done = int(note["done"])
             if images.shape == shape and 0 <= done <= len(images) and checksum(images[:done]) == note["crc"]:
@@ -176,7 +182,7 @@ def _note_of(file):
 
 
 def _read_note(note):
-    """Return the content of a note, {} where it is missing or damaged."""
+    """Return the content of a note; {} if it is missing or damaged."""
     try:
         content = json.loads(note.read_text())
     except (OSError, ValueError):

@@ -1,9 +1,8 @@
-"""Random numbers that depend on their keys alone: not on the batch, on what was drawn before, or on the device (but for
-the rounding of logarithm, sine and cosine).
+"""Random numbers that depend on their keys alone: not on the batch, on what was drawn before, or on the device (except
+for the rounding of logarithm, sine and cosine).
 
 A counter-based generator: each number is a hash of its key and its position, SplitMix64 (Steele, Lea, Flood 2014,
-doi:10.1145/2660193.2660195). The sum in front of the hash and the hash itself are int64 operations, which wrap around
-in the same way everywhere.
+doi:10.1145/2660193.2660195). Sum and hash are int64 operations, which wrap around in the same way on all devices.
 """
 
 import math
@@ -11,7 +10,7 @@ from enum import IntEnum
 
 import torch
 
-STEP, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # SplitMix64's, as signed numbers
+STEP, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # SplitMix64's constants, signed
 
 
 class Purpose(IntEnum):
@@ -32,7 +31,7 @@ class StepPurpose(IntEnum):
 
 
 def _shift(x, bits):
-    """Logical shift to the right: torch's own brings in copies of the sign."""
+    """Logical shift to the right: torch's own shift copies the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -81,7 +81,7 @@ def _parse(spec):
     """Return {kind: its number as text} of a specification."""
     parts = {}
     for part in spec.split("+"):
-        kinds = [kind for kind, number in NUMBERS.items() if re.fullmatch(kind + number, part)]
+        kinds = [kind for kind, pattern in NUMBERS.items() if re.fullmatch(kind + pattern, part)]
         if not kinds:
             raise ValueError(f"--corrupt {spec!r}: {part!r} is not gray, detail<k>, down<k> or mask<f>, joined by +")
         (kind,) = kinds
@@ -92,11 +92,11 @@ def _parse(spec):
 
 
 class Corruption:
-    """The corruption `spec` of size x size images: always grey first, then smaller, then masked.
+    """The corruption `spec` of size x size images: first grey, then smaller, then masked.
 
     spec is one of these, or several joined by + in any order:
     gray: luminance by ITU-R 601.
-    detail<k>: removes the k x k lowest spatial frequencies, that is light and large areas. The remaining detail is
+    detail<k>: removes the k x k lowest spatial frequencies (light and large areas). The remaining detail is
         halved and centred at 0.5. Cannot be combined with down or mask.
     down<k>: means over blocks of k x k pixels; k >= 2 divides size.
     mask<f>: hides round(f * cells) of the cells of an 8 x 8 grid over the (smaller) image, 0 < f < 1.
@@ -132,7 +132,7 @@ class Corruption:
         self.hidden = round(fraction * self.cells**2)
         if self.masks and not (0 < fraction < 1 and 0 < self.hidden < self.cells**2):
             hides = f"hides {self.hidden} of {self.cells**2} cells"
-            raise ValueError(f"--corrupt {spec!r}: mask{parts['mask']} {hides}; give a share in (0, 1), leave some")
+            raise ValueError(f"--corrupt {spec!r}: mask{parts['mask']} {hides}; give a share that hides some, not all")
 
         numbers = {"gray": "", "detail": self.taken, "down": factor, "mask": fraction}
         self.spec = "+".join(f"{kind}{numbers[kind]}" for kind in NUMBERS if kind in parts)
@@ -163,9 +163,9 @@ class Corruption:
     def _draw_known(self, keys):
         """Return (B, 1, resolution, resolution), 1 where a pixel is known.
 
-        Cells differ in size where their number does not divide the resolution.
+        Cells differ in size if their number does not divide the resolution.
         """
-        # Hide the cells with the lowest numbers. The sort is stable: ties are resolved alike on all devices.
+        # Hide the cells with the lowest random numbers. The sort is stable: ties are broken in the same way everywhere.
         order = uniforms(keys, self.cells**2).argsort(dim=1, stable=True)
         rank = order.argsort(dim=1)
         known = (rank >= self.hidden).view(-1, 1, self.cells, self.cells)
@@ -228,13 +228,13 @@ class Corruption:
         return result
 
     def upsample(self, condition):
-        """Return the condition as a picture, float32 (B, 3, size, size) in [0, 1]: the baseline of all restorations.
+        """Return the condition as a picture, float32 (B, 3, size, size) in [0, 1]: what restorations are compared with.
 
         Bicubic, clamped; grey in all three channels; hidden cells are 0.5.
         """
         x = condition[:, : self.colors].float()
         if self.masks:
-            x = torch.where(condition[:, -1:] > 0, x, 0.5)  # so that no black enters the known pixels next to them
+            x = torch.where(condition[:, -1:] > 0, x, 0.5)  # so that they do not darken the known pixels next to them
         if x.shape[-1] != self.size:
             x = F.interpolate(x, size=(self.size, self.size), mode="bicubic")
         x = x.clamp(0, 1)

@@ -38,7 +38,7 @@ class _Distance(nn.Module):
     def forward(self, images, targets):
         """Return the distances (B,) of images to targets, both (B, 3, s, s) in [0, 1]; no gradient to the targets."""
         with torch.no_grad():
-            target_features = self.features(targets.detach())  # the features can include the images themselves
+            target_features = self.features(targets.detach())  # features may include the images themselves
         return self.between(self.features(images), target_features)
 
 

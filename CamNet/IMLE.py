@@ -99,7 +99,9 @@ class Search:
         """Search level after level; return (ranks (B, L), Found). candidates(level): their keys (B, m)."""
         seen = generator.conditions(condition)
         state = State()
-        ranks, keys, distances = [], [], []
+        ranks = []
+        keys = []
+        distances = []
         for level, targets in enumerate(wanted):
             images = _Images(condition, seen[level], state, targets, candidates(level))
             best = self._level(generator, distance, level, images)
@@ -127,7 +129,7 @@ class Search:
                 if self.chunk == 1 or not _is_out_of_memory(error):
                     raise
                 self.chunk = max(1, min(self.chunk, images.candidates.numel()) // 2)
-                warnings.warn(f"out of memory in the search: going on with --chunk {self.chunk}", stacklevel=5)
+                warnings.warn(f"out of memory in the search: continuing with --chunk {self.chunk}", stacklevel=5)
                 continue
             results.append(best)
             done = rows.stop

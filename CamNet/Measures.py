@@ -1,6 +1,6 @@
-"""What a generator is worth as a source of positives: near to the real image, different between codes, true to c(x).
+"""Measures of a generator: samples should be near to the real image, differ between codes, and agree with c(x).
 
-Measured on images that it was not trained on.
+All are measured on images that the generator was not trained on.
 """
 
 import torch
@@ -8,14 +8,14 @@ from tqdm import tqdm
 
 from CamNet.Codes import Purpose, make_keys
 
-KS = (1, 4, 16)  # samples of an image, of which the nearest counts
-DIVERSE = 8  # samples of an image, whose differences count
+KS = (1, 4, 16)  # samples of an image, of which the nearest is measured
+DIVERSE = 8  # samples of an image, whose differences are measured
 SHOWN = 8  # rows, and samples in a row, of a picture
-AT_ONCE = 64  # images in a forward
+AT_ONCE = 64  # images in a forward pass
 DIVERSITIES = ("pixels", "histogram", "distance")
 BINS = 16  # of a colour histogram, per channel
-# Distance of the best of 16 samples over that of one, above which codes are of no use. Measured: generators 0.35 to
-# 0.51, the same nets after training on one code 0.64 to 0.75 (Results/camnet-*.json).
+# (distance of the best of 16 samples) / (distance of one): above this, codes are of no use. Measured: generators 0.35
+# to 0.51, the same nets after training on one code 0.64 to 0.75 (Results/camnet-*.json).
 BEST_SHARE = 0.6
 
 
@@ -49,7 +49,7 @@ def best_of(distance, samples, targets, ks=(1, 4, 16)):
 
 
 def _pairwise(columns, difference):
-    """Return the mean of difference(a, b) -> (B,) over all pairs of columns, of which each holds a sample per image."""
+    """Return the mean of difference(a, b) -> (B,) over all pairs of columns; a column holds one sample per image."""
     pairs = [(a, b) for i, a in enumerate(columns) for b in columns[:i]]
     return torch.stack([difference(a, b) for a, b in pairs]).mean().item()
 
@@ -139,7 +139,7 @@ class HeldOut:
         return torch.cat([x, c, samples], dim=1)
 
     def measure(self, generator, single, jittered):
-        """Return what the generator is worth, and next to it what it is to be compared with.
+        """Return the measures of the generator, and of what it is compared with.
 
         single: the net that was trained on one code, or None. jittered: two draws of colour jitter of each image,
         float (B, 2, 3, S, S) in [0, 1].
@@ -166,8 +166,12 @@ class HeldOut:
         return result | {"n_images": len(self.images)}
 
 
+READ = ("best_of_1", "best_of_16", "bicubic", "diversity_pixels", "n_images", "distance", "corrupt")
+READ += ("seconds_search_per_1000", "seconds_train_per_1000", "peak_memory_bytes")  # by both functions below
+
+
 def unfit(result):
-    """Return why the samples of this generator are no good as positives, or None. result: see `HeldOut.measure`."""
+    """Return why the samples of this generator are not fit as positives, or None. result: see `HeldOut.measure`."""
     best = result["best_of_16"]
     bicubic = result["bicubic"]
     diversity = result["diversity_pixels"]
@@ -176,7 +180,7 @@ def unfit(result):
     if not diversity > 0:
         return "its samples do not differ from code to code"
 
-    # a net that was trained on one code also makes samples that differ, but without a use
+    # samples of a net that was trained on one code differ, too, but in useless ways
     if "single_code_diversity_pixels" in result:
         single = result["single_code_diversity_pixels"]
         if not diversity > single:
@@ -189,7 +193,7 @@ def unfit(result):
 
 
 def fitness_table(result):
-    """Return generator.json as text: the generator next to what it is to be compared with."""
+    """Return generator.json as text: the generator next to what it is compared with."""
     columns = {"generator": "", "one code (m = 1)": "single_code_", "bicubic": "bicubic_", "colour jitter": "jitter_"}
     shown = dict(result)
     shown["bicubic_best_of_1"] = result["bicubic"]

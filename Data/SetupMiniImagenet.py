@@ -542,19 +542,21 @@ def build(args, main):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def images_of(folder):
-    """Yield the paths of folder/SPLIT/CLASS/IMAGE, without hidden files, hidden folders and other files."""
-    for path in sorted(folder.glob("*/*/*")):
-        split, label, name = path.parts[-3:]
-        if split in SPLITS and not is_hidden(label) and not is_hidden(name) and path.suffix.lower() in SUFFIXES:
-            yield path
+def class_folders(folder):
+    """Yield (split, class folder, names of its images) of folder/SPLIT/CLASS/IMAGE, without what is hidden."""
+    for split in SPLITS:
+        classes = sorted((folder / split).iterdir()) if (folder / split).is_dir() else []
+        for path in classes:
+            if path.is_dir() and not is_hidden(path.name):
+                names = [image.name for image in path.iterdir() if not is_hidden(image.name)]
+                yield split, path, [name for name in names if name.lower().endswith(SUFFIXES)]
 
 
 def count_tree(folder):
     """Return {split: {class: number of images}} of a tree of folder/SPLIT/CLASS/IMAGE."""
     tree = {split: Counter() for split in SPLITS}
-    for path in images_of(folder):
-        tree[path.parts[-3]][path.parts[-2]] += 1
+    for split, path, names in class_folders(folder):
+        tree[split][path.name] += len(names)
     return tree
 
 
@@ -585,7 +587,7 @@ def make_few_shot(main, few, partial):
             raise UserError(f"{few}: differs from the few_shot lists in {main}; rebuild with --force")
         say(f"{few}: already there, nothing to do")
         return
-    where = {(path.name, path.parent.name): path for path in images_of(main)}
+    where = {(name, path.name): path / name for _, path, names in class_folders(main) for name in names}
     try:
         for split, rows in lists.items():
             for name, label in tqdm(rows, desc=f"few-shot {split}", unit="image", disable=None):
@@ -625,8 +627,8 @@ def run(args):
     # the few-shot split
     if args.csv_dir and not (main / "few_shot_test.csv").exists():
         images = {}
-        for path in images_of(main):
-            images.setdefault(path.parent.name, []).append(path.name)
+        for _, path, names in class_folders(main):
+            images.setdefault(path.name, []).extend(names)
         write_lists(few_shot_lists(images, {}, read_lists(args.csv_dir, "--csv_dir ")), main)
     if (main / "few_shot_test.csv").exists():
         make_few_shot(main, few, partials[1])

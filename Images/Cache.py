@@ -1,8 +1,8 @@
-"""What was found out about image files, kept on disk, so that every file is decoded once.
+"""A cache of decoded image files on disk, so that every file is decoded only once.
 
-For each folder of images and size there are <key>.npy, the images that decode, uint8 (N, 3, S, S), and <key>.json,
-which files do not decode, and checksums of both. The second is written last, and alone where images are streamed.
-Nothing reads what was kept of folders that have changed since. All of it may be deleted at any time.
+For each folder of images and size there are <key>.npy, the images that can be decoded, uint8 (N, 3, S, S), and
+<key>.json: the files that cannot, and checksums of both. The second is written last; streamed images have no .npy. The
+key of a folder changes with its files, and then the old files are not read. All may be deleted at any time.
 """
 
 import errno
@@ -37,7 +37,7 @@ def checksums(file):
             return zlib.crc32(handle.read(PART))
 
     starts = range(0, file.stat().st_size, PART)
-    hidden = None if is_first() else True  # None: where there is no terminal
+    hidden = None if is_first() else True  # None: hidden without a terminal
     with ThreadPoolExecutor() as threads:
         sums = threads.map(of_part, starts)
         return list(tqdm(sums, total=len(starts), desc="checking the image cache", delay=2, disable=hidden))
@@ -49,7 +49,7 @@ def _disk_errors(folder, n_bytes):
         yield
     except OSError as error:
         message = f"{shown(folder)}: the image cache of {n_bytes:,} bytes cannot be made ({error.strerror or error})"
-        raise UserError(f"{message}: make room, name another folder by --data_dir, or pass --storage stream") from error
+        raise UserError(f"{message}: free space there, give another --data_dir, or pass --storage stream") from error
 
 
 class Cache:
@@ -72,7 +72,7 @@ class Cache:
 
     def _key(self):
         """Return a hash of the place, the names, sizes and times of the files, and of the size of the images."""
-        # the place counts, too: unpacked trees can be alike in names, sizes and times, and differ in their pixels
+        # with the place: two unpacked trees can have the same names, sizes and times, but other pixels
         digest = hashlib.sha256(b"%d %d %s" % (FORMAT, self.size, os.fsencode(self.root.resolve())))
         for path in self.paths:
             try:
@@ -84,10 +84,10 @@ class Cache:
         return digest.hexdigest()
 
     def load(self, skip_bad):
-        """Return (images, mapped into memory; {index: reason} of the bad files), decoding the files if need be.
+        """Return (images as a memory map, {index: reason} of the bad files); decode the files if there is no cache.
 
-        The cache is checked when it is first read. BadFile at the first bad file unless skip_bad; UserError without
-        room on the disk.
+        The cache is checked when it is first read. BadFile at the first bad file unless skip_bad; UserError if the disk
+        has too little space.
         """
         if self._found is None:
             self._found = self._read()
@@ -103,7 +103,7 @@ class Cache:
         return self._found
 
     def find_bad(self, skip_bad):
-        """Return {index: reason} of the bad files. Each file is decoded for it, once: the outcome is kept.
+        """Return {index: reason} of the bad files. All files are decoded to find them, once: the result is kept.
 
         BadFile at the first bad file unless skip_bad.
         """
@@ -121,7 +121,7 @@ class Cache:
         return bad
 
     def _read_record(self):
-        """Return {"bad": {index: reason}, "checksums": those of the .npy file}, or None without a whole record."""
+        """Return {"bad": {index: reason}, "checksums": those of the .npy file}, or None if no valid record is there."""
         try:
             text, checksum = self.record.read_text().split("\n")
             if f"{zlib.crc32(text.encode()):08x}" != checksum:
@@ -136,7 +136,7 @@ class Cache:
         return record
 
     def _read(self):
-        """Return what `load` does, or None without a whole cache."""
+        """Return what `load` does, or None if no valid cache is there."""
         record = self._read_record()
         if record is None:
             return None

@@ -1,6 +1,7 @@
 """Image files of any kind as uint8 tensors of one size, singly or in batches by worker processes."""
 
 import errno
+import functools
 import signal
 import threading
 import warnings
@@ -29,14 +30,19 @@ FORMATS = {
 }
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
-warnings.filterwarnings("ignore", module="PIL")  # of EXIF blocks, mostly: what makes a file bad is raised
-Image.init()
-READABLE = [name for name in FORMATS if name in Image.OPEN]  # an older Pillow lacks some
+warnings.filterwarnings("ignore", module="PIL")  # mostly about EXIF blocks; what makes a file bad raises an error
 
 # transpositions by the value of the EXIF tag less 2
 TURNS = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
 BITS_PER_SAMPLE = 258  # a TIFF tag
 MORE_SHM = "in Docker: docker run --shm-size=1g"
+
+
+@functools.cache
+def readable():
+    """Return the FORMATS that the installed Pillow has: an older one lacks some."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 class BadFile(UserError):
@@ -102,7 +108,7 @@ def _centre_box(lengths, size):
 
 def _pixels(path, size):
     """Do what decode() does, and raise whatever Pillow raises."""
-    with Image.open(path, formats=READABLE) as image:
+    with Image.open(path, formats=readable()) as image:
         image.draft(None, (4 * size, 4 * size))
         image.load()
         orientation = _orientation(image)
@@ -126,7 +132,7 @@ def decode(path, size):
         return _pixels(path, size)
     except UnidentifiedImageError:
         empty = not Path(path).stat().st_size
-        reason = "empty file" if empty else f"not an image that can be read ({', '.join(READABLE)})"
+        reason = "empty file" if empty else f"not an image that can be read ({', '.join(readable())})"
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
         if isinstance(error, MemoryError) or getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise
@@ -135,7 +141,7 @@ def decode(path, size):
 
 
 def _hand_over(item):
-    """Prepare an item of Files for its way out of a worker.
+    """Prepare an item of Files for sending it from a worker.
 
     Images travel in shared memory. Where /dev/shm is full, as in a container with Docker's 64 MB, they are sent through
     a pipe, as an array: torch would find it full in a thread of its own, and the item would never arrive.
@@ -171,7 +177,7 @@ def _items(loader):
 
 
 class Files:
-    """A data set of which a list of indices is one item: (those that decode, their images, {index: reason})."""
+    """A data set with one item for a list of indices: (those that decode, their images, {index: reason} of others)."""
 
     def __init__(self, paths, size):
         self.paths = paths
@@ -196,6 +202,7 @@ class Files:
 
         UserError where the workers cannot be started, or one of them fails or is killed.
         """
+        readable()  # here, once, and not in every worker
         loader = DataLoader(
             self,
             sampler=(batch.tolist() for batch in index_batches),
@@ -203,7 +210,7 @@ class Files:
             num_workers=n_workers,
             collate_fn=_hand_over,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # the loader draws a seed, which must not move the numbers of the training
+            generator=torch.Generator(),  # the loader draws a seed, which must not change training's random numbers
         )
         noticed = False
         for indices, images, bad in _items(loader):

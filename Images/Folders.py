@@ -51,7 +51,7 @@ def some(names, most=3):
 
 
 def is_hidden(name):
-    """Return whether a file or folder is no part of the data: hidden, or put there by an operating system."""
+    """Return whether a file or folder is no part of the data: hidden, or made by an operating system."""
     return name.startswith(".") or name.lower() in IGNORED
 
 
@@ -79,7 +79,7 @@ def _images_under(folder, left_out, above=()):
             continue
         if entry.is_dir():
             yield from _images_under(entry.path, left_out, (*above, here))
-        # a broken link is listed, and a bad file; a pipe with the name of an image is neither
+        # a broken link is listed, and later found bad; a pipe is not listed, whatever its name
         elif entry.is_file() or not Path(entry.path).exists():
             if is_image(entry.name):
                 yield entry.path
@@ -173,7 +173,7 @@ def check_size(size, n_bytes):
 
 
 def _storage(asked, n_bytes, device, name):
-    """Return "memory" or "stream", with a notice where "auto" takes "stream"."""
+    """Return "memory" or "stream"; print a notice if "auto" means "stream"."""
     if asked != "auto":
         return asked
     places = ["cpu"] if torch.device(device).type == "cpu" else ["cpu", device]  # a cache is read through main memory
@@ -189,7 +189,7 @@ def load_folder(folder, size, options, *, split="", name=""):
     """Return the images of a folder (see list_folder) as size x size: a Split on the device, or a StreamedSplit.
 
     options: see `Options`. storage: "memory" (through a cache in data_dir/.cache), "stream", or "auto": memory where
-    the images take at most half of what is free. Both hold the same images: bad files are found before either is made.
+    the images take at most half of what is free. Both hold the same images: bad files are found first.
     split: see list_folder. name: what messages call the folder.
     UserError: see list_folder; bad files without skip_bad; no room for the cache or on the device; size too large.
     """
@@ -219,7 +219,7 @@ def load_folder(folder, size, options, *, split="", name=""):
 
 
 def _good(listing, bad, skip_bad, name):
-    """Return the Listing without the bad files, the classes' names safe to print. UserError if there are to be none."""
+    """Return the Listing of the good files, with class names that are safe to print. Raises what `load_folder` does."""
     n = len(listing.paths)
     if bad and not skip_bad:
         index = min(bad)

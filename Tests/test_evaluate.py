@@ -1,7 +1,6 @@
 """Evaluate: the probes against slow references, what scoring leaves untouched, and the script."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -301,46 +300,49 @@ def evaluated(*arguments):
     Evaluate.main(Evaluate.get_args([*map(str, arguments), "--device", "cpu"]))
 
 
-def test_a_checkpoint_alone_is_scored_as_in_training(folder):
-    file = folder / "evaluation.json"
-    by_training = json.loads(file.read_text())
-    file.unlink()
+def test_a_checkpoint_alone_is_scored_as_in_training_into_a_file_of_its_own(folder):
+    kept = (folder / "evaluation.json").read_text()
+    by_training = json.loads(kept)
     done = run("Evaluate.py", folder / "1.pt")
     assert (done.code, done.err) == (0, "")
     assert "linear probe" in done.out
+    file = folder / "evaluation-1-val.json"
     assert str(file) in done.out
     result = json.loads(file.read_text())
-    assert result.keys() == by_training.keys() - {"pairs"} == NAMES
+    assert result.keys() == NAMES | {"data"}
+    assert by_training.keys() == NAMES | {"pairs"}
     assert (result["n_test"], result["split"]) == (60, "val")
     for name in NAMES - {"protocol", "split"}:
         assert result[name] == pytest.approx(by_training[name], abs=0.02)
-
-
-def test_what_training_alone_can_measure_stays_if_it_is_of_this_epoch(folder, tmp_path, monkeypatch):
-    shutil.copy(folder / "1.pt", tmp_path)
-    file = tmp_path / "evaluation.json"
-    by_training = {"epoch": 1, "pairs": {"alignment": 0.25}}
-    monkeypatch.setattr(Evaluate, "evaluate", lambda *rest: {"epoch": rest[-1], "split": "val", "n_test": 60})
-    for before, pairs in (
-        (json.dumps(by_training), {"alignment": 0.25}),
-        (json.dumps(by_training | {"epoch": 2}), None),
-        ("{", None),
-        ("[]", None),
-    ):
-        file.write_text(before)
-        evaluated(tmp_path)
-        assert json.loads(file.read_text()).get("pairs") == pairs
+    assert (folder / "evaluation.json").read_text() == kept
 
 
 def test_a_run_folder_and_other_flags(folder, tmp_path):
-    kept = (folder / "evaluation.json").read_text()
     evaluated(folder, "--eval", "cv", "--finetune", 1, "--out", tmp_path / "out.json")
     result = json.loads((tmp_path / "out.json").read_text())
-    assert result.keys() == NAMES | {"finetune"}
-    assert (result["split"], result["n_test"]) == ("cv", 240)
+    assert result.keys() == NAMES | {"data", "finetune"}
+    assert result["split"] == "cv"
     assert result["protocol"]["finetune_epochs"] == 1
+    assert result["protocol"]["labels"] == 1
     assert 0 < result["finetune"] < 1
-    assert (folder / "evaluation.json").read_text() == kept
+
+
+def test_few_labels_are_the_same_share_of_each_class():
+    splits = colour_splits()
+    few = Evaluate.with_few_labels(splits, 0.1)
+    assert few.train.labels[few.train.labels >= 0].bincount().tolist() == [3, 3, 3]  # of 30 each
+    kept = few.train.labels >= 0
+    assert torch.equal(few.train.labels[kept], splits.train.labels[kept])
+    assert (splits.train.labels >= 0).sum() == 90  # these have not changed
+    assert torch.equal(few.test.labels, splits.test.labels)
+    one_line(lambda: Evaluate.with_few_labels(colour_splits("cv"), 0.1), "--labels 0.1", "--eval val or test")
+
+
+def test_scores_of_other_data_or_few_labels_have_a_file_of_their_own(folder, monkeypatch):
+    monkeypatch.setattr(Evaluate, "evaluate", lambda *rest: {"epoch": rest[-1], "split": "val", "n_test": 60})
+    images = folder.parents[1] / "images"
+    evaluated(folder, "--data", images, "--labels", 0.1)
+    assert (folder / "evaluation-1-val-images-labels_0.1.json").exists()
 
 
 def test_files_are_read_as_the_run_read_them(folder, monkeypatch):
@@ -371,7 +373,7 @@ def test_a_file_that_is_no_checkpoint_of_an_encoder_is_one_line(tmp_path, cli):
 def test_data_that_cannot_be_scored_is_one_line(folder, tmp_path):
     flat = tmp_path / "flat"
     save_shapes(tmp_path, 2, classes=["flat"] * 10)
-    one_line(lambda: evaluated(folder, "--data", flat), str(flat), "no labels")
+    one_line(lambda: evaluated(folder, "--data", flat), str(flat), "too few labels")
     one_line(lambda: evaluated(folder, "--data", tmp_path / "gone"), "gone", "neither")
     one_line(lambda: evaluated(folder, "--eval", "test"), "no folder", "test")
 

@@ -460,7 +460,7 @@ def test_out_of_memory_halves_the_chunk_once(fail, part):
         at.generator.step = limited
     run = Search((8, 4))
     found, messages = warned(lambda: search(None, at, run=run))
-    assert messages == ["out of memory in the search: going on with --chunk 16"]  # half of 4 * 8
+    assert messages == ["out of memory in the search: continuing with --chunk 16"]  # half of 4 * 8
     assert run.chunk == 16
     assert torch.equal(found.keys, whole.keys)
     torch.testing.assert_close(found.distances, whole.distances, rtol=0, atol=1e-6)

@@ -124,9 +124,8 @@ def test_a_run_logs_and_goes_on_where_it_was(tmp_path):
     seconds = [line["seconds"] for line in lines(again.folder)]
     assert seconds == sorted(seconds)
     assert len(Utils.read_json(run.folder / "args.json")["starts"]) == 2
-    assert Runs.has_logged(run.folder, 3, "loss")
-    assert not Runs.has_logged(run.folder, 4, "loss")
-    assert not Runs.has_logged(run.folder, 3, "knn")
+    assert Runs.logged_at(run.folder, 3)["loss"] == 9
+    assert Runs.logged_at(run.folder, 4) == {}
 
 
 def test_only_the_first_process_writes(tmp_path):

@@ -37,7 +37,6 @@ from CamNet.Corruptions import Corruption
 from Images.Split import Split
 
 GENERATOR = "--net tiny --corrupt gray+down2 --distance pixels --m 4,2 --period 16 --visits 2 --periods 1 --bs 8"
-GENERATOR += " --no-single_code"
 
 
 @pytest.fixture
@@ -50,8 +49,8 @@ def cli(cli):
 def models(tree, tmp_path_factory):
     """A folder with a generator of the tiny tree."""
     folder = tmp_path_factory.mktemp("isicle")
-    argv = f"{GENERATOR} --data {tree} --size 16 --models_dir {folder} --data_dir {tree.parent / 'cache'}".split()
-    TrainCamNet.main(TrainCamNet.get_args(argv))
+    place = f"--data {tree} --size 16 --models_dir {folder} --data_dir {tree.parent / 'cache'}"
+    TrainCamNet.main(TrainCamNet.get_args(f"{GENERATOR} --no-single_code {place}".split()))
     return folder
 
 

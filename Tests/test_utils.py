@@ -61,7 +61,7 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
 
 
 def test_a_lock_where_there_is_no_folder_is_one_line(tmp_path):
-    one_line(lambda: Utils.locked(tmp_path / "absent" / "bank", "filling it").__enter__(), "cannot write", "absent")
+    one_line(lambda: Utils.locked(tmp_path / "absent" / "bank", "filling it").__enter__(), "cannot lock", "absent")
 
 
 def test_a_lock_tells_who_holds_it_and_leaves_no_file(tmp_path):
@@ -129,13 +129,15 @@ def test_load_of_what_is_no_checkpoint_is_one_line(tmp_path, damage):
 
 def test_newest_checkpoint_counts_and_passes_over_what_cannot_be_continued(tmp_path, capsys):
     assert newest_checkpoint(tmp_path) is None
+    parts = {name: kind() for name, kind in Utils.ENCODER_PARTS.items()}
     for name in ("9.pt", "10.pt", "10+2.pt", "10+11.pt", "best.pt"):
-        save_(tmp_path / name, args={}, step=1, encoder={})
+        save_(tmp_path / name, **parts)
     assert newest_checkpoint(tmp_path).name == "10+11.pt"
     (tmp_path / "10+11.pt").write_bytes(b"")
     assert newest_checkpoint(tmp_path).name == "10+2.pt"
     assert str(tmp_path / "10+11.pt") in capsys.readouterr().out
-    save_(tmp_path / "10+2.pt", args={}, step=1)
+    del parts["optimizer"]
+    save_(tmp_path / "10+2.pt", **parts)
     assert newest_checkpoint(tmp_path).name == "10.pt"
     assert "holds no run" in capsys.readouterr().out
 

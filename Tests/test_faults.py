@@ -1,0 +1,697 @@
+"""Kills, signals, damaged files, full disks, changed data, senseless flags: nothing is lost, nothing wrong is let in.
+
+Most runs are forks of this process or are made in it: see Benchmarks/Forks.py. `make soak` does the same at length.
+"""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from helpers import TORCHRUN, content, count_lines, finish, lines, one_error, only_run, start
+from torch.utils.tensorboard import SummaryWriter
+
+import CamNet.Bank
+import Data
+import Evaluate
+import Images.Decode
+import Reports
+import Runs
+import TrainCamNet
+import TrainISICLE
+import TrainSimCLR
+import Utils
+from Benchmarks.Forks import Child, draw_images, flags_of, is_one_line, problem_of, state_of
+from CamNet.Generator import Generator
+
+SCRIPTS = {"TrainSimCLR": TrainSimCLR, "TrainISICLE": TrainISICLE, "TrainCamNet": TrainCamNet}
+CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """36 images of three classes to train on, 12 to score."""
+    return draw_images(tmp_path_factory.mktemp("faults") / "data")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bank_in_parts():
+    """Let banks be filled in five parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CamNet.Bank.fill.__kwdefaults__, "bs", 8)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """name of a script -> its finished run: .models_dir, .state of it."""
+    made = {}
+
+    def finish_run(name):
+        if name not in made:
+            models_dir = tmp_path_factory.mktemp(name)
+            child = Child(SCRIPTS[name], flags_of(name, data, models_dir), models_dir.parent / f"{name}.log")
+            assert child.wait() == 0, child.output()
+            made[name] = SimpleNamespace(models_dir=models_dir, state=state_of(models_dir))
+        return made[name]
+
+    return finish_run
+
+
+@pytest.fixture
+def copied(finished, data, tmp_path):
+    """(name of a script, *names of files to remove) -> a copy of its finished run: .folder .models_dir .argv .state."""
+
+    def copy(name, *removed):
+        models_dir = shutil.copytree(finished(name).models_dir, tmp_path / "copied")
+        (folder,) = models_dir.glob(f"{name}-*")
+        for each in removed:
+            (folder / each).unlink()
+        argv = flags_of(name, data, models_dir, "--resume", "auto")
+        return SimpleNamespace(folder=folder, models_dir=models_dir, argv=argv, state=finished(name).state)
+
+    return copy
+
+
+@pytest.fixture
+def fork(tmp_path):
+    """(script, argv, prepare) -> Child; those that are left are killed at the end."""
+    children = []
+
+    def start_child(script, argv, prepare=None):
+        children.append(Child(script, argv, tmp_path / f"child{len(children)}.log", prepare))
+        return children[-1]
+
+    yield start_child
+    for child in children:
+        child.kill()
+
+
+def wait_for(condition, child):
+    """Wait until condition() is true, while the child runs."""
+    end = time.monotonic() + 120
+    while not condition():
+        assert child.is_running(), child.output()
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def check_same(run):
+    """Check that a copied run has ended in what the finished one left."""
+    assert problem_of(state_of(run.models_dir), run.state) == ""
+
+
+# ---------------------------------------------------------------------------------------------------- one process
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume", "auto"]], ids=["new", "auto"])
+def test_of_two_starts_one_trains(data, finished, tmp_path, fork, resume):
+    argv = flags_of("TrainSimCLR", data, tmp_path / "models", *resume)
+    children = [fork(TrainSimCLR, argv) for _ in range(2)]
+    winner, loser = sorted(children, key=lambda child: child.wait())
+    assert (winner.code, loser.code) == (0, 2), loser.output()
+    assert is_one_line(loser.output())
+    assert f"another process ({winner.pid} on" in loser.output()
+    assert problem_of(state_of(tmp_path / "models"), finished("TrainSimCLR").state) == ""
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=list(SCRIPTS))
+def test_a_run_that_another_process_works_on_is_left_alone(copied, cli, script):
+    run = copied(script.__name__)
+    with Utils.locked(run.folder / ".lock", "testing"):
+        before = content(run.models_dir)
+        one_error(cli(run.argv, script), f"another process ({os.getpid()} on", run.folder)
+        assert content(run.models_dir) == before
+
+
+def test_ranks_end_with_their_launcher(data, tmp_path):
+    argv = flags_of("TrainSimCLR", data, tmp_path, "--epochs", "2000", "--save_iter", "0", "--eval_iter", "0")
+    launcher = start(*TORCHRUN, "TrainSimCLR.py", *argv)
+    end = time.monotonic() + 120
+    while not count_lines(tmp_path, "*/metrics.jsonl") and time.monotonic() < end:
+        time.sleep(0.05)
+    ranks = children_of(launcher.pid)
+    assert len(ranks) == 2
+    launcher.kill()
+    end = time.monotonic() + 15
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < end:
+        time.sleep(0.05)
+    running = [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
+    for rank in running:
+        os.kill(rank, signal.SIGKILL)
+    assert not running
+    finish(launcher)
+    with Utils.locked(only_run(tmp_path) / ".lock", "testing", wait=False):
+        pass
+
+
+def children_of(process):
+    """Return the processes that a process has started."""
+    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+# ---------------------------------------------------------------------------------------------------- damage
+
+
+def flip(file, place):
+    """Flip a bit of a file. place: a share of its length."""
+    damaged = bytearray(file.read_bytes())
+    damaged[int(place * len(damaged))] ^= 16
+    file.write_bytes(damaged)
+
+
+def set_nan(file):
+    """Put NaN into a checkpoint's weights."""
+    state = torch.load(file, weights_only=True)
+    weight = next(iter(state.get("encoder", state.get("net")).values()))
+    weight[(0,) * weight.ndim] = float("nan")
+    torch.save(state, file)
+
+
+def put(value):
+    return lambda file: torch.save(value, file)
+
+
+def change(name, value):
+    """Return a function that puts another value into a checkpoint."""
+    return lambda file: torch.save(torch.load(file, weights_only=True) | {name: value}, file)
+
+
+DAMAGE = {
+    "bit flipped": lambda file: flip(file, 0.3),
+    "another bit flipped": lambda file: flip(file, 0.7),
+    "NaN": set_nan,
+    "one tensor": put({"x": torch.zeros(1)}),
+    "a list": put([1, 2]),
+    "flags of another type": change("args", 3),
+    "step of another type": change("step", "4"),
+    "no optimizer": change("optimizer", None),
+    "no random state": change("random", None),
+    "text": lambda file: file.write_text("weights"),
+}
+
+
+def test_damaged_checkpoints_are_passed_over(copied, tmp_path, capsys):
+    run = copied("TrainSimCLR", "3.pt")
+    for damage in DAMAGE.values():
+        shutil.copy(run.folder / "2.pt", run.folder / "3.pt")
+        damage(run.folder / "3.pt")
+        assert Utils.newest_checkpoint(run.folder) == run.folder / "2.pt"
+        assert capsys.readouterr().out.count("passed over: ") == 1
+
+
+@pytest.mark.parametrize("damage", ["bit flipped", "NaN", "no random state"])
+def test_a_damaged_checkpoint_is_passed_over_or_refused(copied, cli, damage):
+    run = copied("TrainSimCLR", "3.pt", "evaluation.json")
+    DAMAGE[damage](run.folder / "2.pt")
+    before = content(run.folder)
+    one_error(cli(["--resume", str(run.folder / "2.pt"), "--device", "cpu"]), "2.pt")
+    assert content(run.folder) == before
+    done = cli(run.argv)
+    assert done.code == 0, done.err
+    assert done.out.count("passed over: ") == 1
+    assert "continuing at step 4" in done.out
+    check_same(run)
+
+
+@pytest.mark.parametrize("damage", ["bit flipped", "NaN", "one tensor"])
+def test_a_damaged_generator_is_passed_over(copied, cli, damage):
+    run = copied("TrainCamNet", "generator.json")
+    DAMAGE[damage](run.folder / "2.pt")
+    done = cli(run.argv, TrainCamNet)
+    assert done.code == 0, done.err
+    assert done.out.count("passed over: ") == 1
+    check_same(run)
+
+
+@pytest.mark.parametrize("damage", ["bit flipped", "NaN", "one tensor"])
+def test_a_damaged_checkpoint_is_not_scored(copied, cli, damage):
+    run = copied("TrainSimCLR")
+    DAMAGE[damage](run.folder / "3.pt")
+    one_error(cli([run.folder / "3.pt", "--device", "cpu"], Evaluate), "3.pt")
+
+
+def test_weights_that_are_not_finite_are_no_good_checkpoint(copied, cli, monkeypatch):
+    run = copied("TrainSimCLR", "3.pt", "evaluation.json")
+    set_nan(run.folder / "2.pt")
+    monkeypatch.setattr(TrainSimCLR.Losses, "contrastive", lambda z, *_: z.sum() * float("inf"))
+    one_error(cli(run.argv), "epoch 2, step 5", f"last good checkpoint: {run.folder / '1.pt'}")
+
+
+CONTENTS = ["", "{", "[1]", "null", '{"args": 3, "starts": 5}', '{"split": "val", "epoch": 3, "fit": true}', "\xff\0\n"]
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [*[("TrainSimCLR", text) for text in CONTENTS], *[("TrainCamNet", text) for text in CONTENTS[-2:]]],
+)
+def test_damaged_side_files_are_made_again(copied, cli, name, text):
+    run = copied(name)
+    for each in ("args.json", "evaluation.json", "generator.json", "encoder.json"):
+        if (run.folder / each).exists():
+            (run.folder / each).write_text(text, encoding="latin1")
+    done = cli(run.argv, SCRIPTS[name])
+    assert done.code == 0, done.err
+    check_same(run)
+    assert json.loads((run.folder / "args.json").read_text())["args"]["seed"] == 0
+
+
+def test_damaged_lines_of_metrics_are_dropped(copied, cli):
+    run = copied("TrainSimCLR")
+    metrics = run.folder / "metrics.jsonl"
+    damaged = "\n".join([*CONTENTS, '{"step": "x"}', '{"step": 1, "seconds": null}', '{"step": 1e999, "seconds": 1}'])
+    metrics.write_bytes(damaged.encode("latin1") + b"\n" + metrics.read_bytes())
+    done = cli(run.argv)
+    assert done.code == 0, done.err
+    check_same(run)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", CONTENTS[-2]])
+def test_a_damaged_note_of_a_generator_or_bank_is_one_line_or_a_new_one(copied, cli, text):
+    run = copied("TrainISICLE")
+    shutil.rmtree(run.folder)
+    (note,) = run.models_dir.glob("*/bank-*.json")
+    for each in (note, note.parent / "generator.json"):
+        each.write_text(text, encoding="latin1")
+    done = cli(run.argv, TrainISICLE)
+    if done.code:
+        one_error(done, note.with_suffix(""), "delete it")
+    else:
+        check_same(run)
+
+
+def test_a_damaged_bank_is_refused(copied, cli):
+    run = copied("TrainISICLE", "3.pt", "evaluation.json")
+    (bank,) = run.models_dir.glob("*/bank-*.npy")
+    flip(bank, 0.5)
+    before = content(run.folder)
+    one_error(cli(run.argv, TrainISICLE), bank, "damaged", "delete it")
+    assert content(run.folder) == before
+    bank.unlink()
+    assert cli(run.argv, TrainISICLE).code == 0
+    check_same(run)
+
+
+PARTS = {
+    "cut": lambda part, note: part.write_bytes(part.read_bytes()[:-5000]),
+    "empty": lambda part, note: part.write_bytes(b""),
+    "bit flipped": lambda part, note: flip(part, 0.1),
+    "header flipped": lambda part, note: part.write_bytes(part.read_bytes().replace(b"(", b"[", 1)),
+    "too far": lambda part, note: note.write_text(note.read_text().replace('"done": 24', '"done": 37')),
+    "no number": lambda part, note: note.write_text(note.read_text().replace('"done": 24', '"done": "x"')),
+    "no note": lambda part, note: note.write_text("[1]"),
+}
+
+
+@pytest.mark.parametrize("damage", PARTS)
+def test_a_damaged_half_of_a_bank_is_filled_anew(copied, data, damage):
+    run = copied("TrainISICLE")
+    (bank,) = run.models_dir.glob("*/bank-*.npy")
+    expected = bank.read_bytes()
+    state = torch.load(bank.parent / "2.pt", weights_only=True)
+    generator = Generator(**state["config"])
+    generator.load_state_dict(state["generator"])
+    split = Data.get_train_split(str(data), Data.Options(data_dir=data.parent / "data-cache", size=16))
+
+    # as a kill leaves it after three of five parts
+    images = np.load(bank)
+    note = bank.with_name(bank.name + ".json")
+    part = bank.rename(bank.with_name(bank.name + ".part"))
+    part_note = note.rename(part.with_name(part.name + ".json"))
+    crc = CamNet.Bank.checksum(images[:24])
+    part_note.write_text(json.dumps(json.loads(part_note.read_text()) | {"done": 24, "crc": crc}))
+    PARTS[damage](part, part_note)
+    assert CamNet.Bank.fill(bank, generator, split, 2, 0, "cpu")
+    assert bank.read_bytes() == expected
+    assert not part.exists()
+
+
+def test_scratch_files_of_killed_processes_are_removed(copied, cli):
+    run = copied("TrainSimCLR")
+    dead = os.fork()
+    if dead == 0:
+        os._exit(0)
+    os.waitpid(dead, 0)
+    for name in (f".3.pt.{dead}.tmp", f".9+4.pt.{dead}.tmp", f".args.json.{dead}.tmp"):
+        (run.folder / name).write_text("half")
+    alive = run.folder / f".3.pt.{os.getppid()}.tmp"
+    alive.write_text("half")
+    assert cli(run.argv).code == 0
+    assert [path for path in run.folder.iterdir() if path.name.startswith(".")] == [alive]
+    alive.unlink()
+    check_same(run)
+
+
+# ---------------------------------------------------------------------------------------------------- the data
+
+
+@pytest.fixture
+def own_data(data, tmp_path):
+    """A copy of the images, in a place of its own."""
+    return shutil.copytree(data, tmp_path / "own")
+
+
+def unfinished(name, data, models_dir, cli):
+    """Make a run and remove its last checkpoint; return (its folder, flags that resume it)."""
+    argv = flags_of(name, data, models_dir)
+    assert cli(argv, SCRIPTS[name]).code == 0
+    (folder,) = models_dir.glob(f"{name}-*")
+    last = 2 if name == "TrainCamNet" else 3
+    (folder / f"{last}.pt").unlink()
+    return folder, [*argv, "--resume", "auto"]
+
+
+CHANGES = {
+    "added": lambda file: shutil.copy(file, file.with_name("zzz.png")),
+    "removed": lambda file: file.unlink(),
+    "other pixels": lambda file: shutil.copy(file.with_name("001.png"), file),
+}
+
+
+@pytest.mark.parametrize("name", ["TrainSimCLR", "TrainCamNet"])
+def test_data_that_has_changed_is_refused(own_data, tmp_path, cli, name):
+    folder, argv = unfinished(name, own_data, tmp_path / "models", cli)
+    before = content(folder)
+    (first, *_) = sorted(own_data.glob("train/*/000.png"))
+    for change in CHANGES.values():
+        kept = first.read_bytes()
+        change(first)
+        one_error(cli(argv, SCRIPTS[name]), f"--data {own_data}", "images", "--suffix")
+        one_error(cli(["--resume", folder / "1.pt", "--device", "cpu"], SCRIPTS[name]), f"--data {own_data}")
+        first.write_bytes(kept)
+        first.with_name("zzz.png").unlink(missing_ok=True)
+    assert content(folder) == before
+
+
+def weights_of(state):
+    """Return {name of a checkpoint: its hash} of a `state_of`, without the name of the run folder."""
+    return {path.partition("/")[2]: value for path, value in state.items() if path.endswith(".pt")}
+
+
+@pytest.mark.parametrize("how", ["auto", "file"])
+@pytest.mark.parametrize("name", ["TrainSimCLR", "TrainCamNet"])
+def test_data_that_has_moved_is_accepted(own_data, finished, tmp_path, cli, name, how):
+    folder, argv = unfinished(name, own_data, tmp_path / "models", cli)
+    moved = own_data.rename(tmp_path / "moved")
+    words = argv if how == "auto" else ["--resume", folder / "1.pt", "--device", "cpu"]
+    done = cli([*words, "--data", moved], SCRIPTS[name])
+    assert done.code == 0, done.err
+    assert "continuing at step" in done.out
+    expected = weights_of(finished(name).state)
+    assert weights_of(state_of(tmp_path / "models")) == expected
+
+
+# ---------------------------------------------------------------------------------------------------- kills
+
+
+def hang(module, name, flag, times=1, seconds=300):
+    """Return a function for Child: the `times`th call of module.name makes the file `flag` and then takes long."""
+
+    def prepare():
+        work = getattr(module, name)
+        calls = []
+
+        def slow(*args, **options):
+            calls.append(1)
+            if len(calls) == times:
+                flag.touch()
+                time.sleep(seconds)
+            return work(*args, **options)
+
+        setattr(module, name, slow)
+
+    return prepare
+
+
+KILLED_AT = {
+    "after a save": ("TrainSimCLR", TrainSimCLR, "score_epoch", 1),
+    "after another save": ("TrainSimCLR", TrainSimCLR, "score_epoch", 2),
+    "in the final scoring": ("TrainSimCLR", Evaluate, "evaluate", 1),
+    "after evaluation.json": ("TrainSimCLR", Runs.Run, "baseline", 1),
+    "before the projector": ("TrainSimCLR", Reports, "show_embedding", 1),
+    "before encoder.pt": ("TrainSimCLR", TrainSimCLR, "save_encoder", 1),
+    "before a picture": ("TrainCamNet", Runs.Run, "picture", 1),
+    "before the picture of one code": ("TrainCamNet", Runs.Run, "picture", 2),
+    "after the measures": ("TrainCamNet", TrainCamNet, "show_result", 1),
+    "before the bank": ("TrainISICLE", CamNet.Bank, "restore", 3),
+}
+
+
+@pytest.mark.parametrize("place", KILLED_AT)
+def test_killed_anywhere_nothing_is_missing_after_a_resume(data, finished, tmp_path, fork, cli, place):
+    name, module, function, times = KILLED_AT[place]
+    argv = flags_of(name, data, tmp_path / "models", "--resume", "auto")
+    flag = tmp_path / "reached"
+    child = fork(SCRIPTS[name], argv, hang(module, function, flag, times))
+    wait_for(flag.exists, child)
+    child.kill()
+    done = cli(argv, SCRIPTS[name])
+    assert done.code == 0, done.err
+    assert problem_of(state_of(tmp_path / "models"), finished(name).state) == ""
+
+
+def test_pairs_of_unlabelled_images_are_measured_after_a_kill(data, tmp_path, fork, cli):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (data / "train").rglob("*.png"):
+        shutil.copy(path, flat / f"{path.parent.name}-{path.name}")
+    states = []
+    for models_dir, is_killed in ((tmp_path / "whole", False), (tmp_path / "killed", True)):
+        argv = flags_of("TrainSimCLR", flat, models_dir, "--resume", "auto")
+        if is_killed:
+            flag = tmp_path / "reached"
+            child = fork(TrainSimCLR, argv, hang(TrainSimCLR, "finish_run", flag))
+            wait_for(flag.exists, child)
+            child.kill()
+        assert cli(argv).code == 0
+        states.append(state_of(models_dir))
+    assert problem_of(*states) == ""
+    assert "alignment" in lines(only_run(tmp_path / "whole"))[-1]
+
+
+# ---------------------------------------------------------------------------------------------------- signals
+
+
+def catches_signals(process):
+    """Return whether a process has set its own handlers of SIGTERM and Ctrl-C."""
+    status = Path(f"/proc/{process}/status").read_text()
+    caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+    return all(caught >> (number - 1) & 1 for number in CODES)
+
+
+@pytest.mark.parametrize(
+    "script, number",
+    [
+        ("TrainSimCLR.py", signal.SIGTERM),
+        ("TrainISICLE.py", signal.SIGINT),
+        ("TrainCamNet.py", signal.SIGTERM),
+        ("Evaluate.py", signal.SIGTERM),
+        ("Export.py", signal.SIGTERM),
+    ],
+)
+def test_a_signal_during_the_imports(script, number):
+    process = start(script)
+    while not catches_signals(process.pid):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(number)
+    done = finish(process)
+    assert done.code == CODES[number]
+    assert done.out == ""
+    assert len(done.err.splitlines()) == 1, done.err
+
+
+TERM = signal.SIGTERM
+INT = signal.SIGINT
+SIGNALLED_AT = {
+    "reading images": (TERM, "TrainSimCLR", Data, "get_data_splits", 1),
+    "scoring an epoch": (INT, "TrainSimCLR", Evaluate, "score", 2),
+    "the final scoring": (TERM, "TrainSimCLR", Evaluate, "evaluate", 1),
+    "the final scoring, Ctrl-C": (INT, "TrainSimCLR", Evaluate, "evaluate", 1),
+    "reading the generator's images": (INT, "TrainCamNet", Data, "get_train_split", 1),
+    "measuring": (TERM, "TrainCamNet", TrainCamNet, "measure", 1),
+    "the generator's training": (TERM, "TrainISICLE", TrainCamNet.Trainer, "update", 6),
+    "the generator's measures": (TERM, "TrainISICLE", TrainCamNet, "measure", 1),
+    "the bank": (TERM, "TrainISICLE", CamNet.Bank, "restore", 4),
+    "the bank, Ctrl-C": (INT, "TrainISICLE", CamNet.Bank, "restore", 4),
+}
+
+
+@pytest.mark.parametrize("place", SIGNALLED_AT)
+def test_a_signal_ends_a_script_wherever_it_is(data, finished, tmp_path, fork, cli, place):
+    number, name, module, function, times = SIGNALLED_AT[place]
+    argv = flags_of(name, data, tmp_path / "models", "--resume", "auto")
+    flag = tmp_path / "reached"
+    seconds = 1 if function == "update" else 300  # a step is taken to its end
+    child = fork(SCRIPTS[name], argv, hang(module, function, flag, times, seconds))
+    wait_for(flag.exists, child)
+    child.send(number)
+    sent = time.monotonic()
+    assert child.wait(30) == CODES[number], child.output()
+    assert time.monotonic() - sent < 5
+    assert "Traceback" not in child.output()
+    if function == "restore":
+        (note,) = tmp_path.glob("models/*/*.part.json")
+        assert json.loads(note.read_text())["done"] == 24
+    if place.startswith("the generator"):
+        assert not list(tmp_path.glob("models/TrainISICLE-*/*.pt"))
+    done = cli(argv, SCRIPTS[name])
+    assert done.code == 0, done.err
+    for saved in tmp_path.glob("models/*/*+*.pt"):  # inside an epoch, which a run left alone does not write
+        saved.unlink()
+    assert problem_of(state_of(tmp_path / "models"), finished(name).state) == ""
+
+
+# ---------------------------------------------------------------------------------------------------- one line
+
+
+def full_disk(*args, **options):
+    raise OSError(28, os.strerror(28), "/full/file")
+
+
+FULL_AT = {
+    "pictures": (torchvision.utils, "save_image"),
+    "TensorBoard": (SummaryWriter, "add_scalar"),
+    "baselines": (SummaryWriter, "__enter__"),
+    "the projector": (SummaryWriter, "add_embedding"),
+    "evaluation.json": (Path, "write_text"),
+}
+
+
+@pytest.mark.parametrize("place", FULL_AT)
+def test_a_full_disk_is_one_line_wherever_it_is_met(copied, cli, monkeypatch, place):
+    run = copied("TrainSimCLR", "3.pt", "evaluation.json")
+    target, name = FULL_AT[place]
+    work = getattr(target, name)
+
+    def fail(self, *args, **options):
+        if place != "evaluation.json" or "evaluation" in self.name:
+            full_disk()
+        return work(self, *args, **options)
+
+    monkeypatch.setattr(target, name, fail)
+    done = cli(run.argv)
+    one_error(done, "cannot write", "No space left", "free space")
+    assert ("linear probe" in done.out) == (place in ("baselines", "the projector", "evaluation.json"))
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    assert cli(run.argv).code == 0
+    check_same(run)
+
+
+@pytest.mark.parametrize(
+    "name, limit",
+    [
+        ("TrainSimCLR", 3_000),
+        ("TrainSimCLR", 30_000),
+        ("TrainSimCLR", 1_000_000),
+        ("TrainCamNet", 30_000),
+        ("TrainISICLE", 50_000),
+    ],
+)
+def test_a_file_that_cannot_grow_is_one_line(data, tmp_path, fork, name, limit):
+    argv = flags_of(name, data, tmp_path / "models")
+    child = fork(SCRIPTS[name], argv, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert child.wait() == 2, child.output()
+    assert is_one_line(child.output()), child.output()
+    assert not [path for path in tmp_path.rglob(".*") if path.suffix == ".tmp"]
+
+
+def test_scores_are_shown_where_they_cannot_be_written(copied, cli):
+    run = copied("TrainSimCLR")
+    done = cli([run.folder, "--device", "cpu", "--out", "/proc/nowhere/scores.json"], Evaluate)
+    one_error(done, "cannot write /proc/nowhere/scores.json")
+    assert "linear probe" in done.out
+    check_same(run)
+
+
+HUGE = str(10**20)
+SENSELESS = {
+    "TrainSimCLR --device meta": "--device meta",
+    "TrainISICLE --device meta": "--device meta",
+    "TrainCamNet --device meta": "--device meta",
+    "TrainSimCLR --size 2000000000": "2000000000 px",
+    "TrainSimCLR --size 100000 --storage stream": "--size 100000",
+    "TrainCamNet --size 2000000000": "--size 2000000000",
+    "TrainSimCLR --num_views 100000000": "100000000 views",
+    "TrainSimCLR --proj_dim 1000000000": "--proj_dim 1000000000",
+    "TrainSimCLR --proj_hidden 1000000000": "--proj_hidden 1000000000",
+    f"TrainSimCLR --proj_hidden {HUGE}": "--proj_hidden",
+    "TrainCamNet --m 100000000": "--m",
+    f"TrainCamNet --chunk {HUGE}": "--chunk",
+    f"TrainISICLE --num_codes {HUGE}": "--num_codes",
+    "TrainISICLE --num_codes 1000000000": "--num_codes",
+    "TrainSimCLR --lr inf": "--lr",
+    "TrainSimCLR --temp inf": "--temp",
+    "TrainSimCLR --trust inf": "--trust",
+    "TrainCamNet --alpha inf": "--alpha",
+    "TrainCamNet --lr nan": "--lr",
+    f"TrainSimCLR --epochs {HUGE}": "--epochs",
+    "TrainSimCLR --n_workers 1000000": "--n_workers",
+    f"Evaluate --n_workers {HUGE}": "--n_workers",
+    "Evaluate --device meta": "--device meta",
+}
+
+
+@pytest.mark.parametrize("flags", SENSELESS)
+def test_senseless_flags_are_refused_at_once(copied, data, tmp_path, cli, flags):
+    name, *words = flags.split()
+    models_dir = tmp_path / "models"
+    argv = [*flags_of(name, data, models_dir), *words] if name in SCRIPTS else [copied("TrainSimCLR").folder, *words]
+    started = time.monotonic()
+    one_error(cli(argv, SCRIPTS.get(name, Evaluate)), SENSELESS[flags])
+    assert time.monotonic() - started < 5
+    assert not list(models_dir.glob("TrainSimCLR-*")) + list(models_dir.glob("TrainISICLE-*/*.pt"))
+
+
+def test_a_models_dir_that_is_no_utf_8_is_one_line(data, tmp_path, fork):
+    models_dir = tmp_path / os.fsdecode(b"caf\xe9")
+    child = fork(TrainSimCLR, flags_of("TrainSimCLR", data, models_dir))
+    assert child.wait() == 2
+    assert is_one_line(child.output())
+    assert "caf\\xe9: no valid UTF-8" in child.output()
+    assert not models_dir.exists()
+
+
+@pytest.mark.parametrize("where", ["suffix", "data", "class"])
+def test_names_that_are_no_utf_8_train_and_are_shown_escaped(data, tmp_path, fork, where):
+    odd = os.fsdecode(b"caf\xe9")
+    own = shutil.copytree(data, tmp_path / (odd if where == "data" else "own"))
+    if where == "class":
+        for folder in own.glob("*/disc"):
+            folder.rename(folder.with_name(odd))
+    more = ["--suffix", odd] if where == "suffix" else []
+    child = fork(TrainSimCLR, flags_of("TrainSimCLR", own, tmp_path / "models", "--baselines", *more))
+    assert child.wait() == 0, child.output()
+    assert "Traceback" not in child.output()
+    assert ("caf\\xe9" in child.output()) == (where == "data")
+
+
+def test_a_worker_that_is_killed_is_one_line(data, tmp_path, cli, monkeypatch):
+    parent = os.getpid()
+    decode = Images.Decode.decode
+
+    def killed(*args):
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(*args)
+
+    monkeypatch.setattr(Images.Decode, "decode", killed)
+    argv = flags_of("TrainSimCLR", data, tmp_path / "models", "--storage", "stream", "--n_workers", "1")
+    argv += ["--data_dir", str(tmp_path / "cache")]
+    one_error(cli(argv), "--n_workers 0")
+
+
+@pytest.mark.parametrize("name", ["TrainSimCLR", "TrainCamNet"])
+def test_what_is_not_finite_is_told_with_its_step(data, tmp_path, cli, name):
+    done = cli(flags_of(name, data, tmp_path, "--lr", "1e18", "--n_ramp", "0"), SCRIPTS[name])
+    one_error(done, "not finite", "1, step ", "--lr 1e+18")
