@@ -56,7 +56,7 @@ def get_args(argv=None):
     parser = Flags.plain_parser(__doc__)
     add = parser.add_argument
     add("--data", default="shapes", help="data set or folder, as in TrainSimCLR.py")
-    add("--arms", default=",".join(ARMS), metavar="A,..", help="arms to run")
+    add("--arms", metavar="A,..", help=f"arms to run, joined by commas; default: all of {', '.join(ARMS)}")
     add("--seeds", type=bounded(int, 1), default=3, metavar="N", help="runs of each arm, with seeds 0 to N - 1")
     add("--eval", choices=["test", "val", "cv"], default="test", help="split to score; choose flags by val or cv")
     add("--isicle", default="", metavar="FLAGS", help="flags for the arms of TrainISICLE.py only, in one string")
@@ -67,7 +67,7 @@ def get_args(argv=None):
     add("--out", metavar="FILE", help=out)
     args = parser.parse_args(argv[:cut])
     args.rest = argv[cut + 1 :]
-    args.arms = args.arms.split(",")
+    args.arms = list(ARMS) if args.arms is None else args.arms.split(",")
     if not find_spec("matplotlib"):
         raise Utils.UserError("matplotlib is not installed: pip install -r requirements-dev.txt")
     unknown = [arm for arm in args.arms if arm not in ARMS]
