@@ -1,4 +1,5 @@
 # make demo: set up .venv and run the method on the embedded data.  make test: set up what the tests need on top, and run them.
+# make soak: kill runs, damage their files and fill their disks, for an hour; the counts go to Results/soak.json.
 #
 # PYTHON=python3.12     the interpreter that .venv is made from, 3.11 or newer
 # LATEST=1              install the newest versions, not those of constraints.txt
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 .DELETE_ON_ERROR:
-.PHONY: demo test lint clean always
+.PHONY: demo test lint soak clean always
 
 ifdef LATEST
 PIP += --upgrade --upgrade-strategy eager
@@ -29,6 +30,10 @@ demo: .venv/.installed
 test: .venv/.installed-dev lint
 	@echo "== tests: a few minutes on two cores; those that need a GPU or real images say why they are skipped"
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+soak: .venv/.installed-dev
+	@echo "== attacks on the training scripts: about an hour on two cores"
+	$(BIN)/python -m Benchmarks.Soak
 
 lint: .venv/.installed-dev
 	@echo "== ruff"

@@ -67,7 +67,7 @@ def get_args(argv=None):
     add("--out", metavar="FILE", help=out)
     args = parser.parse_args(argv[:cut])
     args.rest = argv[cut + 1 :]
-    args.arms = list(ARMS) if args.arms is None else args.arms.split(",")
+    args.arms = args.arms.split(",") if args.arms else list(ARMS)
     if not find_spec("matplotlib"):
         raise Utils.UserError("matplotlib is not installed: pip install -r requirements-dev.txt")
     unknown = [arm for arm in args.arms if arm not in ARMS]

@@ -1,4 +1,4 @@
-"""Benchmarks/Speed.py, run as its users run it, in a process of its own; Search.py and Redrawn.py in this one."""
+"""Benchmarks/Speed.py, run as its users run it, in its own process; Search.py, Redrawn.py and Soak.py in this one."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ import pytest
 
 import TrainCamNet
 import Utils
-from Benchmarks import Redrawn, Search, Tables
+from Benchmarks import Forks, Redrawn, Search, Soak, Tables
 from CamNet.Bank import read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,3 +162,48 @@ def test_redrawn_positives_are_a_bank(tmp_path, capsys):
         Redrawn.get_args([str(file), "--num_codes", "0"])
     assert "at least 1" in capsys.readouterr().err
     assert [each.name for each in tmp_path.iterdir()] == ["redrawn.npy"]
+
+
+# ---------------------------------------------------------------------------------------------------- Soak
+
+
+def test_soak_counts_and_continues_where_it_was(tmp_path, monkeypatch, capfd):
+    tries = []
+
+    def attack(site, rng, index):
+        tries.append(index)
+        return Soak.Outcome("lost" if index == 1 else "")
+
+    monkeypatch.setattr(Soak, "KINDS", {"a kind": (30, attack, "hits"), "another": (30, attack, "hits")})
+    out = tmp_path / "soak.json"
+    args = Soak.get_args(["--quick", "--only", "a kind", "--out", str(out)])
+    assert Soak.main(args) == 1
+    content = json.loads(out.read_text())
+    (row,) = content["rows"]
+    assert (row["kind"], row["tried"], row["passed"], row["hits"]) == ("a kind", 3, 2, 3)
+    assert row["failures"] == [{"try": 1, "problem": "lost"}]
+    assert content["revision"]
+    row |= {"tried": 1, "passed": 1, "hits": 1, "failures": []}
+    out.write_text(json.dumps(content))
+    assert Soak.main(args) == 1
+    assert tries == [0, 1, 2, 1, 2]
+    assert "try 2: lost" in capfd.readouterr().out
+
+
+def test_soak_notices_what_was_lost(tmp_path):
+    site = Soak.Site(tmp_path)
+    argv = site.argv("TrainSimCLR", tmp_path / "models")
+    child = site.start("TrainSimCLR", argv)
+    assert child.wait() == 0, child.output()
+    state = Forks.state_of(tmp_path / "models")
+    (folder,) = (tmp_path / "models").iterdir()
+    metrics = folder / "metrics.jsonl"
+    text = metrics.read_text()
+    metrics.write_text("".join(text.splitlines(keepends=True)[1:]))
+    (folder / "pairs.png").unlink()
+    (folder / ".3.pt.1.tmp").write_text("")
+    assert Forks.problem_of(Forks.state_of(tmp_path / "models"), state) == (
+        "not the same: .3.pt.1.tmp, metrics.jsonl, pairs.png"
+    )
+    metrics.write_text(text.replace('"seconds": ', '"seconds": 1'))
+    assert Forks.problem_of(Forks.state_of(tmp_path / "models"), state) == "not the same: .3.pt.1.tmp, pairs.png"
