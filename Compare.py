@@ -218,7 +218,8 @@ def cells(group, differing, columns):
 def table(numbered, columns):
     """Return the text of a table with the folders below it. numbered: pairs of a row's number and its group."""
     differing = differing_flags(group for _, group in numbered)
-    rows = [["", "data", "script", "flags", "epochs", "seed", *(head for head, _, _ in columns.values()), "state"]]
+    heads = [head for head, _, _ in columns.values()]
+    rows = [["", "data", "script", "flags", "epochs", "seed", *heads, "state"]]
     rows += [[str(index), *cells(group, differing, columns)] for index, group in numbered]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
@@ -234,7 +235,7 @@ def write_csv(file, groups):
         writer = csv.writer(handle)
         writer.writerow(["folder", "script", *flags, "epoch", "epochs", *names, "state"])
         for run in chain.from_iterable(groups):
-            row = [run.folder, run.script, *(run.flags.get(name, "") for name in flags), run.epoch, run.epochs]
+            row = [run.folder, run.script, *[run.flags.get(name, "") for name in flags], run.epoch, run.epochs]
             row += [run.scores.get(name, "") for name in names]
             writer.writerow([escape(cell) for cell in [*row, run.state]])
 

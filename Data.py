@@ -40,7 +40,7 @@ class Row:
     load: Callable  # (row, split, options) -> Split
     name: str
     size: int  # side of the square images, in pixels
-    has_val: bool  # a validation split of its own; else hyper-parameters are chosen by cross-validation on train
+    has_val: bool  # whether it has a validation split; otherwise flags are chosen by cross-validation on train
     recipe: dict  # defaults of the encoder's training flags that suit it
     generator_recipe: dict  # defaults of the flags of TrainCamNet.py
     on_cpu: dict = field(default_factory=dict)  # what differs in the recipe where there is no GPU

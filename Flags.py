@@ -15,7 +15,7 @@ from Distributed import say
 from Images.Folders import DATA_DIR
 
 LARGEST_SEED = 2**32 - 1  # other seeds are made from it by multiplication
-LARGEST_INT = 2**31 - 1  # of a flag without a bound of its own: torch counts in 64 bits, also products of two of them
+LARGEST_INT = 2**31 - 1  # of flags without an upper bound: the product of two fits into torch's 64 bits
 MOST_WORKERS = 1024
 NAMES = ", ".join(name for name in Data.DATASETS if name != "folder")
 

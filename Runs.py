@@ -45,7 +45,9 @@ def run_name(script, data, hyper, usual, suffix=""):
     different = [key for key in values if values[key] != usual.get(key)]
     main = [key for key in MAIN if key in values and key not in different and values[key] != "None"]
 
-    name = "-".join([script, data[:40], *([suffix] if suffix else [])])
+    name = f"{script}-{data[:40]}"
+    if suffix:
+        name += f"-{suffix}"
     for key in [*different, *main]:
         flag = f"-{key}_{values[key]}"
         if len(name) + len(flag) <= NAME_LENGTH:

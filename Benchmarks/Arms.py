@@ -55,8 +55,8 @@ def get_args(argv=None):
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = Flags.plain_parser(__doc__)
     add = parser.add_argument
-    add("--data", default="shapes", help="data set, as for TrainSimCLR.py")
-    add("--arms", metavar="A,..", help=f"arms to run; default: all, which are {', '.join(ARMS)}")
+    add("--data", default="shapes", help="data set or folder, as in TrainSimCLR.py")
+    add("--arms", metavar="A,..", help=f"arms to run, joined by commas; default: all of {', '.join(ARMS)}")
     add("--seeds", type=bounded(int, 1), default=3, metavar="N", help="runs of each arm, with seeds 0 to N - 1")
     add("--eval", choices=["test", "val", "cv"], default="test", help="split to score; choose flags by val or cv")
     add("--isicle", default="", metavar="FLAGS", help="flags for the arms of TrainISICLE.py only, in one string")

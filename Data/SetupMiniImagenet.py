@@ -228,7 +228,7 @@ def keep_archive(path, source):
     if not is_archive(path):
         what = describe(path)
         path.unlink()
-        raise UserError(f"{source}: the file was not kept, for it is {what}")
+        raise UserError(f"{source}: the file was not kept, because it is {what}")
 
 
 def check_member(archive, name, link=None, hard=False):
@@ -327,7 +327,7 @@ def extract(archive, folder, skip_bad):
 
 
 def count_words(left_out):
-    """Return {"hidden": 2, ".tar": 3} as "2 hidden, 3 .tar", of the six most frequent ones."""
+    """Return {"hidden": 2, ".tar": 3} as "2 hidden, 3 .tar"; only the six most frequent ones."""
     return ", ".join(f"{n} {kind}" for kind, n in left_out.most_common(6))
 
 
@@ -430,7 +430,7 @@ def collect(raw, lists):
 
 
 def few_shot_lists(images, splits, lists):
-    """Return the class-disjoint lists of the images at hand, by the given lists or the archive's folders, or None."""
+    """Return the class-disjoint lists of these images, by the given lists or the folders of the archive, or None."""
     by_list = {s: {label for _, label in rows} for s, rows in (lists or {}).items()}
     if lists and sum(map(len, by_list.values())) == len(set.union(*by_list.values())):
         split_of = {label: split for split, rows in lists.items() for _, label in rows}
@@ -441,7 +441,10 @@ def few_shot_lists(images, splits, lists):
     if unknown := sorted(images.keys() - split_of.keys()):
         hint = "give --csv_dir DIR with the lists of this archive"
         raise UserError(f"class {unknown[0]} is in none of the few-shot lists; {hint}")
-    return {s: [(n, c) for c in sorted(images) if split_of[c] == s for n in sorted(images[c])] for s in SPLITS}
+    found = {split: [] for split in SPLITS}
+    for label in sorted(images):
+        found[split_of[label]] += [(name, label) for name in sorted(images[label])]
+    return found
 
 
 def check_counts(images, left_out, any_count):
@@ -533,7 +536,7 @@ def build(args, main):
         images, few_shot = read_archives(args, archives, partial / "raw")
         counts = lay_out(images, out, seed)
         write_lists(few_shot or {}, out)
-        record = {"seed": seed, "classes": len(images), **counts}
+        record = {"seed": seed, "classes": len(images)} | counts
         (out / "split.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
         for old in [p for p in (few, main) if p.exists()]:  # --force: few first, for it can be made again from main
             old.replace(partial / f"old_{old.name}")
@@ -609,7 +612,7 @@ def run(args):
     main = args.dest / "miniImagenet"
     few = args.dest / "miniImagenetFewShot"
     partials = [args.dest / f".{folder.name}.partial" for folder in (main, few)]
-    # one run at a time, and nothing of one that was killed
+    # only one run here; remove what a killed one has left
     args.dest.mkdir(parents=True, exist_ok=True)
     try:
         fcntl.flock(os.open(args.dest, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the process ends
@@ -664,7 +667,7 @@ def get_args(argv=None):
         "--csv_dir", type=Path, metavar="DIR", help="folder of the few-shot lists; used instead of any other"
     )
     P.add_argument("--seed", type=int, help="seed of the same-class split (default: 0)")
-    P.add_argument("--any_count", action="store_true", help="accept other numbers than 100 classes of 600 images")
+    P.add_argument("--any_count", action="store_true", help="accept any number of classes and of images")
     P.add_argument("--skip_bad", action="store_true", help="leave out empty files and files that are not images")
     P.add_argument("--force", action="store_true", help="rebuild a finished result")
     default = Path(__file__).resolve().parent
