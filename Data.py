@@ -13,10 +13,10 @@ from Distributed import first_rank_first, notice, say
 from Images import Shapes
 from Images.Folders import Options, check_same_classes, check_size, folders_in, holds_images, load_folder, some
 from Images.Split import Split, StreamedSplit
-from Lazy import lazy_import
+from Lazy import LazyModule
 from Utils import UserError, shown
 
-torchvision = lazy_import("torchvision")
+torchvision = LazyModule("torchvision")
 
 DEFAULT_OPTIONS = Options()
 SPLITS = ("train", "val", "test")

@@ -18,11 +18,11 @@ import torch
 
 import Distributed
 import Utils
-from Lazy import lazy_import
+from Lazy import LazyModule
 from Utils import UserError
 
-tensorboard = lazy_import("torch.utils.tensorboard")
-torchvision = lazy_import("torchvision")
+tensorboard = LazyModule("torch.utils.tensorboard")
+torchvision = LazyModule("torchvision")
 
 NOT_FINITE = "loss or weights are not finite"
 FIRST = ("data", "pair", "lr", "epochs", "seed")  # of the flags in TensorBoard's table

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from Lazy import lazy_import
+from Lazy import LazyModule
 
-torchvision = lazy_import("torchvision")
+torchvision = LazyModule("torchvision")
 
 CLASSES = ["disc", "square", "triangle", "star", "cross", "ring", "crescent", "bars", "heart", "L"]
 SIZES = {"train": 8000, "val": 2000, "test": 2000}  # images per split, the same number of each class
