@@ -144,7 +144,3 @@ def test_front_door_is_short():
 
 def test_pairs_are_those_of_the_script():
     assert f"<!-- pairs -->{Tables.pairs()}<!-- end -->" in README, "run `python -m Benchmarks.Collect`"
-
-
-def test_data_is_no_package():
-    assert not (ROOT / "Data" / "__init__.py").exists(), "it would hide Data.py from every script"
