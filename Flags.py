@@ -108,7 +108,8 @@ def add_reading(group):
     workers = "processes that decode image files"
     add("--n_workers", type=bounded(int, 0, MOST_WORKERS), default=2, metavar="N", help=workers)
     add("--data_dir", default=str(DATA_DIR), metavar="DIR", help="folder that holds the data sets")
-    storage = "memory: decode image folders once; stream: at every use; auto: memory if they fit into half of it"
+    storage = "memory: decode image folders once; stream: decode at every use; auto: memory if the images take at most "
+    storage += "half of what is free"
     add("--storage", choices=["auto", "memory", "stream"], default="auto", help=storage)
     add("--skip_bad", action="store_true", help="leave unreadable images out and count them, instead of stopping")
 

@@ -59,7 +59,7 @@ def build_parser(data="shapes", device_type="cpu"):
     parser = Flags.plain_parser(__doc__)
     group = parser.add_argument_group("data")
     Flags.add_data_place(group)
-    flip = "mirror half of the images, drawn again in every period"
+    flip = "mirror half of the images, another half in every period"
     group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help=flip)
     add_generator_flags(parser.add_argument_group("generator"))
     add_search_flags(parser.add_argument_group("search and distance"))
