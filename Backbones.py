@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from Lazy import lazy_import
+from Lazy import LazyModule
 
-torchvision = lazy_import("torchvision")
+torchvision = LazyModule("torchvision")
 
 # Suggestions for --help: any other classification model of torchvision works as well.
 BACKBONES = ("resnet8", "resnet18", "resnet34", "resnet50", "convnext_tiny", "vit_b_16", "efficientnet_b0")

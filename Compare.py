@@ -18,6 +18,7 @@ import re
 import signal
 import statistics
 import sys
+from itertools import chain
 from pathlib import Path
 
 MODELS = Path(__file__).resolve().parent / "Models"
@@ -64,12 +65,12 @@ class Run:
 
         # Progress: epochs done and wanted.
         last = next(self.objects("metrics.jsonl"), {})
-        self.epoch = self.number(last, "epoch")
-        self.epochs = self.number(args, "periods" if self.is_generator else "epochs")
+        self.epoch = self.finite(last, "epoch")
+        self.epochs = self.finite(args, "periods" if self.is_generator else "epochs")
 
-        # Scores: those of SCORES or MEASURES that there are.
+        # Scores: those of SCORES or MEASURES that the files hold.
         is_complete = self.read_measures() if self.is_generator else self.read_scores(last)
-        if (seconds := self.number(last, "seconds")) is not None:
+        if (seconds := self.finite(last, "seconds")) is not None:
             self.scores["minutes"] = seconds / 60
 
         self.state = "?" if self.problems else "interrupted"
@@ -81,24 +82,24 @@ class Run:
     def read_measures(self):
         """Read generator.json; return whether the run is complete."""
         result = next(self.objects("generator.json"), {})
-        self.scores = {name: result[name] for name in MEASURES if self.number(result, name) is not None}
+        self.scores = {name: result[name] for name in MEASURES if self.finite(result, name) is not None}
         return bool(result)
 
     def read_scores(self, last):
-        """Read the newest scores of an encoder; return whether the run is complete. last: of metrics.jsonl."""
+        """Read the newest scores of an encoder; return whether the run is complete. last: that of metrics.jsonl."""
         newest = next((content for content in self.objects("metrics.jsonl") if "knn" in content), {})
         result = next(self.objects("evaluation.json"), {})
-        measured = self.number(result, "epoch")
-        if measured is not None and measured >= (self.number(newest, "epoch") or 0):
+        measured = self.finite(result, "epoch")
+        if measured is not None and measured >= (self.finite(newest, "epoch") or 0):
             newest = result
             self.flags["eval"] = result.get("split")
-        self.scores = {name: newest[name] for name in SCORES if self.number(newest, name) is not None}
+        self.scores = {name: newest[name] for name in SCORES if self.finite(newest, name) is not None}
         # The last line of a complete run is one of scores or, without labels, of pairs; lines of training have a loss.
         has_ended = self.epoch is not None and self.epoch == self.epochs and "loss" not in last
         return has_ended or (measured is not None and measured == self.epochs)
 
     def objects(self, name):
-        """Yield the JSON objects in a file, the last first; one per line in .jsonl, where half lines are left out."""
+        """Yield the JSON objects in a file, the last first; .jsonl has one per line, incomplete ones are left out."""
         try:
             text = (self.folder / name).read_bytes()
         except OSError as error:
@@ -117,7 +118,7 @@ class Run:
         if is_damaged and text:
             self.problems.append(f"{name} holds no JSON object")
 
-    def number(self, content, name):
+    def finite(self, content, name):
         """Return a finite number of a JSON object, None if it has none."""
         value = content.get(name)
         if value is None or (isinstance(value, (int, float)) and abs(value) < 1e300):
@@ -126,9 +127,9 @@ class Run:
         return None
 
     def curve(self, name, factor):
-        """Return steps and values, the latter times a factor, of a number in metrics.jsonl."""
-        lines = [line for line in self.objects("metrics.jsonl") if self.number(line, name) is not None]
-        lines = [line for line in reversed(lines) if self.number(line, "step") is not None]
+        """Return the steps of a value in metrics.jsonl, and the values times a factor."""
+        lines = [line for line in self.objects("metrics.jsonl") if self.finite(line, name) is not None]
+        lines = [line for line in reversed(lines) if self.finite(line, "step") is not None]
         return [line["step"] for line in lines], [factor * line[name] for line in lines]
 
 
@@ -138,7 +139,7 @@ def is_locked(file):
         with file.open() as handle:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
-        return isinstance(error, BlockingIOError)  # else there is none, or it cannot be read
+        return isinstance(error, BlockingIOError)  # otherwise there is no such file, or it cannot be read
     return False
 
 
@@ -147,7 +148,7 @@ def find_runs(path):
     try:
         folders = [path, *sorted(path.iterdir())]
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}: give a run folder, or a folder of runs as Models") from error
+        raise UserError(f"{path}: {error.strerror}: give a run folder, or a folder of runs such as Models") from error
     runs = [folder for folder in folders if (folder / "args.json").exists()]
     if not runs:
         raise UserError(f"{path} holds no run: train one by python TrainSimCLR.py, or give another folder")
@@ -155,7 +156,7 @@ def find_runs(path):
 
 
 def group_by_seed(runs):
-    """Return lists of complete runs that differ in the seed alone, best first; any other run is a list of its own."""
+    """Return lists of complete runs that differ only in the seed, best first; each other run is a list of its own."""
     groups = {}
     for run in sorted(runs, key=lambda run: f"{run.flags.get('seed')!s:>10}"):
         alike = {name: value for name, value in run.flags.items() if name != "seed"}
@@ -166,7 +167,7 @@ def group_by_seed(runs):
 
 
 def rank(group):
-    """Return what groups are sorted by: encoders first, then data, then linear probe and kNN or the distance."""
+    """Return the key to sort groups by: encoders first; by data; by linear probe and kNN, or by distance."""
     best = [-mean(group, "linear", 0), -mean(group, "knn", 0), mean(group, "best_of_16", float("inf"))]
     return group[0].is_generator, str(group[0].flags.get("data")), *best
 
@@ -177,7 +178,7 @@ def mean(group, name, default):
 
 
 def spread(values, factor, digits):
-    """Return mean ± standard deviation as text; of booleans whether all are true."""
+    """Return mean ± standard deviation as text; for booleans, whether all are true."""
     if isinstance(values[0], bool):
         return "yes" if all(values) else "no"
     values = [factor * value for value in values]
@@ -193,7 +194,7 @@ def escape(text):
 def differing_flags(groups):
     """Return the names of flags that have more than one value among the runs that have them."""
     values = {}
-    for run in (run for group in groups for run in group):
+    for run in chain.from_iterable(groups):
         for name, value in run.flags.items():
             values.setdefault(name, set()).add(str(value))
     return [name for name in values if len(values[name]) > 1 and name not in ("data", "seed", "epochs", "periods")]
@@ -217,7 +218,8 @@ def cells(group, differing, columns):
 def table(numbered, columns):
     """Return the text of a table with the folders below it. numbered: pairs of a row's number and its group."""
     differing = differing_flags(group for _, group in numbered)
-    rows = [["", "data", "script", "flags", "epochs", "seed", *(head for head, _, _ in columns.values()), "state"]]
+    heads = [head for head, _, _ in columns.values()]
+    rows = [["", "data", "script", "flags", "epochs", "seed", *heads, "state"]]
     rows += [[str(index), *cells(group, differing, columns)] for index, group in numbered]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
@@ -232,8 +234,8 @@ def write_csv(file, groups):
     with file.open("w", newline="") as handle:
         writer = csv.writer(handle)
         writer.writerow(["folder", "script", *flags, "epoch", "epochs", *names, "state"])
-        for run in (run for group in groups for run in group):
-            row = [run.folder, run.script, *(run.flags.get(name, "") for name in flags), run.epoch, run.epochs]
+        for run in chain.from_iterable(groups):
+            row = [run.folder, run.script, *[run.flags.get(name, "") for name in flags], run.epoch, run.epochs]
             row += [run.scores.get(name, "") for name in names]
             writer.writerow([escape(cell) for cell in [*row, run.state]])
 
@@ -253,7 +255,7 @@ def write_plot(file, groups):
     legend = {}
     for axes, (numbered, name, title, factor) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         axes.set(xlabel="step", ylabel=title)
-        for index, run in ((index, run) for index, group in numbered for run in group):
+        for index, run in [(index, run) for index, group in numbered for run in group]:
             steps, values = run.curve(name, factor)
             (line,) = axes.plot(steps, values, color=f"C{index % 10}", marker="os^Dv*"[index % 6], markersize=4)
             _, script, flags, _, seeds, _ = cells(groups[index - 1], differing, {})
@@ -264,12 +266,23 @@ def write_plot(file, groups):
     figure.savefig(file, format="png")
 
 
-def main(argv=None):
-    """Read the runs, print the tables, write the files."""
+def build_parser():
+    """Return the parser."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("runs", nargs="*", type=Path, default=[MODELS], help="run folders, or folders of runs")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a line per run")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curves (needs matplotlib)")
+    return parser
+
+
+def get_args(argv=None):
+    """Parse the flags."""
+    return build_parser().parse_args(argv)
+
+
+def main(argv=None):
+    """Read the runs, print the tables, write the files."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     try:
         folders = dict.fromkeys(folder for path in args.runs for folder in find_runs(path))

@@ -13,10 +13,10 @@ from Distributed import first_rank_first, notice, say
 from Images import Shapes
 from Images.Folders import Options, check_same_classes, check_size, folders_in, holds_images, load_folder, some
 from Images.Split import Split, StreamedSplit
-from Lazy import lazy_import
+from Lazy import LazyModule
 from Utils import UserError, shown
 
-torchvision = lazy_import("torchvision")
+torchvision = LazyModule("torchvision")
 
 DEFAULT_OPTIONS = Options()
 SPLITS = ("train", "val", "test")
@@ -40,7 +40,7 @@ class Row:
     load: Callable  # (row, split, options) -> Split
     name: str
     size: int  # side of the square images, in pixels
-    has_val: bool  # a validation split of its own; else hyper-parameters are chosen by cross-validation on train
+    has_val: bool  # whether it has a validation split; otherwise flags are chosen by cross-validation on train
     recipe: dict  # defaults of the encoder's training flags that suit it
     generator_recipe: dict  # defaults of the flags of TrainCamNet.py
     on_cpu: dict = field(default_factory=dict)  # what differs in the recipe where there is no GPU

@@ -86,7 +86,7 @@ def first_rank_only(work):
     """Return work(), or raise what it raises. With several processes the first calls it, and the others wait for it."""
     if not is_joined():
         return work()
-    # a group of its own: the work can take longer than the time that the training's group waits
+    # a new group, because the work can take longer than the training's group waits
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     answer = [None, None]  # result, error
     if dist.get_rank() == 0:

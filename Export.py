@@ -317,14 +317,16 @@ def write_npz(file, table, metadata):
 
 def write_csv(file, table, metadata):
     """Write the columns path, label, class, f0, f1, ...; 9 digits give every float32 back exactly."""
-    header = ["path", "label", "class", *(f"f{column}" for column in range(table.features.shape[1]))]
+    header = ["path", "label", "class"]
+    header += [f"f{column}" for column in range(table.features.shape[1])]
     with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as handle:
         writer = csv.writer(handle)
         writer.writerow(header)
         rows = zip(table.paths, table.labels.tolist(), table.features)
         for path, label, features in tqdm(rows, "writing", len(table.paths), unit="row", disable=Utils.quiet()):
             name = table.classes[label] if label >= 0 else ""
-            writer.writerow([path, label, name, *(f"{value:.9g}" for value in features.tolist())])
+            cells = [f"{value:.9g}" for value in features.tolist()]
+            writer.writerow([path, label, name, *cells])
 
 
 if __name__ == "__main__":

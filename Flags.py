@@ -15,7 +15,7 @@ from Distributed import say
 from Images.Folders import DATA_DIR
 
 LARGEST_SEED = 2**32 - 1  # other seeds are made from it by multiplication
-LARGEST_INT = 2**31 - 1  # of a flag without a bound of its own: torch counts in 64 bits, also products of two of them
+LARGEST_INT = 2**31 - 1  # of flags without an upper bound: the product of two fits into torch's 64 bits
 MOST_WORKERS = 1024
 NAMES = ", ".join(name for name in Data.DATASETS if name != "folder")
 
@@ -108,7 +108,8 @@ def add_reading(group):
     workers = "processes that decode image files"
     add("--n_workers", type=bounded(int, 0, MOST_WORKERS), default=2, metavar="N", help=workers)
     add("--data_dir", default=str(DATA_DIR), metavar="DIR", help="folder that holds the data sets")
-    storage = "memory: decode image folders once; stream: at every use; auto: memory if they fit into half of it"
+    storage = "memory: decode image folders once; stream: decode at every use; auto: memory if the images take at most "
+    storage += "half of what is free"
     add("--storage", choices=["auto", "memory", "stream"], default="auto", help=storage)
     add("--skip_bad", action="store_true", help="leave unreadable images out and count them, instead of stopping")
 

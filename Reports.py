@@ -8,11 +8,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 import Evaluate
 from Augmentations import to_float
-from Lazy import lazy_import
+from Lazy import LazyModule
 from Losses import view_statistics
 from Utils import shown
 
-torchvision = lazy_import("torchvision")
+torchvision = LazyModule("torchvision")
 
 MEASURED = 512  # images whose pairs are measured
 LEAST_WIDTH = 600  # of a picture with captions, in pixels

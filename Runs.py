@@ -18,11 +18,11 @@ import torch
 
 import Distributed
 import Utils
-from Lazy import lazy_import
+from Lazy import LazyModule
 from Utils import UserError
 
-tensorboard = lazy_import("torch.utils.tensorboard")
-torchvision = lazy_import("torchvision")
+tensorboard = LazyModule("torch.utils.tensorboard")
+torchvision = LazyModule("torchvision")
 
 NOT_FINITE = "loss or weights are not finite"
 FIRST = ("data", "pair", "lr", "epochs", "seed")  # of the flags in TensorBoard's table
@@ -45,7 +45,9 @@ def run_name(script, data, hyper, usual, suffix=""):
     different = [key for key in values if values[key] != usual.get(key)]
     main = [key for key in MAIN if key in values and key not in different and values[key] != "None"]
 
-    name = "-".join([script, data[:40], *([suffix] if suffix else [])])
+    name = f"{script}-{data[:40]}"
+    if suffix:
+        name += f"-{suffix}"
     for key in [*different, *main]:
         flag = f"-{key}_{values[key]}"
         if len(name) + len(flag) <= NAME_LENGTH:
@@ -109,7 +111,9 @@ def claimed(folder):
                 raise UserError(f"cannot make the run folder {Utils.shown(folder)}: {reason}") from error
             stack.enter_context(Utils.locked(folder / ".lock", f"working on {Utils.shown(folder)}", wait=False))
 
-        stack.callback(_remove_if_empty, folder)
+        for place in (folder.parent, folder):  # left in the opposite order
+            if not place.exists():
+                stack.callback(_remove_if_empty, place)
         Distributed.first_rank_only(claim)
         yield
 

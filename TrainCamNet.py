@@ -59,7 +59,7 @@ def build_parser(data="shapes", device_type="cpu"):
     parser = Flags.plain_parser(__doc__)
     group = parser.add_argument_group("data")
     Flags.add_data_place(group)
-    flip = "mirror half of the images, drawn again in every period"
+    flip = "mirror half of the images, another half in every period"
     group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help=flip)
     add_generator_flags(parser.add_argument_group("generator"))
     add_search_flags(parser.add_argument_group("search and distance"))
@@ -405,12 +405,13 @@ def finish_period(trainer, run, title, loss, seconds):
     period = trainer.period
     is_last = trainer.step == trainer.steps
     few = trainer.held_out_images(FEW)
-    values = {"period_loss": loss, **few.quality(few.samples(trainer.ema, 4), (1, 4))}
+    values = {"period_loss": loss} | few.quality(few.samples(trainer.ema, 4), (1, 4))
     run.log(trainer.step, period, **values)
     if is_last:
         run.show_flags(Flags.hyper_parameters(args), ["Train/best_of_1", "Train/diversity_pixels"])
     if is_last or (args.sample_iter and period % args.sample_iter == 0):
-        columns = ["x", "c(x)", *(f"sample {index + 1}" for index in range(SHOWN))]
+        columns = ["x", "c(x)"]
+        columns += [f"sample {index + 1}" for index in range(SHOWN)]
         run.picture("samples", Reports.captioned(Reports.grid(few.shown(trainer.ema)), columns), period)
     if is_last or (args.save_iter and period % args.save_iter == 0):
         trainer.save(run.folder)  # last: what comes after a checkpoint is not made again after a kill

@@ -298,6 +298,10 @@ def _try_lock(handle, tries=3):
             return True
         except BlockingIOError:
             time.sleep(0.05)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+                raise
+            return True  # a file system without locks
     return False
 
 

@@ -1,4 +1,4 @@
-"""What is commonly used for augmentation and training step, for Benchmarks/Speed.py to compare with."""
+"""Common implementations of augmentation and training step, which Benchmarks/Speed.py compares with ours."""
 
 import contextlib
 from functools import partial
@@ -28,7 +28,7 @@ def kornia_transform(K, views, mode):
 
 
 class PlainLoop:
-    """A step of the plain loop: a DataLoader whose workers augment PIL images one at a time, fp32, SGD."""
+    """A step of the plain loop: a DataLoader whose workers augment PIL images one by one, fp32, SGD."""
 
     def __init__(self, flags, split, device, workers):
         encoder = Flags.encoder_for(flags)
@@ -43,7 +43,7 @@ class PlainLoop:
         self.loader = DataLoader(
             pictures,
             flags.bs,
-            sampler=RandomSampler(pictures, replacement=True, num_samples=2**31),  # one epoch without an end
+            sampler=RandomSampler(pictures, replacement=True, num_samples=2**31),  # one endless epoch
             num_workers=workers,
             collate_fn=partial(two_views, transform=transform),
             drop_last=True,
@@ -51,7 +51,7 @@ class PlainLoop:
 
     @contextlib.contextmanager
     def running(self):
-        """Let the workers run: they must not while others are measured. What they prefetch first is not used."""
+        """Run the workers, but only while this variant is measured. Their first batches, made before, are discarded."""
         self.stream = iter(self.loader)
         for _ in range(self.loader.prefetch_factor * self.loader.num_workers):
             next(self.stream)

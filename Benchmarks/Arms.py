@@ -3,10 +3,10 @@
     python -m Benchmarks.Arms                                                   # all arms on generated shapes
     python -m Benchmarks.Arms --data cifar10 --arms simclr_full,isicle_full -- --backbone resnet8 --epochs 10
 
-What comes after -- goes to every run. Writes Results/arms-DATA.json after every run, and Results/arms-DATA.png; started
-again, it continues where it was. All arms take equal steps; compute (multiply-accumulates) charges search, training and
-sampling of the generator to the arms that use it. The arm simclr_full_equal_compute is SimCLR with so many more epochs
-that it costs what isicle_full does.
+Flags after -- go to every run. Writes Results/arms-DATA.json and Results/arms-DATA.png after every run; a second start
+continues where the first one stopped. All arms take the same number of steps, except simclr_full_equal_compute: SimCLR
+with more epochs, so that it costs as much as isicle_full. Compute is in multiply-accumulates; arms with a generator
+include its search, training and sampling.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from Benchmarks.Tables import arms_table
 from Flags import bounded
 
 EQUAL = "simclr_full_equal_compute"
-ALONE = "--p_gen 1 --aug crop"  # nothing but the restorations makes the views differ in colour
+ALONE = "--p_gen 1 --aug crop"  # only the restorations make the views differ in colour
 ARMS = {  # name: (script, flags, what it is)
     "simclr_crop": ("TrainSimCLR.py", "--aug crop", "SimCLR, crop and flip only"),
     "simclr_full": ("TrainSimCLR.py", "", "SimCLR"),
@@ -50,24 +50,24 @@ ARMS = {  # name: (script, flags, what it is)
 
 
 def get_args(argv=None):
-    """Parse the flags; what comes after -- is kept as .rest."""
+    """Parse the flags; those after -- are kept in .rest."""
     argv = list(sys.argv[1:] if argv is None else argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = Flags.plain_parser(__doc__)
     add = parser.add_argument
-    add("--data", default="shapes", help="as of TrainSimCLR.py")
-    add("--arms", default=",".join(ARMS), metavar="A,..", help="arms to run")
+    add("--data", default="shapes", help="data set or folder, as in TrainSimCLR.py")
+    add("--arms", metavar="A,..", help=f"arms to run, joined by commas; default: all of {', '.join(ARMS)}")
     add("--seeds", type=bounded(int, 1), default=3, metavar="N", help="runs of each arm, with seeds 0 to N - 1")
-    add("--eval", choices=["test", "val", "cv"], default="test", help="split that is scored; choose flags by val or cv")
+    add("--eval", choices=["test", "val", "cv"], default="test", help="split to score; choose flags by val or cv")
     add("--isicle", default="", metavar="FLAGS", help="flags for the arms of TrainISICLE.py only, in one string")
-    jobs = "runs at the same time, each on an equal share of the cores; a GPU takes one"
+    jobs = "runs at the same time, which divide the cores evenly; 1 on a GPU"
     add("--jobs", type=bounded(int, 1), default=1, metavar="N", help=jobs)
     add("--models_dir", default=str(Utils.ROOT / "Models"), metavar="DIR", help="folder of the run folders")
     out = "JSON to write; default: Results/arms-DATA.json, or choice-DATA-EVAL.json with --eval val or cv"
     add("--out", metavar="FILE", help=out)
     args = parser.parse_args(argv[:cut])
     args.rest = argv[cut + 1 :]
-    args.arms = args.arms.split(",")
+    args.arms = args.arms.split(",") if args.arms else list(ARMS)
     if not find_spec("matplotlib"):
         raise Utils.UserError("matplotlib is not installed: pip install -r requirements-dev.txt")
     unknown = [arm for arm in args.arms if arm not in ARMS]
@@ -95,7 +95,7 @@ def words_of(args, arm, seed, records):
 
 
 def equal_epochs(records):
-    """Return the epochs in which SimCLR spends what isicle_full does, generator included. UserError if not known."""
+    """Return the epochs after which SimCLR costs as much as isicle_full, generator included. UserError if not known."""
     ours = [row for row in records if row["arm"] == "isicle_full"]
     plain = [row for row in records if row["arm"] == "simclr_full"]
     if not ours or not plain:
@@ -105,10 +105,10 @@ def equal_epochs(records):
 
 
 def finish(args, arm, seed, words):
-    """Do one run to its end and return its record. UserError if it fails; started again, it continues."""
+    """Do one run, or continue it, and return its record. UserError if it fails."""
     command = [sys.executable, str(Utils.ROOT / words[0]), *words[1:]]
     command += ["--resume", "auto", "--no-baselines", "--models_dir", args.models_dir]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     if args.jobs > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // args.jobs))
     code, output = run_aloud(command, environment, f"{arm}, seed {seed}")
@@ -120,7 +120,7 @@ def finish(args, arm, seed, words):
 
 
 def run_aloud(command, environment, title):
-    """Run a command, print its lines under a title as they come; return (exit code, all of its output)."""
+    """Run a command and print its lines with a title as they come; return (exit code, all of its output)."""
     lines = []
     pipe = subprocess.PIPE
     with subprocess.Popen(
@@ -134,7 +134,7 @@ def run_aloud(command, environment, title):
 
 
 def record_of(arm, seed, words, folder, output):
-    """Return what is known of a finished run."""
+    """Return the record of a finished run."""
     result = json.loads((folder / "evaluation.json").read_text())
     run = json.loads((folder / "args.json").read_text())
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
@@ -169,7 +169,7 @@ def record_of(arm, seed, words, folder, output):
 
 
 def generator_record(flags, folder):
-    """Return what is known of the generator in a run folder, as a run with these flags used it."""
+    """Return the part of a record that describes the generator in a run folder, for a run with these flags."""
     record = {"generator": folder.name, "generator_flags": generator_flags(folder)}
     if flags.pair == "corrupted":  # only its corruption was used
         return record
@@ -209,7 +209,7 @@ def missing(args, arms, records):
 
 
 def add(records, row):
-    """Return the records with this one in the place of an older one of the same arm and seed, in the order of ARMS."""
+    """Return the records in the order of ARMS, where this one replaces an older one of the same arm and seed."""
     others = [each for each in records if (each["arm"], each["seed"]) != (row["arm"], row["seed"])]
     order = list(ARMS)
     return sorted([*others, row], key=lambda each: (order.index(each["arm"]), each["seed"]))

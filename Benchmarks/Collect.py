@@ -3,8 +3,8 @@
     python -m Benchmarks.Collect Models/RUN [Models/RUN ...] --out Results/simclr-shapes.json
     python -m Benchmarks.Collect                # only the tables, from what Results/ holds
 
-RUN is a run folder of TrainSimCLR.py, TrainISICLE.py or TrainCamNet.py. Every figure of the two files comes through
-here, so that none is typed in by hand.
+RUN is a run folder of TrainSimCLR.py, TrainISICLE.py or TrainCamNet.py. All tables of the two files are
+made here, so that no figure is typed by hand.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def get_args(argv=None):
     """Parse the flags."""
     parser = Flags.plain_parser(__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders of one table")
-    parser.add_argument("--out", metavar="FILE", help="JSON to write them to, in Results/ to be shown")
+    parser.add_argument("--out", metavar="FILE", help="JSON to write them to; those in Results/ are shown")
     args = parser.parse_args(argv)
     if bool(args.runs) != bool(args.out):
         raise Utils.UserError("run folders and --out FILE go together: give both, or neither")
@@ -38,7 +38,7 @@ def get_args(argv=None):
 
 
 def collect(folder):
-    """Return the record of a finished run: its scores, and what a number must come with. UserError if not finished."""
+    """Return the record of a finished run: scores, command, flags, device, time. UserError if it is not finished."""
     folder = Path(folder)
     found = [folder / name for name in ("evaluation.json", "generator.json") if (folder / name).exists()]
     if not found:
@@ -90,7 +90,7 @@ def newest_generator(models):
 
 
 def fill(text, results):
-    """Return the text with its blocks made anew.
+    """Return the text with all its blocks made again.
 
     <!-- MAKER NAME --> ... <!-- end -->: a table of Results/NAME.json, by `Tables.MAKERS`.
     <!-- pairs --> ... <!-- end -->, in one line: the choices of --pair.
@@ -112,7 +112,7 @@ def fill(text, results):
 
 
 def main(args):
-    """Collect runs, if any are named, and write the tables anew."""
+    """Collect the runs, if any are named, and update the tables."""
     if args.runs:
         Utils.write_json(args.out, [collect(run) for run in args.runs])
         print(f"written: {args.out}")

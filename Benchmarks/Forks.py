@@ -1,4 +1,4 @@
-"""Tiny runs of the training scripts in forks of this process, and all that they leave but for times: for Soak.py."""
+"""Tiny runs of the training scripts in forks of this process, and what they write, without times: for Soak.py."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ BOARD = ("scalars", "images", "tensors")  # what TensorBoard has of a run
 
 
 def draw_images(folder, train=12, scored=4, size=16):
-    """Write folder/{train,val,test}/CLASS/INDEX.png: images of three classes, so many of each; return the folder."""
+    """Write folder/{train,val,test}/CLASS/INDEX.png: images of three classes; return the folder."""
     for seed, (split, each) in enumerate({"train": train, "val": scored, "test": scored}.items()):
         labels = torch.arange(CLASSES).repeat_interleave(each)
         images = Shapes.draw(labels, size, torch.Generator().manual_seed(seed)) / 255
@@ -48,7 +48,7 @@ def flags_of(script, data, models_dir, *more):
 
 
 class Child:
-    """A script with some flags, run as its last lines run it, in a fork of this process; it imports nothing anew."""
+    """A script with some flags, run as its last lines run it, in a fork of this process (no new imports)."""
 
     def __init__(self, script, argv, log, prepare=None):
         """script: its module. log: the file that all of its lines go to. prepare: called in the child first."""
@@ -118,7 +118,7 @@ def is_one_line(text):
 
 
 def state_of(models_dir):
-    """Return {path in the folder: hash, or names} of all that runs have left in it, but for times and args.json."""
+    """Return {path in the folder: hash, or names} of all that runs have left in it, except for times and args.json."""
     state = {}
     for path in sorted(Path(models_dir).rglob("*")):
         name = str(path.relative_to(models_dir))

@@ -56,8 +56,8 @@ def get_args(argv=None):
 def draw_method(run, file):
     """Draw rows of x, c(x), three restorations and three views, for a generator's run folder.
 
-    The third view is a restoration, as in the share --p_gen of the steps. Of the first images of the train split those
-    are shown whose third view --gray_p has left in colour, so that it can be seen.
+    The third view is a restoration, as it is in training with probability --p_gen. The images are the first ones of the
+    train split whose third view is in colour: --gray_p makes some of them grey.
     """
     # restorations
     cpu = torch.device("cpu")
@@ -105,7 +105,7 @@ def draw_arms(records, file):
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    # the better the higher
+    # the best arm at the top
     groups = list(Tables.by_arm(records).values())
     groups.sort(key=lambda runs: statistics.mean(row["linear"] for row in runs))
     height = 1.4 + 0.42 * len(groups)

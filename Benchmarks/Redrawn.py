@@ -1,4 +1,4 @@
-"""Write the positives of a perfect generator of shapes: each outline in its place, all the rest drawn anew.
+"""Write the positives of a perfect generator of shapes: the same outline in its place, all else drawn again.
 
     python -m Benchmarks.Redrawn Data/redrawn.npy
     python TrainISICLE.py --bank Data/redrawn.npy --p_gen 1

@@ -1,4 +1,4 @@
-"""Measure a generator in images per second: the search for codes, sampling, a training step; ours and the plain way.
+"""Measure images per second of a generator: search for codes, sampling, training steps; ours and a plain version.
 
     python -m Benchmarks.Search                               # the newest generator in Models/
     python -m Benchmarks.Search Models/RUN --images 512       # a run folder of TrainCamNet.py
@@ -6,8 +6,8 @@
 If there is no generator yet, python TrainCamNet.py makes one in minutes. Writes Results/search-DEVICE.json. Four ways
 of searching the same codes by the same weights: ours (`CamNet.IMLE`), which runs the coarser levels once, for the
 chosen codes; the same in fp32; with the coarser levels run again for every candidate; and as the published code does it
-(github.com/niopeng/CAM-Net), which also takes one image and 20 codes at a time, computes the target's features for each
-of these chunks, and runs in fp32. They take turns; `same` is the share of codes that are chosen as in fp32.
+(github.com/niopeng/CAM-Net): the latter, in chunks of one image and 20 codes, for each of which the features of the
+target are computed again, in fp32. The ways take turns. `same`: the share of the chosen codes that fp32 chooses, too.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from CamNet.Corruptions import pyramid
 from CamNet.Measures import AT_ONCE
 from Flags import bounded
 
-REFERENCE_CHUNK = 20  # codes of one image in a forward of the published code
+REFERENCE_CHUNK = 20  # codes of one image in a forward pass of the published code
 
 
 def get_args(argv=None):
@@ -39,9 +39,9 @@ def get_args(argv=None):
     parser = Flags.plain_parser(__doc__)
     add = parser.add_argument
     add("run", nargs="?", help="run folder of TrainCamNet.py, or a checkpoint in it; default: the newest in Models/")
-    add("--device", default="auto", help="torch device, for example cpu or cuda:1; auto: cuda if there is one")
+    add("--device", default="auto", help="torch device, for example cpu or cuda:1; auto: cuda if available")
     add("--images", type=bounded(int, 1), default=64, metavar="N", help="images of the train split to search")
-    add("--rounds", type=bounded(int, 1), default=3, metavar="N", help="times that everything is measured")
+    add("--rounds", type=bounded(int, 1), default=3, metavar="N", help="repetitions of all measurements")
     add("--out", metavar="FILE", help="JSON to write; default: Results/search-DEVICE.json")
     return parser.parse_args(argv)
 
@@ -54,7 +54,7 @@ def plain_search(generator, distance, condition, targets, keys, counts, images, 
     """Return the chosen keys (B, L), running all levels for every candidate: the slow way, to compare with.
 
     condition: c(x) of B images; targets: a batch for each level; keys: int64 (B,). counts: candidates of each level;
-    further levels use the last number. images, codes: how many of each go into one forward. cached: compute the
+    further levels use the last number. images, codes: how many of each go into one forward pass. cached: compute the
     features of a target once for each level.
     """
     chosen = torch.empty(len(keys), 0, dtype=torch.int64, device=keys.device)
@@ -147,13 +147,13 @@ class Bench:
             )
 
     def train(self, bs, bf16):
-        """Take one step on each image, bs at a time."""
+        """Train one step on each image, in batches of bs."""
         with self.precision(bf16) as trainer:
             for part in self.all_rows().split(bs):
                 trainer.update(self.period, part)
 
     def sample(self, bs, bf16):
-        """Make one sample of each image, bs at a time."""
+        """Make one sample of each image, in batches of bs."""
         with self.precision(bf16) as trainer, trainer.autocast():
             for rows in self.all_rows().split(bs):
                 trainer.ema.sample(self.period.condition[rows], self.keys[rows])
@@ -211,7 +211,7 @@ def measure(bench, rounds, device):
 
 
 def _wait(device):
-    """Wait for what the device has still to compute."""
+    """Wait until the device has computed everything."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,12 +1,12 @@
-"""Attack the training scripts at length, and count what they survive: kills, full disks, damage, two starts at a time.
+"""Attack the training scripts many times, and count what they survive: kills, full disks, damage, two starts at once.
 
     python -m Benchmarks.Soak                     # about 300 tries, an hour on two cores; Results/soak.json
     python -m Benchmarks.Soak --quick             # a tenth of them
     python -m Benchmarks.Soak --only torchrun     # the kinds with that word
 
 Runs are tiny, and most are forks of this process, which has imported everything. A try passes if the run ends, after
-all restarts, in the same bits as a run that was left alone: each tensor of each checkpoint, each line of metrics.jsonl
-but for times, scores, banks, pictures, what TensorBoard shows; and if no scratch file is left. The JSON is written
+all restarts, in the same bits as a run that was not attacked: each tensor of each checkpoint, metrics.jsonl
+except for times, scores, banks, pictures, what TensorBoard shows; and if no scratch file is left. The JSON is written
 after every try, and the next start continues it if the revision is the same. Linux only; a full disk is a small file
 system in memory, which root alone can mount, or else a limit of the length of files.
 """
@@ -115,7 +115,7 @@ def check_checkpoints(folder):
 
 def kill_while_saving(name, site, rng, index):
     """Kill a run up to 12 ms after it began to write a checkpoint. hits: kills before the checkpoint was whole."""
-    models_dir = site.root / f"{name}-saving"  # one run goes on from try to try
+    models_dir = site.root / f"{name}-saving"  # one run, continued from try to try
     before = {file.name for file in models_dir.glob(f"{name}-*/[0-9]*.pt")}
     child = site.start(name, site.argv(name, models_dir, *LONG[name]))
     pattern = f"{name}-*/.[0-9]*.pt.{child.pid}.tmp"

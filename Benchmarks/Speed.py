@@ -1,12 +1,12 @@
-"""Measure views per second of the augmentation and of a whole training step, next to what is commonly used for them.
+"""Measure views per second of the augmentation and of a training step, compared with common implementations.
 
     python -m Benchmarks.Speed                              # two minutes; table on screen, Results/speed-DEVICE.json
     python -m Benchmarks.Speed --device cuda --backbone resnet18 --bs 512
 
-Augmentation, on one core: ours on a batch; torchvision on PIL images and, by its v2, on uint8 tensors, one image at a
-time; kornia on a batch. With --device cuda ours and kornia's are on the GPU. Step, data loading included:
-`TrainSimCLR.Trainer`, also without single parts of it; a plain loop over a DataLoader, in the manner of lightly's
-SimCLR example; then three views instead of two. All see the same images, model, batch size and loss, and take turns, so
+Augmentation, on one core: ours on a batch; torchvision on PIL images and, by its v2, on uint8 tensors, one image after
+another; kornia on a batch. With --device cuda ours and kornia's are on the GPU. Step, data loading included:
+`TrainSimCLR.Trainer`, also without some of its optimisations; a plain loop over a DataLoader, as in lightly's SimCLR
+example; then three views instead of two. All see the same images, model, batch size and loss, and take turns, so
 that other load on the machine affects them all.
 """
 
@@ -51,17 +51,17 @@ def get_args(argv=None):
     """Parse the flags; --quick changes the defaults of others."""
     parser = Flags.plain_parser(__doc__)
     add = parser.add_argument
-    add("--device", default="auto", help="torch device, for example cpu or cuda:1; auto: cuda if there is one")
+    add("--device", default="auto", help="torch device, for example cpu or cuda:1; auto: cuda if available")
     add("--backbone", default="resnet8", choices=list(BACKBONES), help="encoder")
     add("--bs", type=bounded(int, 2, Shapes.SIZES["train"]), default=256, metavar="N", help="images per step")
     add("--size", type=bounded(int, 8), default=32, metavar="PX", help="side of the images")
     add("--threads", type=bounded(int, 0), default=0, metavar="N", help="threads of torch in a step; 0: torch's choice")
     workers = "processes that the plain loop loads images with; 0: one for each core"
     add("--workers", type=bounded(int, 0), default=0, metavar="N", help=workers)
-    add("--seconds", type=bounded(float, 0), default=10.0, metavar="S", help="per variant, over all rounds")
-    add("--rounds", type=bounded(int, 1), default=5, metavar="N", help="times that every variant is measured")
+    add("--seconds", type=bounded(float, 0), default=10.0, metavar="S", help="seconds per variant, all rounds together")
+    add("--rounds", type=bounded(int, 1), default=5, metavar="N", help="repetitions of all measurements")
     add("--out", metavar="FILE", help="JSON to write; default: Results/speed-DEVICE.json or, with --quick, nothing")
-    add("--quick", action="store_true", help="to see that it works: --bs 32 --seconds 0.2 --rounds 2")
+    add("--quick", action="store_true", help="a short test: --bs 32 --seconds 0.2 --rounds 2")
     if parser.parse_args(argv).quick:
         parser.set_defaults(bs=32, seconds=0.2, rounds=2)
     return parser.parse_args(argv)
@@ -190,7 +190,7 @@ def say(text):
 
 
 def peak_memory(args, device, name):
-    """Return the most bytes that three steps of a variant take. To be called in a process of its own."""
+    """Return the most bytes that three steps of a variant take. Call it in a new process."""
     torch.set_num_threads(args.threads or torch.get_num_threads())
     step = step_variants(args.workers, device)[name](*prepare(args, device), device)
     with running(step):
@@ -201,7 +201,7 @@ def peak_memory(args, device, name):
 
 def measure_all(args, device):
     """Return (rows, ratios)."""
-    # memory first: what this process holds when it forks would count in its children
+    # memory first: what this process holds when it forks is counted in its children
     context = multiprocessing.get_context("spawn" if device.type == "cuda" else "fork")
     memory = {}
     for name in step_variants(args.workers, device):

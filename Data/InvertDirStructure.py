@@ -33,7 +33,7 @@ SPLITS = {"train": "train", "val": "validation", "test": "test"}
 VALIDATION = ("val", "valid", "validation", "dev")
 # SUFFIXES, IGNORED, shown and is_hidden are the same in SetupMiniImagenet.py; a test compares them.
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".tif", ".tiff")
-SUFFIXES += (".webp", ".gif", ".avif", ".jp2")
+SUFFIXES += (".webp", ".gif", ".avif", ".avifs", ".apng", ".mpo", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx")
 IGNORED = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
 IGNORED += ("thumbs.db", "ehthumbs.db", "desktop.ini")
 

@@ -58,7 +58,7 @@ DRIVE = {
 }
 # SUFFIXES, IGNORED, is_hidden and shown are the same in InvertDirStructure.py; a test compares them.
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".tif", ".tiff")
-SUFFIXES += (".webp", ".gif", ".avif", ".jp2")
+SUFFIXES += (".webp", ".gif", ".avif", ".avifs", ".apng", ".mpo", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx")
 IGNORED = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
 IGNORED += ("thumbs.db", "ehthumbs.db", "desktop.ini")
 # the first bytes of JPEG, PNG, GIF, BMP, PNM, TIFF, WebP, AVIF, JPEG 2000
@@ -228,7 +228,7 @@ def keep_archive(path, source):
     if not is_archive(path):
         what = describe(path)
         path.unlink()
-        raise UserError(f"{source}: the file was not kept, for it is {what}")
+        raise UserError(f"{source}: the file was not kept, because it is {what}")
 
 
 def check_member(archive, name, link=None, hard=False):
@@ -327,7 +327,7 @@ def extract(archive, folder, skip_bad):
 
 
 def count_words(left_out):
-    """Return {"hidden": 2, ".tar": 3} as "2 hidden, 3 .tar", of the six most frequent ones."""
+    """Return {"hidden": 2, ".tar": 3} as "2 hidden, 3 .tar"; only the six most frequent ones."""
     return ", ".join(f"{n} {kind}" for kind, n in left_out.most_common(6))
 
 
@@ -430,7 +430,7 @@ def collect(raw, lists):
 
 
 def few_shot_lists(images, splits, lists):
-    """Return the class-disjoint lists of the images at hand, by the given lists or the archive's folders, or None."""
+    """Return the class-disjoint lists of these images, by the given lists or the folders of the archive, or None."""
     by_list = {s: {label for _, label in rows} for s, rows in (lists or {}).items()}
     if lists and sum(map(len, by_list.values())) == len(set.union(*by_list.values())):
         split_of = {label: split for split, rows in lists.items() for _, label in rows}
@@ -441,7 +441,10 @@ def few_shot_lists(images, splits, lists):
     if unknown := sorted(images.keys() - split_of.keys()):
         hint = "give --csv_dir DIR with the lists of this archive"
         raise UserError(f"class {unknown[0]} is in none of the few-shot lists; {hint}")
-    return {s: [(n, c) for c in sorted(images) if split_of[c] == s for n in sorted(images[c])] for s in SPLITS}
+    found = {split: [] for split in SPLITS}
+    for label in sorted(images):
+        found[split_of[label]] += [(name, label) for name in sorted(images[label])]
+    return found
 
 
 def check_counts(images, left_out, any_count):
@@ -533,7 +536,7 @@ def build(args, main):
         images, few_shot = read_archives(args, archives, partial / "raw")
         counts = lay_out(images, out, seed)
         write_lists(few_shot or {}, out)
-        record = {"seed": seed, "classes": len(images), **counts}
+        record = {"seed": seed, "classes": len(images)} | counts
         (out / "split.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
         for old in [p for p in (few, main) if p.exists()]:  # --force: few first, for it can be made again from main
             old.replace(partial / f"old_{old.name}")
@@ -542,19 +545,21 @@ def build(args, main):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def images_of(folder):
-    """Yield the paths of folder/SPLIT/CLASS/IMAGE, without hidden files, hidden folders and other files."""
-    for path in sorted(folder.glob("*/*/*")):
-        split, label, name = path.parts[-3:]
-        if split in SPLITS and not is_hidden(label) and not is_hidden(name) and path.suffix.lower() in SUFFIXES:
-            yield path
+def class_folders(folder):
+    """Yield (split, class folder, names of its images) of folder/SPLIT/CLASS/IMAGE, without what is hidden."""
+    for split in SPLITS:
+        classes = sorted((folder / split).iterdir()) if (folder / split).is_dir() else []
+        for path in classes:
+            if path.is_dir() and not is_hidden(path.name):
+                names = [image.name for image in path.iterdir() if not is_hidden(image.name)]
+                yield split, path, [name for name in names if name.lower().endswith(SUFFIXES)]
 
 
 def count_tree(folder):
     """Return {split: {class: number of images}} of a tree of folder/SPLIT/CLASS/IMAGE."""
     tree = {split: Counter() for split in SPLITS}
-    for path in images_of(folder):
-        tree[path.parts[-3]][path.parts[-2]] += 1
+    for split, path, names in class_folders(folder):
+        tree[split][path.name] += len(names)
     return tree
 
 
@@ -585,7 +590,7 @@ def make_few_shot(main, few, partial):
             raise UserError(f"{few}: differs from the few_shot lists in {main}; rebuild with --force")
         say(f"{few}: already there, nothing to do")
         return
-    where = {(path.name, path.parent.name): path for path in images_of(main)}
+    where = {(name, path.name): path / name for _, path, names in class_folders(main) for name in names}
     try:
         for split, rows in lists.items():
             for name, label in tqdm(rows, desc=f"few-shot {split}", unit="image", disable=None):
@@ -607,7 +612,7 @@ def run(args):
     main = args.dest / "miniImagenet"
     few = args.dest / "miniImagenetFewShot"
     partials = [args.dest / f".{folder.name}.partial" for folder in (main, few)]
-    # one run at a time, and nothing of one that was killed
+    # only one run here; remove what a killed one has left
     args.dest.mkdir(parents=True, exist_ok=True)
     try:
         fcntl.flock(os.open(args.dest, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the process ends
@@ -625,8 +630,8 @@ def run(args):
     # the few-shot split
     if args.csv_dir and not (main / "few_shot_test.csv").exists():
         images = {}
-        for path in images_of(main):
-            images.setdefault(path.parent.name, []).append(path.name)
+        for _, path, names in class_folders(main):
+            images.setdefault(path.name, []).extend(names)
         write_lists(few_shot_lists(images, {}, read_lists(args.csv_dir, "--csv_dir ")), main)
     if (main / "few_shot_test.csv").exists():
         make_few_shot(main, few, partials[1])
@@ -662,7 +667,7 @@ def get_args(argv=None):
         "--csv_dir", type=Path, metavar="DIR", help="folder of the few-shot lists; used instead of any other"
     )
     P.add_argument("--seed", type=int, help="seed of the same-class split (default: 0)")
-    P.add_argument("--any_count", action="store_true", help="accept other numbers than 100 classes of 600 images")
+    P.add_argument("--any_count", action="store_true", help="accept any number of classes and of images")
     P.add_argument("--skip_bad", action="store_true", help="leave out empty files and files that are not images")
     P.add_argument("--force", action="store_true", help="rebuild a finished result")
     default = Path(__file__).resolve().parent

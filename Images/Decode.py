@@ -144,7 +144,7 @@ def _hand_over(item):
     """Prepare an item of Files for sending it from a worker.
 
     Images travel in shared memory. Where /dev/shm is full, as in a container with Docker's 64 MB, they are sent through
-    a pipe, as an array: torch would find it full in a thread of its own, and the item would never arrive.
+    a pipe, as an array: torch would find it full in another thread, and the item would never arrive.
     """
     indices, images, bad = item
     if get_worker_info() is not None:

@@ -1,8 +1,8 @@
-"""The embedded data set: ten outlines that no colour gives away, generated in seconds from a seed, without a download.
+"""The embedded data set: ten outlines, whose colours tell nothing about them, generated from a seed in seconds.
 
 The class is the outline. Colours and textures of object and ground, position, scale, tilt, contrast and noise are drawn
-independently of it. So an encoder that matches two crops by their colours, which is the easy way, learns nothing
-about the class: the shortcut that SimCLR (Chen et al. 2020, section 3.1) describes for colour histograms, in pure form.
+independently of it. So an encoder that matches two crops by their colours, which is easier, learns nothing about the
+class. This is the shortcut that SimCLR (Chen et al. 2020, section 3.1) describes for colour histograms.
 """
 
 import math
@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from Lazy import lazy_import
+from Lazy import LazyModule
 
-torchvision = lazy_import("torchvision")
+torchvision = LazyModule("torchvision")
 
 CLASSES = ["disc", "square", "triangle", "star", "cross", "ring", "crescent", "bars", "heart", "L"]
-SIZES = {"train": 8000, "val": 2000, "test": 2000}  # images per split, classes in equal shares
+SIZES = {"train": 8000, "val": 2000, "test": 2000}  # images per split, the same number of each class
 TEXTURES = 4  # plain, stripes, checks, gradient
 
 
@@ -106,7 +106,7 @@ def _textured(x, y, generator):
 
 
 def _set_contrast(ground, figure, generator):
-    """Shift the figure's brightness until it differs visibly from the ground's: else no outline is left in grey."""
+    """Shift the figure's brightness until it differs from the ground's, so that grey images show the outline, too."""
     difference = (figure - ground).mean(dim=(1, 2, 3), keepdim=True)
     sign = torch.where(difference < 0, -1.0, 1.0)
     wanted = torch.empty_like(difference).uniform_(0.2, 0.5, generator=generator)
@@ -117,7 +117,7 @@ def _set_contrast(ground, figure, generator):
 def draw(labels, size, generator, looks=None):
     """Return images uint8 (N, 3, size, size), one of the outline of each label, everything else random.
 
-    generator draws position, scale and tilt; looks: the generator of all the rest, or None: the same one.
+    generator: torch.Generator for position, scale and tilt; looks: another one for the rest; None: the same one.
     """
     n = len(labels)
     looks = looks or generator
@@ -163,7 +163,7 @@ def make_split(split, size=32, seed=0):
 
 
 def redraw_split(split, k, size=32, seed=0):
-    """Return uint8 (N, k, 3, size, size): make_split's outlines at their places, everything else drawn anew, k times.
+    """Return uint8 (N, k, 3, size, size): the outlines of make_split at their places; the rest is drawn again, k times.
 
     They are the positives that a perfect generator would make.
     """

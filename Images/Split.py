@@ -13,11 +13,18 @@ FINGERPRINTED = 256  # images, at most, whose pixels a fingerprint covers
 class _Images:
     """What splits in memory and streamed ones share."""
 
-    def fingerprint(self):
-        """Return a hash of the number, size and labels of the images, and of the pixels of some, evenly spaced.
+    _fingerprint = None
 
-        It is the same in memory and streamed, on every device, and wherever the files lie.
+    def fingerprint(self):
+        """Return a hash of the number, size and labels of the images, and of the pixels of 256, evenly spaced.
+
+        It is the same in memory and streamed, on every device, and wherever the files lie. It is computed once.
         """
+        if self._fingerprint is None:
+            self._fingerprint = self._hash()
+        return self._fingerprint
+
+    def _hash(self):
         n_picked = min(len(self), FINGERPRINTED)
         picked = torch.arange(n_picked) * len(self) // max(n_picked, 1)
         digest = hashlib.sha256(f"{len(self)} {self.size}".encode())

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torchvision  # noqa: F401  whole: a part that is imported after a lazy import of it is loaded twice
 from helpers import only_run, run, save_shapes
 
 import Signals

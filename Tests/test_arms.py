@@ -36,16 +36,8 @@ def arms(flags, tree, tmp_path_factory):
 
     def run(*more):
         own = [*place, "--arms", ",".join(CHOSEN), "--seeds", "1", "--jobs", "2", "--out", str(folder / "arms.json")]
-        words = [
-            sys.executable,
-            "-m",
-            "Benchmarks.Arms",
-            *own,
-            *more,
-            "--",
-            *flags(folder)[2:-2],
-            *"--size 16 --epochs 2".split(),
-        ]
+        of_runs = [*flags(folder)[2:-2], "--size", "16", "--epochs", "2"]
+        words = [sys.executable, "-m", "Benchmarks.Arms", *own, *more, "--", *of_runs]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
 

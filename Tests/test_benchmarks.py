@@ -1,4 +1,4 @@
-"""Benchmarks/Speed.py, run as its users run it, in a process of its own; Search.py, Redrawn.py, Soak.py in this one."""
+"""Benchmarks/Speed.py, run in a process of its own; Search.py, Redrawn.py and Soak.py in this one."""
 
 import contextlib
 import io

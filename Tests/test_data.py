@@ -65,11 +65,12 @@ def md5(content):
 # the table
 
 
-def test_rows():
-    names = ["shapes", "cifar10", "cifar100", "stl10", "tinyImagenet", "miniImagenet", "folder"]
-    assert list(Data.DATASETS) == names
-    assert Data.no_val_split_datasets == ["cifar10", "cifar100", "stl10", "tinyImagenet", "folder"]
-    assert Data.small_image_datasets == ["shapes", "cifar10", "cifar100", "tinyImagenet"]
+def test_the_lists_follow_from_the_rows():
+    assert {"shapes", "cifar10", "cifar100", "stl10", "tinyImagenet", "miniImagenet", "folder"} <= Data.DATASETS.keys()
+    for name, row in Data.DATASETS.items():
+        assert row.name == name
+        assert (name in Data.no_val_split_datasets) == (not row.has_val)
+        assert (name in Data.small_image_datasets) == (row.size <= 64)
 
 
 @pytest.mark.parametrize("device_type", ["cuda", "cpu"])

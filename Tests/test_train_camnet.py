@@ -456,14 +456,11 @@ def test_how_a_run_is_watched_and_fed_changes_no_bit(flags, whole, tmp_path, cli
 
 
 def test_the_seed_decides(flags, tmp_path, cli):
-    for models_dir, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert cli(flags(tmp_path / models_dir, *SHORT, "--seed", str(seed))).code == 0
-    a, b, c = (only_run(tmp_path / models_dir) for models_dir in "abc")
-    assert different(a / "1.pt", b / "1.pt") == []
-    assert numbers(a) == numbers(b)
-    assert different(a / "1.pt", c / "1.pt")
-    assert numbers(a)[1] != numbers(c)[1]
-    assert a.name == b.name != c.name
+    for seed in (1, 2):  # that the same seed gives the same bits is shown by the tests above
+        assert cli(flags(tmp_path, *SHORT, "--seed", str(seed))).code == 0
+    one, other = tmp_path.iterdir()
+    assert different(one / "1.pt", other / "1.pt")
+    assert numbers(one)[1] != numbers(other)[1]
 
 
 def test_two_layouts_of_the_same_images_are_the_same_data(flags, tree, tmp_path, cli):
