@@ -267,14 +267,18 @@ def generator_words(args, words):
     return [*argv, "--no-single_code", *words]
 
 
+def generator_lock(args):
+    """Return the file of the lock that a run holds while it trains a generator."""
+    return Path(args.models_dir) / f".generator-{Data.get_row(args.data).name}.lock"
+
+
 def train_generator(args, split, words, asked):
     """Train a generator by the recipe of the data, or continue one; return its checkpoint."""
     argv = [*generator_words(args, words), "--resume=auto"]
     command = shlex.join(["python", "TrainCamNet.py", *argv])
     if Distributed.is_launched():
         raise Utils.UserError(f"--generator: none for {args.data} yet; torchrun cannot train it: first run {command}")
-    lock = Path(args.models_dir) / f".generator-{Data.get_row(args.data).name}.lock"
-    with Utils.locked(lock, f"training a generator for {args.data}"):
+    with Utils.locked(generator_lock(args), f"training a generator for {args.data}"):
         found = Banks.newest_generator(args, split, asked)
         if found:  # another process has trained it meanwhile
             return found
@@ -341,6 +345,7 @@ def make_positives(args, splits, device):
         check_disk(args, split)
         if args.dry_run:
             return try_out_bank(args, split, device, source, words, asked)
+        Utils.remove_unlocked(generator_lock(args))
         checkpoint = Banks.find_generator(args, split, asked) or train_generator(args, split, words, asked)
         schedule = Banks.BankSchedule(args, split, device, checkpoint, asked)
         source.bank_of_epoch = schedule

@@ -267,6 +267,13 @@ def locked(file, work, wait=True):
                 Path(file).unlink()
 
 
+def remove_unlocked(file):
+    """Remove the file of a lock that a killed process has left behind."""
+    if Path(file).exists():
+        with contextlib.suppress(UserError), locked(file, "", wait=False):
+            pass
+
+
 def _acquire(file, work, wait):
     """Return the open file of a lock that this process now has."""
     while True:

@@ -5,10 +5,10 @@
     python -m Benchmarks.Soak --only torchrun     # the kinds with that word
 
 Runs are tiny, and most are forks of this process, which has imported everything. A try passes if the run ends, after
-all restarts, in the same bits as a run that was not attacked: each tensor of each checkpoint, metrics.jsonl
-except for times, scores, banks, pictures, what TensorBoard shows; and if no scratch file is left. The JSON is written
-after every try, and the next start continues it if the revision is the same. Linux only; a full disk is a small file
-system in memory, which root alone can mount, or else a limit of the length of files.
+all restarts, in the same bits as a run that was not attacked: each tensor of each checkpoint, metrics.jsonl except for
+times, scores, banks, pictures, what TensorBoard shows; and if no scratch file is left. The JSON is written after every
+try, and the next start continues it; a kind that was tried on another revision is tried anew. Linux only; a full disk
+is a small file system in memory, which root alone can mount, or else a limit of the length of files.
 """
 
 import os
@@ -317,40 +317,45 @@ def table(rows):
     return "\n".join(lines)
 
 
-def read_rows(out, revision):
-    """Return the rows of an earlier start of the same revision, {kind: row}."""
-    before = (Utils.read_json(out) or {}) if out else {}
-    if before.get("revision") != revision:
-        return {}
-    return {row["kind"]: row for row in before["rows"]}
+def read_rows(out):
+    """Return {kind: row} of earlier starts."""
+    before = Utils.read_json(out, ("rows", "revision")) or {"rows": []}
+    return {row["kind"]: {"revision": before["revision"]} | row for row in before["rows"]}
+
+
+def make_tries(kind, site, row, tries):
+    """Make the tries of a kind that its row lacks, and count them in it; yield after each."""
+    for index in range(row["tried"], tries):
+        outcome = KINDS[kind][1](site, random.Random(f"{kind} {index}"), index)
+        row["tried"] += 1
+        row["passed"] += not outcome.problem
+        row["hits"] += outcome.hits
+        if outcome.problem:
+            row["failures"].append({"try": index, "problem": outcome.problem})
+        print(f"{kind}, try {index + 1}: {outcome.problem or 'passed'}", flush=True)
+        yield
 
 
 def main(args):
     """Make the tries that are missing; print the table; return 1 if one of them failed."""
     torch.set_num_threads(1)  # the same bits in every process, and safe to fork
+    writes = bool(args.out or not args.quick)
     out = Path(args.out or Utils.ROOT / "Results" / "soak.json")
-    if args.quick and not args.out:
-        out = None
     made = Runs.provenance(torch.device("cpu"))
     made["command"] = shlex.join(["python", "-m", "Benchmarks.Soak", *sys.argv[1:]])
-    rows = read_rows(out, made["revision"])
+    revision = made["revision"].removesuffix("-dirty")  # the JSON itself is a change
+    rows = read_rows(out) if writes else {}
     with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as root:
         site = Site(root)
-        for kind, (tries, attack, aim) in KINDS.items():
+        for kind, (tries, _, aim) in KINDS.items():
             if args.only not in kind:
                 continue
-            row = rows.setdefault(kind, {"kind": kind, "tried": 0, "passed": 0, "hits": 0, "hits_are": aim})
-            row.setdefault("failures", [])
-            for index in range(row["tried"], -(-tries // 10) if args.quick else tries):
-                outcome = attack(site, random.Random(f"{kind} {index}"), index)
-                row["tried"] += 1
-                row["passed"] += not outcome.problem
-                row["hits"] += outcome.hits
-                if outcome.problem:
-                    row["failures"].append({"try": index, "problem": outcome.problem})
-                print(f"{kind}, try {index + 1}: {outcome.problem or 'passed'}", flush=True)
+            if kind not in rows or rows[kind]["revision"].removesuffix("-dirty") != revision:
+                rows[kind] = {"kind": kind, "tried": 0, "passed": 0, "hits": 0, "hits_are": aim}
+                rows[kind] |= {"revision": revision, "failures": []}
+            for _ in make_tries(kind, site, rows[kind], -(-tries // 10) if args.quick else tries):
                 made["rows"] = [rows[each] for each in KINDS if each in rows]
-                if out:
+                if writes:
                     Utils.write_json(out, made)
     print(table(rows.values()))
     return int(any(row["failures"] for row in rows.values()))

@@ -22,6 +22,7 @@ import torchvision
 from helpers import TORCHRUN, content, count_lines, finish, lines, one_error, only_run, start
 from torch.utils.tensorboard import SummaryWriter
 
+import Banks
 import CamNet.Bank
 import Data
 import Evaluate
@@ -444,7 +445,8 @@ KILLED_AT = {
     "before a picture": ("TrainCamNet", Runs.Run, "picture", 1),
     "before the picture of one code": ("TrainCamNet", Runs.Run, "picture", 2),
     "after the measures": ("TrainCamNet", TrainCamNet, "show_result", 1),
-    "before the bank": ("TrainISICLE", CamNet.Bank, "restore", 3),
+    "after the generator": ("TrainISICLE", Banks, "newest_generator", 3),
+    "in the bank": ("TrainISICLE", CamNet.Bank, "restore", 3),
 }
 
 
