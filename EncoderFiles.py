@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+import Data
 import Utils
 from Backbones import IMAGENET_MEAN, IMAGENET_STD, build_encoder, stem_text
 from Utils import UserError
@@ -28,12 +29,20 @@ class Encoder(NamedTuple):
     is_plain: bool  # whether the file holds the weights alone, or under the key "encoder"
 
 
+def image_size(args):
+    """Return the side in pixels of a run's images; checkpoints of older versions have only --size and --data."""
+    size = getattr(args, "image_size", None) or args.size
+    return size or Data.DATASETS.get(args.data, Data.DATASETS["folder"]).size
+
+
 def encoder_metadata(encoder, args, epoch, result=None):
     """Return the metadata that one needs to use a run's encoder, as plain types.
 
     args: the run's flags. epoch: number of trained epochs. result: the content of evaluation.json, if there is one.
     """
-    size = args.image_size
+    size = image_size(args)
+    normalise = getattr(args, "normalise", False)
+    normalisation = "normalised by ImageNet's mean and std" if normalise else "not normalised by a mean and a std"
     scores = {key: value for key, value in (result or {}).items() if key not in NOT_SCORES}
     return {
         "backbone": args.backbone,
@@ -41,9 +50,9 @@ def encoder_metadata(encoder, args, epoch, result=None):
         "stem": stem_text(encoder) or f"that of {args.backbone}",
         "image_size": size,
         "num_features": encoder.num_features,
-        "input": f"RGB, float32 (B, 3, {size}, {size}), then normalised by mean and std unless these are null",
-        "mean": list(IMAGENET_MEAN) if args.normalise else None,
-        "std": list(IMAGENET_STD) if args.normalise else None,
+        "input": f"RGB, float32 (B, 3, {size}, {size}), {normalisation}",
+        "mean": list(IMAGENET_MEAN) if normalise else None,
+        "std": list(IMAGENET_STD) if normalise else None,
         "value_range": [0.0, 1.0],
         "resizing": f"shorter side to {size} px, bilinear with antialiasing, then the central square",
         "data": Path(args.data).name,
@@ -81,7 +90,9 @@ def load_encoder(path):
     # a checkpoint: its flags say what encoder it is
     if "args" in state and not is_plain:
         args = argparse.Namespace(**state["args"])
-        encoder = _build(file, weights, args.backbone, args.small_stem, args.image_size, args.normalise)
+        encoder = _build(
+            file, weights, args.backbone, args.small_stem, image_size(args), getattr(args, "normalise", False)
+        )
         result = _read_json(file.parent / "evaluation.json")
         if result.get("epoch") != state["epoch"]:
             result = None
