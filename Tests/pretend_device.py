@@ -140,7 +140,7 @@ class PretendCuda(TorchDispatchMode):
         """Count an event under the innermost line of the program; a backward pass has none."""
         for frame, number in traceback.walk_stack(None):
             file = frame.f_code.co_filename
-            if file.startswith(self.root) and file != __file__:
+            if file.startswith(self.root) and "site-packages" not in file and file != __file__:
                 self.lines[kind][f"{file[len(self.root) + 1 :]}:{number}", what] += 1
                 return
         self.lines[kind]["(backward)", what] += 1

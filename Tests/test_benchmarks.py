@@ -131,7 +131,7 @@ def test_search_says_what_it_measures_while_it_does(searched):
 
 def test_search_says_how_it_was_made(searched):
     content = searched[1]
-    assert content["command"].startswith("python -m Benchmarks.Search ")
+    assert content["command"].startswith("python -m Benchmarks.Search")
     assert content["revision"]
     assert content["images"] == 6
     assert content["generator"]["m"] == "12,6"

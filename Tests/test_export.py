@@ -38,7 +38,8 @@ def make_run(folder, backbone, small_stem, size=32):
     encoder = encoder.to(memory_format=torch.channels_last)
     folder.mkdir(parents=True)
     args = {"backbone": backbone, "small_stem": small_stem, "size": size, "data": "/home/me/photos"}
-    Utils.save_(folder / "7.pt", args=args, epoch=7, encoder=encoder)
+    rest = {"head": {}, "random": {}, "optimizer": {}}
+    Utils.save_(folder / "7.pt", args=args, epoch=7, step=7, encoder=encoder, **rest)
     scores = {"knn": 0.5, "linear": 0.75, "split": "val", "n_test": 60}
     content = {**scores, "epoch": 7, "protocol": {"knn_k": 20}, "pairs": {"positive": 0.5}}
     (folder / "evaluation.json").write_text(json.dumps(content))

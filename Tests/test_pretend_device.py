@@ -213,6 +213,7 @@ def splits(device, n=32):
 def simclr_trainer(device):
     """TrainSimCLR's Trainer with two views."""
     args = TrainSimCLR.get_args(SIMCLR.split())
+    TrainSimCLR.check_flags(args, 1)
     args.small_stem = True
     torch.manual_seed(0)
     return TrainSimCLR.Trainer(args, splits(device).train, TrainSimCLR.SamePair(args.num_views), device)
@@ -280,7 +281,7 @@ def camnet_trainer(device):
     """TrainCamNet's Trainer of the tiny net."""
     args = TrainCamNet.get_args(CAMNET.split())
     generator = TrainCamNet.build_generator(args, 32)
-    distance = TrainCamNet.build_distance(args.distance, None, 0, args.alpha).to(device)
+    distance = TrainCamNet.Distances.build_distance(args.distance, None, 0, args.alpha).to(device)
     return TrainCamNet.Trainer(args, splits(device).train, generator, distance, [4], device)
 
 

@@ -525,7 +525,8 @@ def image_of_each_ending():
     """Return {ending: the bytes of an image} for every ending that the scripts know."""
     formats = {".jp2": "JPEG2000", ".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP"}
     formats |= {".gif": "GIF", ".avif": "AVIF", ".ppm": "PPM", ".pgm": "PPM", ".pbm": "PPM", ".pnm": "PPM"}
-    formats |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
+    formats |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), "JPEG")
+    formats |= dict.fromkeys((".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), "JPEG2000") | {".avifs": "AVIF", ".apng": "PNG"}
     modes = {".pgm": "L", ".pbm": "1"}
     images = {}
     for suffix in load(SETUP).SUFFIXES:

@@ -398,7 +398,10 @@ def test_a_generator_is_trained_where_there_is_none(monkeypatch, split, tree, tm
     def train(args):
         asked.append(args)
         folder = tmp_path / "TrainCamNet-x"
-        Utils.save_(folder / "1.pt", args={}, step=1, generator={})
+        parts = {name: {} for name in ("config", "net", "optimizer", "seconds")}
+        Utils.save_(
+            folder / "1.pt", args={}, step=1, generator={}, chosen=torch.zeros(1), total=torch.zeros(1), **parts
+        )
         Utils.write_json(folder / "args.json", {"args": Utils.plain(args) | {"image_size": 16}})
         Utils.write_json(folder / "generator.json", {"data_fingerprint": split.fingerprint()})
 

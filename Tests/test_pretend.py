@@ -1,0 +1,12 @@
+"""The tests on the pretend device, in a process of their own: the device changes torch for all that follows."""
+
+import subprocess
+import sys
+
+from helpers import ROOT
+
+
+def test_the_tests_on_the_pretend_device_pass():
+    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "Tests/test_pretend_device.py"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-6000:]
