@@ -238,8 +238,6 @@ def export_features(args, encoder, out):
     Utils.write_atomically(out, lambda scratch: write(scratch, table, encoder.metadata))
     n, width = table.features.shape
     print(f"features ({n}, {width}) of {len(table.classes)} classes written to {out}")
-    if n < len(split):
-        print(f"left out: {len(split) - n} files that cannot be decoded")
 
 
 def check_size(encoder, size):
@@ -273,24 +271,18 @@ def open_split(args, size):
 
 @torch.no_grad()
 def compute_features(net, split, root, device, bs):
-    """Return the `Table` of a split, computed in batches of bs images; files that --skip_bad skips are left out."""
+    """Return the `Table` of a split, computed in batches of bs images."""
     net = net.to(device, memory_format=torch.channels_last)
-    kept = []
     parts = []
     with tqdm(total=len(split), desc="features", unit="image", disable=Utils.quiet()) as bar:
         for rows, images in split.batches(torch.arange(len(split)).split(bs), device):
             images = (images.float() / 255).contiguous(memory_format=torch.channels_last)
             parts.append(net(images).float().cpu())
-            kept.append(rows)
             bar.update(len(rows))
-    if not kept:
-        raise UserError(f"{split.name}: none of its {len(split)} files can be decoded: repair or replace them")
-    kept = torch.cat(kept)
-    paths = relative_paths(split, root)
     return Table(
         features=torch.cat(parts).numpy(),
-        paths=[paths[row] for row in kept.tolist()],
-        labels=split.labels[kept].numpy(),
+        paths=relative_paths(split, root),
+        labels=split.labels.numpy(),
         classes=split.classes,
     )
 
