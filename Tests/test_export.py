@@ -324,7 +324,7 @@ def test_features_of_a_folder(drawings, runs, export, tmp_path):
     assert abs(expected[0] - expected[1]).max() > 1e-2
     alone = Export.compute_features(
         EncoderFiles.load_encoder(folder).net,
-        StreamedSplit(Listing([str(drawings / table["paths"][17])], torch.tensor([0]), ["any"]), 32, n_workers=0),
+        StreamedSplit(Listing([str(drawings / table["paths"][17])], torch.tensor([0]), ["any"], {}), 32, n_workers=0),
         drawings,
         torch.device("cpu"),
         bs=4,
