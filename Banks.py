@@ -27,7 +27,7 @@ class BankSchedule:
         self.checkpoint = checkpoint
         state = load_generator(checkpoint, args, split, asked)
         self.generator = Generator(**state["config"]).to(device, memory_format=torch.channels_last)
-        Utils.load_(checkpoint, generator=self.generator)
+        Utils.load_parts(checkpoint, state, generator=self.generator)
         self.fingerprint = fingerprint(self.generator.state_dict())[:8]
         self.bf16 = Utils.set_precision(args.precision, device)
         self.index = None  # of the current bank

@@ -5,7 +5,6 @@ Identity; RUN/encoder.json holds the metadata.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,8 +70,7 @@ def save_encoder(file, encoder, metadata):
 
     Raises UserError on a full disk.
     """
-    text = json.dumps(metadata, indent=1) + "\n"
-    Utils.write_atomically(Path(file).with_suffix(".json"), lambda scratch: scratch.write_text(text))
+    Utils.write_json(Path(file).with_suffix(".json"), metadata)
     Utils.write_atomically(file, lambda scratch: torch.save(plain_weights(encoder), scratch))
 
 
@@ -93,13 +91,16 @@ def load_encoder(path):
         encoder = _build(
             file, weights, args.backbone, args.small_stem, image_size(args), getattr(args, "normalise", False)
         )
-        result = _read_json(file.parent / "evaluation.json")
+        result = Utils.read_json(file.parent / "evaluation.json") or {}
         if result.get("epoch") != state["epoch"]:
             result = None
         return Encoder(encoder, encoder_metadata(encoder, args, state["epoch"], result), file, is_plain)
 
     # the weights alone: the metadata says it
-    metadata = _read_json(file.with_suffix(".json")) if is_plain else state.get("metadata", {})
+    if is_plain:
+        metadata = Utils.read_json(file.with_suffix(".json")) or {}
+    else:
+        metadata = state.get("metadata", {})
     if not {"backbone", "small_stem", "image_size"} <= metadata.keys():
         raise UserError(
             f"{file} does not say what encoder it holds: give a run of TrainSimCLR.py or TrainISICLE.py, or keep "
@@ -119,15 +120,6 @@ def _find(path):
     if file is None:
         raise UserError(f"{path} holds no checkpoint: give another run folder, or a .pt file")
     return file
-
-
-def _read_json(file):
-    """Return the dictionary in a file; an empty one if there is none."""
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _build(file, weights, backbone, small_stem, size, normalise):

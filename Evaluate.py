@@ -350,7 +350,7 @@ def main(args):
     device = Utils.pick_device(args.device)
     untrained = Flags.encoder_for(run).to(device, memory_format=torch.channels_last)
     encoder = Flags.encoder_for(run, with_init=False)
-    Utils.load_(file, encoder=encoder)
+    Utils.load_parts(file, state, encoder=encoder)
     encoder.to(device, memory_format=torch.channels_last)
 
     # the images

@@ -222,7 +222,7 @@ class Trainer:
         state = Utils.load_(file)
         Utils.check_run(file, state)
         Runs.check_data(file, state, self.split, self.args.data)
-        Utils.load_(file, generator=self.ema, net=self.net, optimizer=self.optimizer)
+        Utils.load_parts(file, state, generator=self.ema, net=self.net, optimizer=self.optimizer)
         self.step = state["step"]
         self.chosen = state["chosen"]
         self.seconds = state["seconds"]

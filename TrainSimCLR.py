@@ -238,7 +238,7 @@ class Trainer:
                 f"{file}: its positives came from another generator or bank: name that one by --generator or --bank, "
                 "or begin another run with --suffix NAME"
             )
-        Utils.load_(file, encoder=self.net.encoder, head=self.net.head, optimizer=self.optimizer)
+        Utils.load_parts(file, state, encoder=self.net.encoder, head=self.net.head, optimizer=self.optimizer)
         self.step = state["step"]
         self.pace = Reports.Pace(self.step, self.steps)
         self.rng.set_state(state["random"]["views"])

@@ -341,6 +341,12 @@ def load_(file, **parts):
     for name, part in state.items():
         if isinstance(part, dict) and not all_finite(part.values()):
             raise UserError(f"{shown(file)}: numbers in its {name} are not finite: use an earlier checkpoint")
+    load_parts(file, state, **parts)
+    return state
+
+
+def load_parts(file, state, **parts):
+    """Load each named part strictly from what `load_` returned for a file. Raises UserError if one does not fit."""
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
@@ -349,7 +355,6 @@ def load_(file, **parts):
             raise UserError(
                 f"{shown(file)} does not fit: {name}: {reason}: give the flags that it was trained with"
             ) from error
-    return state
 
 
 def check_archive(file):

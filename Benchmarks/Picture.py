@@ -66,7 +66,7 @@ def draw_method(run, file):
     if "config" not in state:
         raise Utils.UserError(f"{run} holds no generator: give a run folder of TrainCamNet.py")
     generator = Generator(**state["config"]).to(memory_format=torch.channels_last)
-    Utils.load_(checkpoint, generator=generator)
+    Utils.load_parts(checkpoint, state, generator=generator)
     theirs = argparse.Namespace(**state["args"])
     split = Flags.train_split_for(theirs, cpu)
     rows, images = next(iter(split.batches([torch.arange(8 * ROWS)], cpu)))

@@ -6,14 +6,8 @@ class. This is the shortcut that SimCLR (Chen et al. 2020, section 3.1) describe
 """
 
 import math
-from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
-
-from Lazy import LazyModule
-
-torchvision = LazyModule("torchvision")
 
 CLASSES = ["disc", "square", "triangle", "star", "cross", "ring", "crescent", "bars", "heart", "L"]
 SIZES = {"train": 8000, "val": 2000, "test": 2000}  # images per split, the same number of each class
@@ -176,21 +170,3 @@ def redraw_split(split, k, size=32, seed=0):
         copies = [draw(part, size, place, looks) for place in places]
         redrawn.append(torch.stack(copies, dim=1))
     return torch.cat(redrawn)
-
-
-def main():
-    """Write Results/shapes.png: twenty images of each class, a row per class, with its name on the left."""
-    images, labels = make_split("train")
-    picked = torch.cat([images[labels == k][:20] for k in range(len(CLASSES))])
-    grid = torchvision.utils.make_grid(picked, nrow=20, padding=2, pad_value=255)
-    left = 90
-    picture = Image.new("RGB", (left + grid.shape[2], grid.shape[1]), "white")
-    picture.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (left, 0))
-    pen = ImageDraw.Draw(picture)
-    for k, name in enumerate(CLASSES):
-        pen.text((left - 8, 34 * k + 18), name, "black", ImageFont.load_default(16), anchor="rm")
-    picture.save(Path(__file__).parents[1] / "Results" / "shapes.png")
-
-
-if __name__ == "__main__":
-    main()
