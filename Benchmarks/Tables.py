@@ -228,6 +228,16 @@ def search_table(content):
     return markdown(["what", "variant", "images/s", "ours / it", "same codes"], rows, below)
 
 
+def soak_table(content):
+    """Return the Markdown table of a file of Benchmarks/Soak.py."""
+    rows = []
+    for row in content["rows"]:
+        counts = [str(row["tried"]), str(row["passed"])]
+        rows.append([row["kind"], *counts, f"{row['hits']} {row['hits_are']}", row["revision"]])
+    below = f"`python -m Benchmarks.Soak`, {content['device']}"
+    return markdown(["what is done to runs", "tried", "passed", "of these", "revision"], rows, below)
+
+
 MAKERS = {
     "table": encoder_table,
     "speed": speed_table,
@@ -236,4 +246,5 @@ MAKERS = {
     "search": search_table,
     "arms": arms_table,
     "choice": choice_table,
+    "soak": soak_table,
 }
