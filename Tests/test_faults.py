@@ -8,10 +8,8 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import TORCHRUN, content, count_lines, finish, lines, one_error, only_run, start
+from helpers import TORCHRUN, content, count_lines, finish, lines, one_error, only_run, start, wait_for
 from torch.utils.tensorboard import SummaryWriter
 
 import Banks
@@ -83,29 +81,6 @@ def copied(finished, data, tmp_path):
         return SimpleNamespace(folder=folder, models_dir=models_dir, argv=argv, state=finished(name).state)
 
     return copy
-
-
-@pytest.fixture
-def fork(tmp_path):
-    """(script, argv, prepare) -> Child; those that are left are killed at the end."""
-    children = []
-
-    def start_child(script, argv, prepare=None):
-        children.append(Child(script, argv, tmp_path / f"child{len(children)}.log", prepare))
-        return children[-1]
-
-    yield start_child
-    for child in children:
-        child.kill()
-
-
-def wait_for(condition, child):
-    """Wait until condition() is true, while the child runs."""
-    end = time.monotonic() + 120
-    while not condition():
-        assert child.is_running(), child.output()
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def check_same(run):
@@ -556,22 +531,16 @@ def test_a_signal_ends_a_script_wherever_it_is(data, finished, tmp_path, fork, c
 
 
 @pytest.mark.parametrize("number", CODES, ids=["SIGTERM", "SIGINT"])
-def test_a_signal_to_one_rank_ends_all_whatever_is_logged(data, tmp_path, fork, number):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+def test_a_signal_to_one_rank_ends_all_whatever_is_logged(data, tmp_path, ranks, number):
     models_dir = tmp_path / "models"
     argv = flags_of("TrainSimCLR", data, models_dir, "--epochs", "5000", "--eval_iter", "0", "--log_iter", "100000")
-    ranks = []
-    for rank in ("0", "1"):
-        environment = place | {"RANK": rank, "LOCAL_RANK": rank}
-        ranks.append(fork(TrainSimCLR, argv, partial(os.environ.update, environment)))
-    wait_for(lambda: count_lines(models_dir, "*/metrics.jsonl"), ranks[0])
-    ranks[1].send(number)
+    both = ranks(TrainSimCLR, argv)
+    wait_for(lambda: count_lines(models_dir, "*/metrics.jsonl"), both[0])
+    both[1].send(number)
     sent = time.monotonic()
-    assert [rank.wait(30) for rank in ranks] == [0, CODES[number]], ranks[0].output() + ranks[1].output()
+    assert [rank.wait(30) for rank in both] == [0, CODES[number]], both[0].output() + both[1].output()
     assert time.monotonic() - sent < 5
-    assert ranks[0].output().count("interrupted: saved") == 1
+    assert both[0].output().count("interrupted: saved") == 1
     assert Utils.newest_checkpoint(only_run(models_dir))
 
 
