@@ -1,14 +1,14 @@
 """Benchmarks/Arms.py, by running it on a small data set; its compute, counted by hand; the tables made from runs."""
 
+import contextlib
+import io
 import json
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import one_error
 from PIL import Image
 
 import TrainCamNet
@@ -16,6 +16,7 @@ import TrainISICLE
 import TrainSimCLR
 import Utils
 from Benchmarks import Arms, Collect, Compute, Picture, Tables
+from Benchmarks.Forks import Child
 
 ROOT = Path(__file__).parents[1]
 KEYS = {"arm", "seed", "linear", "knn", "steps", "epochs", "encoder_macs", "generator_macs", "command", "minutes"}
@@ -26,30 +27,26 @@ GENERATOR = "--net tiny --distance pixels --m 4,2 --period 16 --visits 2 --perio
 
 @pytest.fixture(scope="module")
 def arms(flags, tree, tmp_path_factory):
-    """.run(*more) starts Arms over a few arms with one seed; .out is the file, .models the folder of the runs."""
+    """.argv are the flags of Arms with one seed of a few arms; .out is its file, .models the folder of the runs."""
     folder = tmp_path_factory.mktemp("arms")
     place = ["--data", str(tree), "--models_dir", str(folder / "m")]
     cache = ["--data_dir", str(tree.parent / "cache"), "--size", "16"]
-    camnet = [sys.executable, "TrainCamNet.py", *GENERATOR.split(), *place, *cache]
-    done = subprocess.run(camnet, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-    def run(*more):
-        own = [*place, "--arms", ",".join(CHOSEN), "--seeds", "1", "--jobs", "2", "--out", str(folder / "arms.json")]
-        of_runs = [*flags(folder)[2:-2], "--size", "16", "--epochs", "2"]
-        words = [sys.executable, "-m", "Benchmarks.Arms", *own, *more, "--", *of_runs]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
-
-    return SimpleNamespace(run=run, out=folder / "arms.json", models=folder / "m")
+    child = Child(TrainCamNet, [*GENERATOR.split(), *place, *cache], folder / "camnet.log")
+    assert child.wait() == 0, child.output()
+    own = [*place, "--arms", ",".join(CHOSEN), "--seeds", "1", "--jobs", "2", "--out", str(folder / "arms.json")]
+    of_runs = [*flags(folder)[2:-2], "--size", "16", "--epochs", "2"]
+    return SimpleNamespace(
+        argv=lambda *more: [*own, *more, "--", *of_runs], out=folder / "arms.json", models=folder / "m"
+    )
 
 
 @pytest.fixture(scope="module")
 def done(arms):
     """What the first start printed and wrote."""
-    first = arms.run()
-    assert first.returncode == 0, first.stderr
-    return first.stdout, json.loads(arms.out.read_text())
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert Arms.main(Arms.get_args(arms.argv())) == 0
+    return printed.getvalue(), json.loads(arms.out.read_text())
 
 
 # ---------------------------------------------------------------------------------------------------- runs
@@ -86,24 +83,24 @@ def test_picture(done, arms):
     assert Image.open(arms.out.with_suffix(".png")).width >= 600
 
 
-def test_started_again_it_runs_what_is_missing(done, arms):
+def test_started_again_it_runs_what_is_missing(done, arms, cli):
     records = done[1]
     arms.out.write_text(json.dumps(records[:-1]))
-    again = arms.run()
-    assert again.returncode == 0, again.stderr
-    assert "isicle_full, seed 0: kNN" in again.stdout
-    assert "simclr_full, seed 0: kNN" not in again.stdout
+    again = cli(arms.argv(), Arms)
+    assert again.code == 0, again.err
+    assert "isicle_full, seed 0: kNN" in again.out
+    assert "simclr_full, seed 0: kNN" not in again.out
     after = json.loads(arms.out.read_text())
     assert after[:-1] == records[:-1]
     for name in ("arm", "seed", "knn", "linear", "steps", "encoder_macs", "generator_macs", "command", "flags"):
         assert after[-1][name] == records[-1][name], name  # not the revision, which may be another one by now
 
 
-def test_failing_run_is_one_line(arms, tmp_path):
-    failed = arms.run("--arms", "isicle_full", "--out", str(tmp_path / "a.json"), "--isicle", f"--generator {tmp_path}")
-    assert failed.returncode == 2
-    assert len(failed.stderr.splitlines()) == 1
-    assert "no checkpoint there" in failed.stderr
+def test_failing_run_is_one_line(arms, tmp_path, cli):
+    more = ("--arms", "isicle_full", "--out", str(tmp_path / "a.json"), "--isicle", f"--generator {tmp_path}")
+    failed = cli(arms.argv(*more), Arms)
+    one_error(failed, "no checkpoint there")
+    assert len(failed.err.splitlines()) == 1
 
 
 def test_one_generator_and_one_bank_for_every_arm(arms, done):
