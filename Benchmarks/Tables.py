@@ -186,7 +186,7 @@ def arms_table(records):
         cells += [f"{first['steps']:,}", f"{encoder + generator:,.1f}"]
         cells += [f"{100 * generator / (encoder + generator):.0f} %", f"{minutes:.1f}"]
         rows.append(cells)
-    head = ["arm", "seeds", "kNN", "linear", "steps", "compute", "of it generator", "minutes"]
+    head = ["arm", "seeds", "kNN", "linear", "steps", "compute", "generator's part", "minutes"]
     first = records[0]
     below = f"Split {first['split']}, {first['n_test']:,} images; compute in 10^12 multiply-accumulates; "
     return markdown(head, rows, below + f"each run on {device_of(first)}.")
