@@ -62,7 +62,7 @@ def test_every_run_is_recorded(done):
         assert row["command"].startswith("python Train")
         assert row["command"].endswith("--seed 0")
         assert f"{row['arm']}, seed 0: kNN {100 * row['knn']:.2f} %" in printed
-        assert row["steps"] == 60 or row["arm"] == Arms.EQUAL  # 2 epochs of 30 steps
+        assert row["steps"] == 60 or row["arm"].endswith(Arms.EQUAL)  # 2 epochs of 30 steps
     assert Tables.arms_table(records) in printed
 
 
@@ -142,13 +142,14 @@ def test_flags_of_the_arms_mean_what_their_titles_say():
         "the image and a restoration": "real_gen",
         "the image twice and a restoration": "real_real_gen",
     }
+    views = {"three": 3, "four": 4, "eight": 8}
     for script, flags, title in Arms.ARMS.values():
         module = {"TrainSimCLR.py": TrainSimCLR, "TrainISICLE.py": TrainISICLE}[script]
         parsed = module.get_args(shlex.split(flags))
         assert (parsed.aug == "crop") == ("crop and flip only" in title)
         assert parsed.aug in ("crop", "full")
         if script == "TrainSimCLR.py":
-            assert parsed.num_views == (3 if "three" in title else 2)
+            assert [parsed.num_views] == ([count for word, count in views.items() if f"{word} real" in title] or [2])
         else:
             assert [parsed.pair] == [pair for words, pair in pairs.items() if words in title]
 
@@ -159,9 +160,10 @@ def test_unknown_arm(bad, part):
         Arms.get_args(["--arms", bad])
 
 
-def test_equal_compute_needs_both_arms(done):
-    with pytest.raises(Utils.UserError, match="add both"):
-        Arms.equal_epochs([row for row in done[1] if row["arm"] != "isicle_full"])
+@pytest.mark.parametrize("missing", ["simclr_full", "isicle_full"])
+def test_equal_compute_needs_both_arms(done, missing):
+    with pytest.raises(Utils.UserError, match="simclr_full and isicle_full: add both"):
+        Arms.equal_epochs(f"simclr_full{Arms.EQUAL}", [row for row in done[1] if row["arm"] != missing])
 
 
 # ---------------------------------------------------------------------------------------------------- compute
@@ -211,8 +213,21 @@ def test_equal_compute_is_equal(done):
     rows = {row["arm"]: row for row in done[1]}
     ours = rows["isicle_full"]["encoder_macs"] + rows["isicle_full"]["generator_macs"]
     per_epoch = rows["simclr_full"]["encoder_macs"] / rows["simclr_full"]["epochs"]
-    assert abs(rows[Arms.EQUAL]["encoder_macs"] - ours) <= per_epoch / 2
-    assert rows[Arms.EQUAL]["epochs"] > rows["isicle_full"]["epochs"]
+    longer = rows[f"simclr_full{Arms.EQUAL}"]
+    assert abs(longer["encoder_macs"] - ours) <= per_epoch / 2
+    assert longer["epochs"] > rows["isicle_full"]["epochs"]
+
+
+def test_equal_compute_follows_from_the_arm_of_the_same_views(done):
+    rows = {row["arm"]: row for row in done[1]}
+    eight = rows["simclr_full"] | {
+        "arm": "simclr_full_8_views",
+        "encoder_macs": 4 * rows["simclr_full"]["encoder_macs"],
+    }
+    epochs = [
+        Arms.equal_epochs(f"{arm}{Arms.EQUAL}", [*done[1], eight]) for arm in ("simclr_full", "simclr_full_8_views")
+    ]
+    assert abs(epochs[0] / 4 - epochs[1]) <= 1
 
 
 # ---------------------------------------------------------------------------------------------------- tables
