@@ -3,13 +3,16 @@
 Most runs are forks of this process or are made in it: see Benchmarks/Forks.py. `make soak` does the same at length.
 """
 
+import ctypes
 import json
 import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -319,13 +322,20 @@ def test_scratch_files_of_killed_processes_are_removed(copied, cli):
     if dead == 0:
         os._exit(0)
     os.waitpid(dead, 0)
-    for name in (f".3.pt.{dead}.tmp", f".9+4.pt.{dead}.tmp", f".args.json.{dead}.tmp"):
+    here = Utils.MACHINE
+    for name in (f".3.pt.{here}-{dead}.tmp", f".9+4.pt.{here}-{dead}.tmp", f".args.json.{here}-{dead}.tmp"):
         (run.folder / name).write_text("half")
-    alive = run.folder / f".3.pt.{os.getppid()}.tmp"
+    alive = run.folder / f".3.pt.{here}-{os.getppid()}.tmp"
     alive.write_text("half")
+    elsewhere = run.folder / f".3.pt.01234567-{dead}.tmp"  # of another machine, on which the process may be alive
+    elsewhere.write_text("half")
+    long_ago = run.folder / f".2.pt.01234567-{dead}.tmp"
+    long_ago.write_text("half")
+    os.utime(long_ago, (0, 0))
     assert cli(run.argv).code == 0
-    assert [path for path in run.folder.iterdir() if path.name.startswith(".")] == [alive]
+    assert {path for path in run.folder.iterdir() if path.name.startswith(".")} == {alive, elsewhere}
     alive.unlink()
+    elsewhere.unlink()
     check_same(run)
 
 
@@ -704,6 +714,28 @@ def test_a_worker_that_is_killed_is_one_line(data, tmp_path, cli, monkeypatch):
     argv = flags_of("TrainSimCLR", data, tmp_path / "models", "--storage", "stream", "--n_workers", "1")
     argv += ["--data_dir", str(tmp_path / "cache")]
     one_error(cli(argv), "--n_workers 0")
+
+
+def small_shared_memory(kib):
+    """Give this process a /dev/shm of its own, of this size."""
+    new_mount_namespace = 0x20000  # CLONE_NEWNS of unshare(2)
+    assert ctypes.CDLL(None).unshare(new_mount_namespace) == 0
+    for command in ("mount --make-rprivate /", f"mount -t tmpfs -o size={kib}k tmpfs /dev/shm"):
+        subprocess.run(command.split(), check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounts, as root on Linux")
+@pytest.mark.parametrize("storage", ["memory", "stream"])
+@pytest.mark.parametrize("kib, code", [(16, 2), (128, 0)])  # too little for the workers' locks; for images of 64 pixels
+def test_too_little_shared_memory_is_one_line(data, tmp_path, fork, storage, kib, code):
+    argv = flags_of("TrainSimCLR", data, tmp_path / "models", "--n_workers", "2", "--storage", storage)
+    argv += ["--data_dir", str(tmp_path / "cache"), "--size", "64"]
+    child = fork(TrainSimCLR, argv, partial(small_shared_memory, kib))
+    assert child.wait() == code, child.output()
+    assert ("error: " in child.output()) == (code == 2)
+    assert child.output().count("images are read more slowly") <= 1
+    assert "docker run --shm-size=1g" in child.output()
+    assert "Traceback" not in child.output()
 
 
 @pytest.mark.parametrize("name", ["TrainSimCLR", "TrainCamNet"])
