@@ -135,6 +135,40 @@ def pick_device(name):
     return device
 
 
+def usable_cores(root="/"):
+    """The number of physical cores that this process may use, at least 1.
+
+    CPUs that the scheduler allows, hyper-threads of one core counted once, and no more than a container's quota
+    (cpu.max of cgroup v2, cpu.cfs_quota_us of v1; rounded down). root: where /sys is looked for.
+    """
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = _first_line(Path(root, f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"))
+        cores.add(siblings or str(cpu))
+    folder = Path(root, "sys/fs/cgroup")
+    quota = _first_line(folder / "cpu.max").split()
+    if not quota:
+        quota = [_first_line(folder / "cpu" / name) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]
+    n_cores = len(cores)
+    if all(quota) and quota[0] not in ("max", "-1"):
+        n_cores = min(n_cores, int(quota[0]) // int(quota[1]))
+    return max(1, n_cores)
+
+
+def _first_line(file):
+    """The first line of a file, or nothing where there is none."""
+    try:
+        return file.read_text().split("\n")[0].strip()
+    except OSError:
+        return ""
+
+
+def set_threads():
+    """Let torch use one thread for each usable core, unless OMP_NUM_THREADS says how many."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(usable_cores())
+
+
 def set_precision(name, device):
     """Return whether --precision `name` means bf16 on the device, and set whether cuDNN uses tf32."""
     torch.backends.cudnn.allow_tf32 = name != "fp32"
