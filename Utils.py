@@ -136,7 +136,7 @@ def pick_device(name):
 
 
 def usable_cores(root="/"):
-    """The number of physical cores that this process may use, at least 1.
+    """Return the number of physical cores that this process may use, at least 1.
 
     CPUs that the scheduler allows, hyper-threads of one core counted once, and no more than a container's quota
     (cpu.max of cgroup v2, cpu.cfs_quota_us of v1; rounded down). root: where /sys is looked for.
@@ -156,7 +156,7 @@ def usable_cores(root="/"):
 
 
 def _first_line(file):
-    """The first line of a file, or nothing where there is none."""
+    """Return the first line of a file, or "" where there is none."""
     try:
         return file.read_text().split("\n")[0].strip()
     except OSError:
@@ -164,8 +164,8 @@ def _first_line(file):
 
 
 def set_threads():
-    """Let torch use one thread for each usable core, unless OMP_NUM_THREADS says how many."""
-    if "OMP_NUM_THREADS" not in os.environ:
+    """Let torch use one thread for each usable core, unless OMP_NUM_THREADS says how many (Linux only)."""
+    if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
         torch.set_num_threads(usable_cores())
 
 
