@@ -22,6 +22,7 @@ from Lazy import LazyModule
 from Utils import UserError
 
 tensorboard = LazyModule("torch.utils.tensorboard")
+hparams = LazyModule("tensorboard.plugins.hparams.plugin_data_pb2")
 torchvision = LazyModule("torchvision")
 
 NOT_FINITE = "loss or weights are not finite"
@@ -207,7 +208,7 @@ def logged_at(folder, step):
 class Run:
     """A run folder: args.json, metrics.jsonl, TensorBoard event files, checkpoints, pictures."""
 
-    TAGS: ClassVar = {"loss": "Loss/train", "lr": "LR", "knn": "Accuracy/knn", "linear": "Accuracy/linear"}
+    TAGS: ClassVar = {"loss": "Loss/train", "knn": "Accuracy/knn", "linear": "Accuracy/linear"}
 
     def __init__(self, folder, args, device, resumed_step=None, writes=True):
         """Write args.json, and open the logs. resumed_step: drop what was logged after it; None: the run is new.
@@ -269,18 +270,21 @@ class Run:
                     board.add_scalar(self.TAGS[key], 100 * value, place)
 
     def show_flags(self, hyper, metrics):
-        """Show the flags in TensorBoard's HPARAMS, the FIRST ones first, next to charts that exist.
+        """Show the flags in the table of TensorBoard's HPARAMS, the FIRST ones in its first columns.
 
-        hyper: {flag: value}; metrics: names of values that were logged.
+        hyper: {flag: value}; metrics: names of values that were logged, next to the flags; without any, TensorBoard
+        takes the columns from other runs where there are some.
         """
-        first = [name for name in FIRST if name in hyper]
-        others = [name for name in hyper if name not in FIRST]
-        shown = {}
-        for name in first + others:
-            value = "" if hyper[name] is None else hyper[name]
+        shown = dict.fromkeys(FIRST, "")
+        for name, value in hyper.items():
+            value = "" if value is None else value
             shown[name] = Utils.shown(value) if isinstance(value, str) else value
-        for summary in tensorboard.summary.hparams(shown, {self.TAGS.get(name, name): 0.0 for name in metrics}):
-            self.board.file_writer.add_summary(summary)
+        tags = {self.TAGS.get(name, name): 0.0 for name in metrics}
+        columns, start, end = tensorboard.summary.hparams(shown, tags)
+        if metrics:
+            self.board.file_writer.add_summary(_first_columns(columns))
+        self.board.file_writer.add_summary(start)
+        self.board.file_writer.add_summary(end)
 
     def picture(self, name, image, step=0):
         """Write NAME.png and the same to TensorBoard. image: float (3, H, W) in [0, 1]."""
@@ -300,3 +304,13 @@ class Run:
         """Write what TensorBoard still holds in memory."""
         if self.writes:
             self.board.close()
+
+
+def _first_columns(summary):
+    """Mark the FIRST flags as different between runs: TensorBoard's table begins with these, then goes by alphabet."""
+    plugin = summary.value[0].metadata.plugin_data
+    content = hparams.HParamsPluginData.FromString(plugin.content)
+    for column in content.experiment.hparam_infos:
+        column.differs = column.name in FIRST
+    plugin.content = content.SerializeToString()
+    return summary

@@ -408,7 +408,7 @@ def finish_period(trainer, run, title, loss, seconds):
     values = {"period_loss": loss} | few.quality(few.samples(trainer.ema, 4), (1, 4))
     run.log(trainer.step, period, **values)
     if is_last:
-        run.show_flags(Flags.hyper_parameters(args), ["Train/best_of_1", "Train/diversity_pixels"])
+        run.show_flags(Flags.hyper_parameters(args), [])  # the columns are those of the encoders
     if is_last or (args.sample_iter and period % args.sample_iter == 0):
         columns = ["x", "c(x)"]
         columns += [f"sample {index + 1}" for index in range(SHOWN)]

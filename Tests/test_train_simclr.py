@@ -121,7 +121,7 @@ def test_a_run_saves_what_can_be_read_without_trust(whole):
 def check_whole_board(folder):
     """TensorBoard shows the numbers of metrics.jsonl, the pairs, the flags, and lines to compare the scores with."""
     events = check_board(folder, "Pairs")
-    assert {"Loss/train", "LR", "Accuracy/knn", "Accuracy/linear"} <= set(events.Tags()["scalars"])
+    assert {"Loss/train", "Train/lr", "Accuracy/knn", "Accuracy/linear"} <= set(events.Tags()["scalars"])
     assert "pairs" in events.Tags()["images"]
     result = json.loads((folder / "evaluation.json").read_text())
     for name in ("chance", "untrained", "pixels"):
