@@ -22,10 +22,14 @@ from Lazy import LazyModule
 from Utils import UserError
 
 tensorboard = LazyModule("torch.utils.tensorboard")
+hparams = LazyModule("tensorboard.plugins.hparams.summary")
+hparams_api = LazyModule("tensorboard.plugins.hparams.api_pb2")
 torchvision = LazyModule("torchvision")
 
 NOT_FINITE = "loss or weights are not finite"
-FIRST = ("data", "pair", "lr", "epochs", "seed")  # of the flags in TensorBoard's table
+FIRST = ("data", "epochs", "lr", "pair", "seed")  # columns of TensorBoard's table of runs, which it sorts by name
+TEXT = ("data", "pair", "net", "corrupt", "backbone")  # flags whose values are words
+SCORES = ("Accuracy/knn", "Accuracy/linear", "Pairs/alignment", "Train/best_of_1", "Train/diversity_pixels")
 METRICS = "metrics.jsonl"
 NAME_LENGTH = 100  # of a run folder's name, without its hash
 MAIN = ("pair", "p_gen", "net", "corrupt", "backbone", "bs", "epochs", "periods", "lr", "temp", "seed")
@@ -268,19 +272,30 @@ class Run:
                 for place in (0, step):
                     board.add_scalar(self.TAGS[key], 100 * value, place)
 
-    def show_flags(self, hyper, metrics):
-        """Show the flags in TensorBoard's HPARAMS, the FIRST ones first, next to charts that exist.
+    def show_flags(self, hyper):
+        """Show the flags and the SCORES of this run in TensorBoard's HPARAMS. hyper: {flag: value}.
 
-        hyper: {flag: value}; metrics: names of values that were logged.
+        TensorBoard takes the columns from any one of the runs: each names those of all scripts. First it shows the
+        columns that are marked as different, by name.
         """
-        first = [name for name in FIRST if name in hyper]
-        others = [name for name in hyper if name not in FIRST]
         shown = {}
-        for name in first + others:
-            value = "" if hyper[name] is None else hyper[name]
+        for name, value in hyper.items():
+            value = "" if value is None else value
             shown[name] = Utils.shown(value) if isinstance(value, str) else value
-        for summary in tensorboard.summary.hparams(shown, {self.TAGS.get(name, name): 0.0 for name in metrics}):
-            self.board.file_writer.add_summary(summary)
+
+        columns = []
+        for name in dict.fromkeys((*FIRST, *MAIN, *shown)):
+            is_text = isinstance(shown.get(name), str) or name in TEXT
+            kind = hparams_api.DATA_TYPE_STRING if is_text else hparams_api.DATA_TYPE_FLOAT64
+            if isinstance(shown.get(name), bool):
+                kind = hparams_api.DATA_TYPE_BOOL
+            columns.append(hparams_api.HParamInfo(name=name, type=kind, differs=name in FIRST))
+        scores = [hparams_api.MetricInfo(name=hparams_api.MetricName(tag=tag)) for tag in SCORES]
+
+        writer = self.board.file_writer
+        writer.add_summary(hparams.experiment_pb(columns, scores))
+        writer.add_summary(hparams.session_start_pb(shown))
+        writer.add_summary(hparams.session_end_pb(hparams_api.STATUS_SUCCESS))
 
     def picture(self, name, image, step=0):
         """Write NAME.png and the same to TensorBoard. image: float (3, H, W) in [0, 1]."""
