@@ -56,7 +56,8 @@ def get_args(argv=None):
     add("--size", type=Flags.bounded(int, 8), metavar="PX", help=size)
     add("--bs", type=Flags.bounded(int, 1), default=256, metavar="N", help="images per batch")
     add("--device", default="auto", help="torch device, for example cpu or cuda:1; auto: cuda if available")
-    add("--n_workers", type=Flags.bounded(int, 0), default=2, metavar="N", help="processes that decode image files")
+    workers = "processes that decode image files"
+    add("--n_workers", type=Flags.bounded(int, 0, Flags.MOST_WORKERS), default=2, metavar="N", help=workers)
     place = str(Data.DEFAULT_OPTIONS.data_dir)
     add("--data_dir", default=place, metavar="DIR", help="folder that holds the data sets")
     add("--skip_bad", action="store_true", help="leave unreadable images out and count them, instead of stopping")
@@ -322,4 +323,5 @@ def write_csv(file, table, metadata):
 
 
 if __name__ == "__main__":
+    Utils.set_threads()
     Utils.run_script(main, get_args)

@@ -608,4 +608,5 @@ def run_stage(trainer, args, folder, title):
 
 
 if __name__ == "__main__":
+    Utils.set_threads()
     Utils.run_script(main, get_args)

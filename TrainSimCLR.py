@@ -632,4 +632,5 @@ def pretrain(args, row, folder, splits, trainer):
 
 
 if __name__ == "__main__":
+    Utils.set_threads()
     Utils.run_script(main, get_args)

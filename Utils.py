@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -134,6 +135,40 @@ def pick_device(name):
     return device
 
 
+def usable_cores(root="/"):
+    """Return the number of physical cores that this process may use, at least 1.
+
+    CPUs that the scheduler allows, hyper-threads of one core counted once, and no more than a container's quota
+    (cpu.max of cgroup v2, cpu.cfs_quota_us of v1; rounded down). root: where /sys is looked for.
+    """
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = _first_line(Path(root, f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"))
+        cores.add(siblings or str(cpu))
+    folder = Path(root, "sys/fs/cgroup")
+    quota = _first_line(folder / "cpu.max").split()
+    if not quota:
+        quota = [_first_line(folder / "cpu" / name) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]
+    n_cores = len(cores)
+    if all(quota) and quota[0] not in ("max", "-1"):
+        n_cores = min(n_cores, int(quota[0]) // int(quota[1]))
+    return max(1, n_cores)
+
+
+def _first_line(file):
+    """Return the first line of a file, or "" where there is none."""
+    try:
+        return file.read_text().split("\n")[0].strip()
+    except OSError:
+        return ""
+
+
+def set_threads():
+    """Let torch use one thread for each usable core, unless OMP_NUM_THREADS says how many (Linux only)."""
+    if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
+        torch.set_num_threads(usable_cores())
+
+
 def set_precision(name, device):
     """Return whether --precision `name` means bf16 on the device, and set whether cuDNN uses tf32."""
     torch.backends.cudnn.allow_tf32 = name != "fp32"
@@ -190,13 +225,18 @@ def is_held(storage, n_bytes, device):
 # ---------------------------------------------------------------------------------------------------- files
 
 
+MACHINE = (
+    f"{zlib.crc32(socket.gethostname().encode()):08x}"  # of this computer or container, in the names of scratch files
+)
+
+
 def write_atomically(file, write):
     """Call `write(scratch)` and move the result to `file`: all of it or nothing. Raises UserError if that fails.
 
     Scratch files that killed processes have left for the same `file` are removed.
     """
     file = Path(file)
-    scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    scratch = file.with_name(f".{file.name}.{MACHINE}-{os.getpid()}.tmp")
     try:
         remove_stale(file.parent, f".{file.name}.*.tmp")
         write(scratch)
@@ -211,11 +251,18 @@ def write_atomically(file, write):
 
 
 def remove_stale(folder, pattern=".*.tmp"):
-    """Remove the scratch files of `write_atomically` in a folder whose processes are gone."""
+    """Remove the scratch files of `write_atomically` in a folder whose processes are gone.
+
+    Whether a process of another machine is gone cannot be known: its files are removed when they are an hour old.
+    """
     for path in Path(folder).glob(pattern):
-        process = re.fullmatch(r"\..*\.(\d+)\.tmp", path.name)
-        if process and not is_alive(int(process[1])):
-            with contextlib.suppress(OSError):
+        writer = re.fullmatch(r"\..*\.([0-9a-f]{8})-(\d+)\.tmp", path.name)
+        with contextlib.suppress(OSError):
+            if writer and writer[1] == MACHINE:
+                is_stale = not is_alive(int(writer[2]))
+            else:
+                is_stale = time.time() - path.stat().st_mtime > 3600
+            if is_stale:
                 path.unlink()
 
 

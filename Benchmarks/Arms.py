@@ -4,9 +4,9 @@
     python -m Benchmarks.Arms --data cifar10 --arms simclr_full,isicle_full -- --backbone resnet8 --epochs 10
 
 Flags after -- go to every run. Writes Results/arms-DATA.json and Results/arms-DATA.png after every run; a second start
-continues where the first one stopped. All arms take the same number of steps, except simclr_full_equal_compute: SimCLR
-with more epochs, so that it costs as much as isicle_full. Compute is in multiply-accumulates; arms with a generator
-include its search, training and sampling.
+continues where the first one stopped. All arms take the same number of steps, except those whose name ends in
+_equal_compute: their epochs are such that they cost as much as isicle_full. Compute is in multiply-accumulates; arms
+with a generator include its search, training and sampling.
 """
 
 import argparse
@@ -29,13 +29,30 @@ from Benchmarks.Picture import draw_arms
 from Benchmarks.Tables import arms_table
 from Flags import bounded
 
-EQUAL = "simclr_full_equal_compute"
+EQUAL = "_equal_compute"  # end of the names of arms that take the compute of isicle_full, not its steps
 ALONE = "--p_gen 1 --aug crop"  # only the restorations make the views differ in colour
 ARMS = {  # name: (script, flags, what it is)
     "simclr_crop": ("TrainSimCLR.py", "--aug crop", "SimCLR, crop and flip only"),
     "simclr_full": ("TrainSimCLR.py", "", "SimCLR"),
     "simclr_full_extra_view": ("TrainSimCLR.py", "--num_views 3", "SimCLR, three real views"),
-    EQUAL: ("TrainSimCLR.py", "", "SimCLR, longer: ISICLE's total compute"),
+    "simclr_full_4_views": ("TrainSimCLR.py", "--num_views 4", "SimCLR, four real views"),
+    "simclr_full_8_views": ("TrainSimCLR.py", "--num_views 8", "SimCLR, eight real views"),
+    f"simclr_full{EQUAL}": ("TrainSimCLR.py", "", "SimCLR, longer: ISICLE's total compute"),
+    f"simclr_full_extra_view{EQUAL}": (
+        "TrainSimCLR.py",
+        "--num_views 3",
+        "SimCLR, three real views, longer: ISICLE's total compute",
+    ),
+    f"simclr_full_4_views{EQUAL}": (
+        "TrainSimCLR.py",
+        "--num_views 4",
+        "SimCLR, four real views: ISICLE's total compute",
+    ),
+    f"simclr_full_8_views{EQUAL}": (
+        "TrainSimCLR.py",
+        "--num_views 8",
+        "SimCLR, eight real views: ISICLE's total compute",
+    ),
     "corrupted_only": ("TrainISICLE.py", "--pair corrupted --aug crop", "c(x) twice, crop and flip only"),
     "single_code": ("TrainISICLE.py", f"--pair gen_twice {ALONE}", "one restoration twice, crop and flip only"),
     "gen_gen_crop": (
@@ -87,21 +104,25 @@ def words_of(args, arm, seed, records):
         words += ["--data", args.data]
     words += args.rest
     words += flags.split()
-    if arm == EQUAL:
-        words += ["--epochs", str(equal_epochs(records))]
+    if arm.endswith(EQUAL):
+        words += ["--epochs", str(equal_epochs(arm, records))]
     if script == "TrainISICLE.py":
         words += shlex.split(args.isicle)
     return [*words, "--eval", args.eval, "--seed", str(seed)]
 
 
-def equal_epochs(records):
-    """Return the epochs after which SimCLR costs as much as isicle_full, generator included. UserError if not known."""
+def equal_epochs(arm, records):
+    """Return the epochs after which an arm costs as much as isicle_full, generator included. UserError if not known.
+
+    An epoch costs what it costs in the arm of the same name without _equal_compute.
+    """
+    name = arm.removesuffix(EQUAL)
     ours = [row for row in records if row["arm"] == "isicle_full"]
-    plain = [row for row in records if row["arm"] == "simclr_full"]
-    if not ours or not plain:
-        raise Utils.UserError(f"--arms {EQUAL}: its length follows from simclr_full and isicle_full: add both")
+    same = [row for row in records if row["arm"] == name]
+    if not ours or not same:
+        raise Utils.UserError(f"--arms {arm}: its length follows from {name} and isicle_full: add both")
     spent = ours[0]["encoder_macs"] + ours[0]["generator_macs"]
-    return round(spent * plain[0]["epochs"] / plain[0]["encoder_macs"])
+    return round(spent * same[0]["epochs"] / same[0]["encoder_macs"])
 
 
 def finish(args, arm, seed, words):
@@ -221,8 +242,8 @@ def main(args):
     name = f"arms-{name}.json" if args.eval == "test" else f"choice-{name}-{args.eval}.json"
     file = Path(args.out or Utils.ROOT / "Results" / name)
     records = json.loads(file.read_text()) if file.exists() else []
-    first = [arm for arm in args.arms if arm != EQUAL]
-    last = [arm for arm in args.arms if arm == EQUAL]  # its length follows from the others
+    first = [arm for arm in args.arms if not arm.endswith(EQUAL)]
+    last = [arm for arm in args.arms if arm.endswith(EQUAL)]  # their length follows from the others
     for arms in (first, last):
         for row in finished(args, missing(args, arms, records)):
             records = add(records, row)

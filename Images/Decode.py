@@ -155,6 +155,11 @@ def _hand_over(item):
     return indices, images, bad
 
 
+@functools.cache  # said once
+def _say_that_shared_memory_is_full():
+    notice(f"/dev/shm is full, so that images are read more slowly: {MORE_SHM}, or pass --n_workers 0")
+
+
 def _items(loader):
     """Yield the items of a DataLoader. UserError where its workers cannot be started, or one fails or is killed."""
     before = signal.getsignal(signal.SIGCHLD)
@@ -212,12 +217,9 @@ class Files:
             pin_memory=pin_memory,
             generator=torch.Generator(),  # the loader draws a seed, which must not change training's random numbers
         )
-        noticed = False
         for indices, images, bad in _items(loader):
             if isinstance(images, np.ndarray):
-                if not noticed:
-                    notice(f"/dev/shm is full, so that images are read more slowly: {MORE_SHM}, or pass --n_workers 0")
-                noticed = True
+                _say_that_shared_memory_is_full()
                 images = torch.from_numpy(images)
                 if pin_memory:
                     images = images.pin_memory()

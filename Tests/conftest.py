@@ -2,7 +2,9 @@
 
 import os
 import signal
+import socket
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ from helpers import only_run, run, save_shapes
 import Signals
 import TrainSimCLR
 import Utils
+from Benchmarks.Forks import Child
 
 SMALL = "--size 32 --backbone resnet8 --bs 8 --epochs 3 --n_ramp 1 --lr 0.1 --proj_hidden 32 --blur_p 0"
 OFTEN = "--log_iter 1 --save_iter 1 --eval_iter 0 --n_workers 0 --device cpu"
@@ -72,6 +75,39 @@ def cli(monkeypatch, capfd):
         return SimpleNamespace(code=caught.value.code or 0, out=out, err=err)
 
     return run_here
+
+
+@pytest.fixture
+def fork(tmp_path):
+    """(script, argv, prepare) -> Child; those that are left are killed at the end."""
+    children = []
+
+    def start_child(script, argv, prepare=None):
+        children.append(Child(script, argv, tmp_path / f"child{len(children)}.log", prepare))
+        return children[-1]
+
+    yield start_child
+    for child in children:
+        child.kill()
+
+
+@pytest.fixture
+def ranks(fork):
+    """(script, argv, world) -> the children that are its processes, as torchrun starts them, the first one's first."""
+
+    def start_ranks(script, argv, world=2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = []
+        for rank in range(world):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = {name: str(value) for name, value in place.items()}
+            children.append(fork(script, argv, partial(os.environ.update, environment)))
+        return children
+
+    return start_ranks
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -206,6 +206,15 @@ def run(*words, **options):
     return finish(start(*words, **options))
 
 
+def wait_for(condition, child):
+    """Wait until condition() is true, while a child of the fixture `fork` runs."""
+    end = time.monotonic() + 120
+    while not condition():
+        assert child.is_running(), child.output()
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
 def signal_when(process, number, condition):
     """Send a signal to a process as soon as condition() is true, wait for its end; return .code .out .err."""
     end = time.monotonic() + 120

@@ -1,14 +1,14 @@
 """Benchmarks/Arms.py, by running it on a small data set; its compute, counted by hand; the tables made from runs."""
 
+import contextlib
+import io
 import json
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import one_error
 from PIL import Image
 
 import TrainCamNet
@@ -16,6 +16,7 @@ import TrainISICLE
 import TrainSimCLR
 import Utils
 from Benchmarks import Arms, Collect, Compute, Picture, Tables
+from Benchmarks.Forks import Child
 
 ROOT = Path(__file__).parents[1]
 KEYS = {"arm", "seed", "linear", "knn", "steps", "epochs", "encoder_macs", "generator_macs", "command", "minutes"}
@@ -26,30 +27,26 @@ GENERATOR = "--net tiny --distance pixels --m 4,2 --period 16 --visits 2 --perio
 
 @pytest.fixture(scope="module")
 def arms(flags, tree, tmp_path_factory):
-    """.run(*more) starts Arms over a few arms with one seed; .out is the file, .models the folder of the runs."""
+    """.argv are the flags of Arms with one seed of a few arms; .out is its file, .models the folder of the runs."""
     folder = tmp_path_factory.mktemp("arms")
     place = ["--data", str(tree), "--models_dir", str(folder / "m")]
     cache = ["--data_dir", str(tree.parent / "cache"), "--size", "16"]
-    camnet = [sys.executable, "TrainCamNet.py", *GENERATOR.split(), *place, *cache]
-    done = subprocess.run(camnet, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-    def run(*more):
-        own = [*place, "--arms", ",".join(CHOSEN), "--seeds", "1", "--jobs", "2", "--out", str(folder / "arms.json")]
-        of_runs = [*flags(folder)[2:-2], "--size", "16", "--epochs", "2"]
-        words = [sys.executable, "-m", "Benchmarks.Arms", *own, *more, "--", *of_runs]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
-
-    return SimpleNamespace(run=run, out=folder / "arms.json", models=folder / "m")
+    child = Child(TrainCamNet, [*GENERATOR.split(), *place, *cache], folder / "camnet.log")
+    assert child.wait() == 0, child.output()
+    own = [*place, "--arms", ",".join(CHOSEN), "--seeds", "1", "--jobs", "2", "--out", str(folder / "arms.json")]
+    of_runs = [*flags(folder)[2:-2], "--size", "16", "--epochs", "2"]
+    return SimpleNamespace(
+        argv=lambda *more: [*own, *more, "--", *of_runs], out=folder / "arms.json", models=folder / "m"
+    )
 
 
 @pytest.fixture(scope="module")
 def done(arms):
     """What the first start printed and wrote."""
-    first = arms.run()
-    assert first.returncode == 0, first.stderr
-    return first.stdout, json.loads(arms.out.read_text())
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert Arms.main(Arms.get_args(arms.argv())) == 0
+    return printed.getvalue(), json.loads(arms.out.read_text())
 
 
 # ---------------------------------------------------------------------------------------------------- runs
@@ -65,7 +62,7 @@ def test_every_run_is_recorded(done):
         assert row["command"].startswith("python Train")
         assert row["command"].endswith("--seed 0")
         assert f"{row['arm']}, seed 0: kNN {100 * row['knn']:.2f} %" in printed
-        assert row["steps"] == 60 or row["arm"] == Arms.EQUAL  # 2 epochs of 30 steps
+        assert row["steps"] == 60 or row["arm"].endswith(Arms.EQUAL)  # 2 epochs of 30 steps
     assert Tables.arms_table(records) in printed
 
 
@@ -86,24 +83,24 @@ def test_picture(done, arms):
     assert Image.open(arms.out.with_suffix(".png")).width >= 600
 
 
-def test_started_again_it_runs_what_is_missing(done, arms):
+def test_started_again_it_runs_what_is_missing(done, arms, cli):
     records = done[1]
     arms.out.write_text(json.dumps(records[:-1]))
-    again = arms.run()
-    assert again.returncode == 0, again.stderr
-    assert "isicle_full, seed 0: kNN" in again.stdout
-    assert "simclr_full, seed 0: kNN" not in again.stdout
+    again = cli(arms.argv(), Arms)
+    assert again.code == 0, again.err
+    assert "isicle_full, seed 0: kNN" in again.out
+    assert "simclr_full, seed 0: kNN" not in again.out
     after = json.loads(arms.out.read_text())
     assert after[:-1] == records[:-1]
     for name in ("arm", "seed", "knn", "linear", "steps", "encoder_macs", "generator_macs", "command", "flags"):
         assert after[-1][name] == records[-1][name], name  # not the revision, which may be another one by now
 
 
-def test_failing_run_is_one_line(arms, tmp_path):
-    failed = arms.run("--arms", "isicle_full", "--out", str(tmp_path / "a.json"), "--isicle", f"--generator {tmp_path}")
-    assert failed.returncode == 2
-    assert len(failed.stderr.splitlines()) == 1
-    assert "no checkpoint there" in failed.stderr
+def test_failing_run_is_one_line(arms, tmp_path, cli):
+    more = ("--arms", "isicle_full", "--out", str(tmp_path / "a.json"), "--isicle", f"--generator {tmp_path}")
+    failed = cli(arms.argv(*more), Arms)
+    one_error(failed, "no checkpoint there")
+    assert len(failed.err.splitlines()) == 1
 
 
 def test_one_generator_and_one_bank_for_every_arm(arms, done):
@@ -145,13 +142,14 @@ def test_flags_of_the_arms_mean_what_their_titles_say():
         "the image and a restoration": "real_gen",
         "the image twice and a restoration": "real_real_gen",
     }
+    views = {"three": 3, "four": 4, "eight": 8}
     for script, flags, title in Arms.ARMS.values():
         module = {"TrainSimCLR.py": TrainSimCLR, "TrainISICLE.py": TrainISICLE}[script]
         parsed = module.get_args(shlex.split(flags))
         assert (parsed.aug == "crop") == ("crop and flip only" in title)
         assert parsed.aug in ("crop", "full")
         if script == "TrainSimCLR.py":
-            assert parsed.num_views == (3 if "three" in title else 2)
+            assert [parsed.num_views] == ([count for word, count in views.items() if f"{word} real" in title] or [2])
         else:
             assert [parsed.pair] == [pair for words, pair in pairs.items() if words in title]
 
@@ -162,9 +160,10 @@ def test_unknown_arm(bad, part):
         Arms.get_args(["--arms", bad])
 
 
-def test_equal_compute_needs_both_arms(done):
-    with pytest.raises(Utils.UserError, match="add both"):
-        Arms.equal_epochs([row for row in done[1] if row["arm"] != "isicle_full"])
+@pytest.mark.parametrize("missing", ["simclr_full", "isicle_full"])
+def test_equal_compute_needs_both_arms(done, missing):
+    with pytest.raises(Utils.UserError, match="simclr_full and isicle_full: add both"):
+        Arms.equal_epochs(f"simclr_full{Arms.EQUAL}", [row for row in done[1] if row["arm"] != missing])
 
 
 # ---------------------------------------------------------------------------------------------------- compute
@@ -214,8 +213,21 @@ def test_equal_compute_is_equal(done):
     rows = {row["arm"]: row for row in done[1]}
     ours = rows["isicle_full"]["encoder_macs"] + rows["isicle_full"]["generator_macs"]
     per_epoch = rows["simclr_full"]["encoder_macs"] / rows["simclr_full"]["epochs"]
-    assert abs(rows[Arms.EQUAL]["encoder_macs"] - ours) <= per_epoch / 2
-    assert rows[Arms.EQUAL]["epochs"] > rows["isicle_full"]["epochs"]
+    longer = rows[f"simclr_full{Arms.EQUAL}"]
+    assert abs(longer["encoder_macs"] - ours) <= per_epoch / 2
+    assert longer["epochs"] > rows["isicle_full"]["epochs"]
+
+
+def test_equal_compute_follows_from_the_arm_of_the_same_views(done):
+    rows = {row["arm"]: row for row in done[1]}
+    eight = rows["simclr_full"] | {
+        "arm": "simclr_full_8_views",
+        "encoder_macs": 4 * rows["simclr_full"]["encoder_macs"],
+    }
+    epochs = [
+        Arms.equal_epochs(f"{arm}{Arms.EQUAL}", [*done[1], eight]) for arm in ("simclr_full", "simclr_full_8_views")
+    ]
+    assert abs(epochs[0] / 4 - epochs[1]) <= 1
 
 
 # ---------------------------------------------------------------------------------------------------- tables

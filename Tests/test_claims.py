@@ -16,7 +16,7 @@ from PIL import Image
 import Data
 import Flags
 import TrainCamNet
-from Benchmarks import Collect, Tables
+from Benchmarks import Arms, Collect, Tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "Results"
@@ -111,7 +111,7 @@ def test_arms_are_compared_fairly(file):
         for row in rows:
             assert row["command"].startswith("python Train")
             assert "dirty" not in row["revision"]
-            assert row["steps"] == steps or arm == "simclr_full_equal_compute"
+            assert row["steps"] == steps or arm.endswith("_equal_compute")
         is_charged = rows[0]["generator_macs"] > 0
         assert is_charged == (rows[0]["flags"].get("pair") not in (None, "corrupted"))
 
@@ -121,7 +121,7 @@ def test_an_arm_has_one_name():
     for file in files("arms-*.json"):
         for row in json.loads(file.read_text()):
             titles.setdefault(row["arm"], set()).add(Tables.title_of(row))
-    assert len(titles) == 10
+    assert titles.keys() <= Arms.ARMS.keys()
     assert all(len(names) == 1 for names in titles.values()), titles
 
 

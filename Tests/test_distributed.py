@@ -5,14 +5,16 @@ import math
 import os
 import signal
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import TORCHRUN, count_lines, losses, only_run, run, signal_when, start
+from helpers import TORCHRUN, count_lines, losses, one_error, only_run, signal_when, start
 from torch import nn
 
 import Distributed
+import TrainSimCLR
 from Backbones import ContrastiveNet, build_encoder, build_head
 from Losses import multi_positive, nt_xent
 
@@ -107,19 +109,19 @@ def test_without_torchrun_nothing_is_distributed():
     assert Distributed.any_process(True) is True
 
 
-# ---------------------------------------------------------------------------------------------------- torchrun
+# ---------------------------------------------------------------------------------------------------- whole runs
 
 
-def test_a_run_in_two_processes_has_the_losses_of_one(quick, tmp_path, cli):
+def test_a_run_in_two_processes_has_the_losses_of_one(quick, tmp_path, cli, ranks):
     # Rounding grows with every step, the faster the higher the rate: to 4e-2 in 14 steps at .1, 2e-4 at .001.
     calm = ("--precision", "fp32", "--lr", "0.001", "--temp", "0.5", "--bs", "48", "--epochs", "2")
     assert cli(quick(tmp_path / "one", *calm)).code == 0
-    done = run(*TORCHRUN, "TrainSimCLR.py", *quick(tmp_path / "two", *calm))
-    assert done.code == 0, done.err
+    first, second = ranks(TrainSimCLR, quick(tmp_path / "two", *calm))
+    assert (first.wait(), second.wait()) == (0, 0), first.output() + second.output()
     for line in ("starting: ", "epoch 1/2  loss", "kNN on raw pixels"):
-        assert done.out.count(line) == 1, line
-    assert "Warning" not in done.err
-    assert "TrainSimCLR" not in done.err
+        assert first.output().count(line) == 1, line
+    assert "Warning" not in first.output()
+    assert second.output() == ""
     one = losses(only_run(tmp_path / "one"))
     folder = only_run(tmp_path / "two")
     two = losses(folder)
@@ -131,13 +133,13 @@ def test_a_run_in_two_processes_has_the_losses_of_one(quick, tmp_path, cli):
     assert len(json.loads((folder / "args.json").read_text())["starts"]) == 1
 
 
-def test_a_mistake_is_reported_once(quick, tmp_path):
-    done = run(*TORCHRUN, "TrainSimCLR.py", *quick(tmp_path / "models", "--bs", "33"))
-    assert done.code != 0
-    assert done.out == ""
-    (error,) = [line for line in done.err.splitlines() if "error: --bs" in line]
-    assert "33" in error
-    assert "multiple of the 2 processes" in error
+def test_a_mistake_is_reported_once(quick, tmp_path, ranks):
+    first, second = ranks(TrainSimCLR, quick(tmp_path / "models", "--bs", "33"))
+    assert first.wait() == 2
+    one_error(SimpleNamespace(code=2, err=first.output()), "--bs", "33", "multiple of the 2 processes")
+    second.send(signal.SIGTERM)  # as torchrun ends the others
+    assert second.wait() == 0
+    assert second.output() == ""
     assert not (tmp_path / "models").exists()
 
 

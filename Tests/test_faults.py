@@ -3,12 +3,13 @@
 Most runs are forks of this process or are made in it: see Benchmarks/Forks.py. `make soak` does the same at length.
 """
 
+import ctypes
 import json
 import os
 import resource
 import shutil
 import signal
-import socket
+import subprocess
 import sys
 import time
 from functools import partial
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import TORCHRUN, content, count_lines, finish, lines, one_error, only_run, start
+from helpers import TORCHRUN, content, count_lines, finish, lines, one_error, only_run, start, wait_for
 from torch.utils.tensorboard import SummaryWriter
 
 import Banks
@@ -83,29 +84,6 @@ def copied(finished, data, tmp_path):
         return SimpleNamespace(folder=folder, models_dir=models_dir, argv=argv, state=finished(name).state)
 
     return copy
-
-
-@pytest.fixture
-def fork(tmp_path):
-    """(script, argv, prepare) -> Child; those that are left are killed at the end."""
-    children = []
-
-    def start_child(script, argv, prepare=None):
-        children.append(Child(script, argv, tmp_path / f"child{len(children)}.log", prepare))
-        return children[-1]
-
-    yield start_child
-    for child in children:
-        child.kill()
-
-
-def wait_for(condition, child):
-    """Wait until condition() is true, while the child runs."""
-    end = time.monotonic() + 120
-    while not condition():
-        assert child.is_running(), child.output()
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def check_same(run):
@@ -344,13 +322,20 @@ def test_scratch_files_of_killed_processes_are_removed(copied, cli):
     if dead == 0:
         os._exit(0)
     os.waitpid(dead, 0)
-    for name in (f".3.pt.{dead}.tmp", f".9+4.pt.{dead}.tmp", f".args.json.{dead}.tmp"):
+    here = Utils.MACHINE
+    for name in (f".3.pt.{here}-{dead}.tmp", f".9+4.pt.{here}-{dead}.tmp", f".args.json.{here}-{dead}.tmp"):
         (run.folder / name).write_text("half")
-    alive = run.folder / f".3.pt.{os.getppid()}.tmp"
+    alive = run.folder / f".3.pt.{here}-{os.getppid()}.tmp"
     alive.write_text("half")
+    elsewhere = run.folder / f".3.pt.01234567-{dead}.tmp"  # of another machine, on which the process may be alive
+    elsewhere.write_text("half")
+    long_ago = run.folder / f".2.pt.01234567-{dead}.tmp"
+    long_ago.write_text("half")
+    os.utime(long_ago, (0, 0))
     assert cli(run.argv).code == 0
-    assert [path for path in run.folder.iterdir() if path.name.startswith(".")] == [alive]
+    assert {path for path in run.folder.iterdir() if path.name.startswith(".")} == {alive, elsewhere}
     alive.unlink()
+    elsewhere.unlink()
     check_same(run)
 
 
@@ -556,22 +541,16 @@ def test_a_signal_ends_a_script_wherever_it_is(data, finished, tmp_path, fork, c
 
 
 @pytest.mark.parametrize("number", CODES, ids=["SIGTERM", "SIGINT"])
-def test_a_signal_to_one_rank_ends_all_whatever_is_logged(data, tmp_path, fork, number):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+def test_a_signal_to_one_rank_ends_all_whatever_is_logged(data, tmp_path, ranks, number):
     models_dir = tmp_path / "models"
     argv = flags_of("TrainSimCLR", data, models_dir, "--epochs", "5000", "--eval_iter", "0", "--log_iter", "100000")
-    ranks = []
-    for rank in ("0", "1"):
-        environment = place | {"RANK": rank, "LOCAL_RANK": rank}
-        ranks.append(fork(TrainSimCLR, argv, partial(os.environ.update, environment)))
-    wait_for(lambda: count_lines(models_dir, "*/metrics.jsonl"), ranks[0])
-    ranks[1].send(number)
+    both = ranks(TrainSimCLR, argv)
+    wait_for(lambda: count_lines(models_dir, "*/metrics.jsonl"), both[0])
+    both[1].send(number)
     sent = time.monotonic()
-    assert [rank.wait(30) for rank in ranks] == [0, CODES[number]], ranks[0].output() + ranks[1].output()
+    assert [rank.wait(30) for rank in both] == [0, CODES[number]], both[0].output() + both[1].output()
     assert time.monotonic() - sent < 5
-    assert ranks[0].output().count("interrupted: saved") == 1
+    assert both[0].output().count("interrupted: saved") == 1
     assert Utils.newest_checkpoint(only_run(models_dir))
 
 
@@ -735,6 +714,28 @@ def test_a_worker_that_is_killed_is_one_line(data, tmp_path, cli, monkeypatch):
     argv = flags_of("TrainSimCLR", data, tmp_path / "models", "--storage", "stream", "--n_workers", "1")
     argv += ["--data_dir", str(tmp_path / "cache")]
     one_error(cli(argv), "--n_workers 0")
+
+
+def small_shared_memory(kib):
+    """Give this process a /dev/shm of its own, of this size."""
+    new_mount_namespace = 0x20000  # CLONE_NEWNS of unshare(2)
+    assert ctypes.CDLL(None).unshare(new_mount_namespace) == 0
+    for command in ("mount --make-rprivate /", f"mount -t tmpfs -o size={kib}k tmpfs /dev/shm"):
+        subprocess.run(command.split(), check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounts, as root on Linux")
+@pytest.mark.parametrize("storage", ["memory", "stream"])
+@pytest.mark.parametrize("kib, code", [(16, 2), (128, 0)])  # too little for the workers' locks; for images of 64 pixels
+def test_too_little_shared_memory_is_one_line(data, tmp_path, fork, storage, kib, code):
+    argv = flags_of("TrainSimCLR", data, tmp_path / "models", "--n_workers", "2", "--storage", storage)
+    argv += ["--data_dir", str(tmp_path / "cache"), "--size", "64"]
+    child = fork(TrainSimCLR, argv, partial(small_shared_memory, kib))
+    assert child.wait() == code, child.output()
+    assert ("error: " in child.output()) == (code == 2)
+    assert child.output().count("images are read more slowly") <= 1
+    assert "docker run --shm-size=1g" in child.output()
+    assert "Traceback" not in child.output()
 
 
 @pytest.mark.parametrize("name", ["TrainSimCLR", "TrainCamNet"])

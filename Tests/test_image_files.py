@@ -564,6 +564,7 @@ def test_without_shared_memory_images_take_another_way(load, tmp_path, monkeypat
 
     expected = load(data_dir=tmp_path / "before")
     monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    Decode._say_that_shared_memory_is_full.cache_clear()
     split = load(storage=storage, n_workers=2)
     line, *others = capsys.readouterr().err.splitlines()
     assert "docker run --shm-size=1g" in line and not others

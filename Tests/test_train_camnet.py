@@ -23,9 +23,8 @@ from helpers import (
     run,
     save,
     save_shapes,
-    signal_when,
-    start,
     tensors,
+    wait_for,
 )
 from PIL import Image
 
@@ -310,13 +309,14 @@ def test_sigterm_saves_inside_the_period_and_resume_auto_gives_the_same_bits(int
     check_same_run(folder, whole.folder)
 
 
-def test_sigkill_then_resume_auto_gives_the_same_bits(flags, whole, tmp_path, cli):
-    argv = flags(tmp_path, *ALONE)
-    process = start("TrainCamNet.py", *argv)
+def test_sigkill_then_resume_auto_gives_the_same_bits(flags, whole, tmp_path, cli, fork):
+    argv = flags(tmp_path / "models", *ALONE)
+    child = fork(TrainCamNet, argv)
     in_period_2 = STEPS + 4  # lines: the search and the measures of period 1, the search of period 2, a step
-    done = signal_when(process, signal.SIGKILL, lambda: count_lines(tmp_path, "*/metrics.jsonl") >= in_period_2)
-    assert done.code == -signal.SIGKILL
-    folder = only_run(tmp_path)
+    wait_for(lambda: count_lines(tmp_path, "models/*/metrics.jsonl") >= in_period_2, child)
+    child.kill()
+    assert child.code == -signal.SIGKILL
+    folder = only_run(tmp_path / "models")
     assert (folder / "1.pt").exists()
     assert not (folder / "3.pt").exists()
     done = cli([*argv, "--resume", "auto"])
@@ -325,13 +325,15 @@ def test_sigkill_then_resume_auto_gives_the_same_bits(flags, whole, tmp_path, cl
     check_same_run(folder, whole.folder)
 
 
-def test_ctrl_c_at_the_single_code_and_resume_file_needs_no_other_flags(unfinished, whole, cli):
+def test_ctrl_c_at_the_single_code_and_resume_file_needs_no_other_flags(unfinished, whole, cli, fork):
     argv, folder = unfinished("generator.json", "single_code")
-    process = start("TrainCamNet.py", *argv, "--resume", "auto")
-    done = signal_when(process, signal.SIGINT, lambda: count_lines(folder, "single_code/metrics.jsonl") >= 2)
-    assert (done.code, done.err) == (130, "")
+    child = fork(TrainCamNet, [*argv, "--resume", "auto"])
+    wait_for(lambda: count_lines(folder, "single_code/metrics.jsonl") >= 2, child)
+    child.send(signal.SIGINT)
+    assert child.wait() == 130
     (saved,) = (folder / "single_code").glob("*+*.pt")
-    assert str(saved) in done.out
+    assert f"interrupted: saved {saved}" in child.output()
+    assert "Traceback" not in child.output()
     assert not (folder / "generator.json").exists()
     one_error(cli(["--resume", str(saved)]), saved, f"a checkpoint of {folder}")
     assert cli(["--resume", str(folder / "3.pt")]).code == 0

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-import signal
+import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,10 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    TORCHRUN,
     content,
     count_lines,
-    finish,
     lines,
     losses,
     no_file_larger_than,
@@ -22,8 +20,7 @@ from helpers import (
     one_line,
     only_run,
     run,
-    signal_when,
-    start,
+    wait_for,
 )
 
 import Banks
@@ -33,6 +30,7 @@ import TrainCamNet
 import TrainISICLE
 import TrainSimCLR
 import Utils
+from CamNet import Bank
 from CamNet.Corruptions import Corruption
 from Images.Split import Split
 
@@ -309,12 +307,13 @@ def test_refresh_makes_a_new_bank_every_e_epochs(quick, models, cli):
     assert bank.stem.endswith("-1")
 
 
-def test_several_processes_change_the_bank_together(quick, models):
+def test_several_processes_change_the_bank_together(quick, models, ranks):
     argv = quick(models, "--num_codes", "2", "--refresh", "1", "--eval_iter", "1", "--epochs", "2", "--bs", "48")
-    done = run(*TORCHRUN, "TrainISICLE.py", *argv, "--suffix", "two", "--no-baselines")
-    assert done.code == 0, done.err
-    assert done.out.count("made in") == 2
-    assert done.out.count("generator: ") == 1
+    first, second = ranks(TrainISICLE, [*argv, "--suffix", "two", "--no-baselines"])
+    assert (first.wait(), second.wait()) == (0, 0), first.output() + second.output()
+    assert first.output().count("made in") == 2
+    assert first.output().count("generator: ") == 1
+    assert second.output() == ""
     folder = only_run(models, "TrainISICLE-*-two-*")
     assert [line["epoch"] for line in lines(folder) if "cosine_synthetic" in line] == [1, 2]
 
@@ -435,31 +434,30 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(quick, tmp_path, cli):
     assert not (tmp_path / "m").exists()
 
 
-# TrainISICLE.py with a bank that is filled slowly
-SLOW = """
-import sys, time
-import Signals
-from CamNet import Bank
-Bank.SAVED_EVERY = 0
-restore = Bank.restore
-def slow(*arguments, **more):
-    time.sleep(0.1)
-    return restore(*arguments, **more)
-Bank.restore = slow
-Bank.fill.__kwdefaults__["bs"] = 16
-import TrainISICLE, Utils
-sys.argv[0] = "TrainISICLE.py"
-Utils.run_script(TrainISICLE.main, TrainISICLE.get_args)
-"""
+def slow_bank():
+    """Let banks be filled slowly, in parts of 16 restorations, each of them saved."""
+    restore = Bank.restore
+
+    def slow(*arguments, **more):
+        time.sleep(0.1)
+        return restore(*arguments, **more)
+
+    Bank.SAVED_EVERY = 0
+    Bank.restore = slow
+    Bank.fill.__kwdefaults__["bs"] = 16
+
+
 TRAINED = ("--camnet", "--net tiny --distance pixels --m 4,2 --period 16 --visits 2 --periods 3 --bs 8 --save_iter 1")
 
 
-def test_killed_in_any_stage_the_next_start_goes_on(quick, tmp_path, cli):
+def test_killed_in_any_stage_the_next_start_goes_on(quick, tmp_path, cli, fork):
     models = tmp_path / "m"
     argv = quick(models, "--num_codes", "2", "--no-baselines", *TRAINED)
 
     def kill_when(condition):
-        signal_when(start("-c", SLOW, *argv), signal.SIGKILL, condition)
+        child = fork(TrainISICLE, argv, slow_bank)
+        wait_for(condition, child)
+        child.kill()
 
     kill_when(lambda: any(models.glob("TrainCamNet-*/1.pt")))
     assert not any(models.glob("TrainCamNet-*/generator.json"))
@@ -482,15 +480,15 @@ def test_killed_in_any_stage_the_next_start_goes_on(quick, tmp_path, cli):
     assert losses(folder) == losses(only_run(models, "TrainISICLE-*-whole-*"))
 
 
-def test_two_started_at_a_time_share_generator_and_bank(quick, tmp_path):
+def test_two_started_at_a_time_share_generator_and_bank(quick, tmp_path, fork):
     argv = quick(tmp_path / "m", "--num_codes", "2", *TRAINED)
     argv += ["--epochs", "1", "--n_ramp", "0", "--bs", "60", "--no-baselines"]
-    both = [start("-c", SLOW, *argv, "--suffix", name) for name in "ab"]
-    done = [finish(process) for process in both]
-    assert [each.code for each in done] == [0, 0], done
-    assert sum("made in" in each.out for each in done) == 1
-    assert sum("python TrainCamNet.py" in each.out for each in done) == 1
-    assert any("waiting: another process" in each.out for each in done)
+    both = [fork(TrainISICLE, [*argv, "--suffix", name], slow_bank) for name in "ab"]
+    assert [child.wait() for child in both] == [0, 0], both[0].output() + both[1].output()
+    done = [child.output() for child in both]
+    assert sum("made in" in each for each in done) == 1
+    assert sum("python TrainCamNet.py" in each for each in done) == 1
+    assert any("waiting: another process" in each for each in done)
 
 
 def test_a_full_disk_is_one_line(quick, models, generator, cli):

@@ -17,8 +17,7 @@ from helpers import (
     no_file_larger_than,
     one_error,
     only_run,
-    signal_when,
-    start,
+    wait_for,
 )
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -212,12 +211,13 @@ def check_same_run(folder, whole):
     check_whole_board(folder)
 
 
-def test_sigkill_then_resume_auto_gives_the_same_bits(quick, whole, tmp_path, cli):
-    argv = quick(tmp_path)
-    process = start("TrainSimCLR.py", *argv)
-    done = signal_when(process, signal.SIGKILL, lambda: count_lines(tmp_path, "*/metrics.jsonl") >= 40)
-    assert done.code == -signal.SIGKILL
-    folder = only_run(tmp_path)
+def test_sigkill_then_resume_auto_gives_the_same_bits(quick, whole, tmp_path, cli, fork):
+    argv = quick(tmp_path / "models")
+    child = fork(TrainSimCLR, argv)
+    wait_for(lambda: count_lines(tmp_path, "models/*/metrics.jsonl") >= 40, child)
+    child.kill()
+    assert child.code == -signal.SIGKILL
+    folder = only_run(tmp_path / "models")
     assert (folder / "1.pt").exists()
     assert not (folder / "3.pt").exists()
     done = cli([*argv, "--resume", "auto"])

@@ -160,3 +160,38 @@ def test_other_processes_leave_a_shared_mistake_to_the_first(monkeypatch, capsys
         assert caught.value.code == 2
         assert "error: --bs 33: no\n" in capsys.readouterr().err
     assert waited == [(5, "")]  # rank 1 alone, and before it says anything
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "cores"),
+    [
+        ("cpu.max", "250000 100000\n", 2),
+        ("cpu.max", "50000 100000\n", 1),
+        ("cpu.max", "max 100000\n", 3),
+        ("cpu/cpu.cfs_quota_us", "200000\n", 2),
+        ("cpu/cpu.cfs_quota_us", "-1\n", 3),
+    ],
+)
+def test_usable_cores_counts_siblings_once_and_keeps_to_the_quota(tmp_path, monkeypatch, file, content, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
+    for cpu, siblings in enumerate(("0-1", "0-1", "2", "3")):
+        topology = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(siblings + "\n")
+    cgroup = tmp_path / "sys/fs/cgroup"
+    (cgroup / "cpu").mkdir(parents=True)
+    (cgroup / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    (cgroup / file).write_text(content)
+    assert Utils.usable_cores(tmp_path) == cores
+
+
+@pytest.mark.parametrize(("given", "threads"), [(None, [3]), ("1", [])])
+def test_threads_are_the_usable_cores_unless_the_environment_names_them(monkeypatch, given, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr(Utils, "usable_cores", lambda: 3)
+    calls = []
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    Utils.set_threads()
+    assert calls == threads
