@@ -22,8 +22,7 @@ from Lazy import LazyModule
 from Utils import UserError
 
 tensorboard = LazyModule("torch.utils.tensorboard")
-hparams = LazyModule("tensorboard.plugins.hparams.summary")
-hparams_api = LazyModule("tensorboard.plugins.hparams.api_pb2")
+hparams = LazyModule("tensorboard.plugins.hparams.plugin_data_pb2")
 torchvision = LazyModule("torchvision")
 
 NOT_FINITE = "loss or weights are not finite"
@@ -283,19 +282,20 @@ class Run:
             value = "" if value is None else value
             shown[name] = Utils.shown(value) if isinstance(value, str) else value
 
-        columns = []
-        for name in dict.fromkeys((*FIRST, *MAIN, *shown)):
-            is_text = isinstance(shown.get(name), str) or name in TEXT
-            kind = hparams_api.DATA_TYPE_STRING if is_text else hparams_api.DATA_TYPE_FLOAT64
-            if isinstance(shown.get(name), bool):
-                kind = hparams_api.DATA_TYPE_BOOL
-            columns.append(hparams_api.HParamInfo(name=name, type=kind, differs=name in FIRST))
-        scores = [hparams_api.MetricInfo(name=hparams_api.MetricName(tag=tag)) for tag in SCORES]
+        # the columns, which torch makes of this run's flags alone
+        summaries = tensorboard.summary.hparams(shown, dict.fromkeys(SCORES, 0.0))
+        description = summaries[0].value[0].metadata.plugin_data
+        content = hparams.HParamsPluginData.FromString(description.content)
+        columns = content.experiment.hparam_infos
+        for name in dict.fromkeys((*FIRST, *MAIN)):
+            if name not in shown:
+                columns.add(name=name, type="DATA_TYPE_STRING" if name in TEXT else "DATA_TYPE_FLOAT64")
+        for column in columns:
+            column.differs = column.name in FIRST
+        description.content = content.SerializeToString()
 
-        writer = self.board.file_writer
-        writer.add_summary(hparams.experiment_pb(columns, scores))
-        writer.add_summary(hparams.session_start_pb(shown))
-        writer.add_summary(hparams.session_end_pb(hparams_api.STATUS_SUCCESS))
+        for summary in summaries:
+            self.board.file_writer.add_summary(summary)
 
     def picture(self, name, image, step=0):
         """Write NAME.png and the same to TensorBoard. image: float (3, H, W) in [0, 1]."""
