@@ -116,11 +116,17 @@ def check_backbone(name, small_stem, size):
         ) from error
 
 
+def is_torchvision(name):
+    """Return whether a backbone is a model of torchvision, not one of this repository."""
+    return name in torchvision.models.list_models(module=torchvision.models)
+
+
 def is_resnet(name):
     """Return whether a model is one of torchvision's ResNets, which can have the small stem."""
-    if name not in torchvision.models.list_models(module=torchvision.models):
-        return False
-    return torchvision.models.get_model_builder(name).__module__ == torchvision.models.resnet.__name__
+    return (
+        is_torchvision(name)
+        and torchvision.models.get_model_builder(name).__module__ == torchvision.models.resnet.__name__
+    )
 
 
 def stem_text(encoder):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import Data
 import Flags
 import Utils
-from Backbones import classifier_name, is_resnet, model_options
+from Backbones import classifier_name, is_resnet, is_torchvision, model_options
 from Distributed import notice
 from EncoderFiles import load_encoder, plain_weights
 from Utils import UserError
@@ -154,9 +154,9 @@ def _model_code(metadata, library):
             raise UserError(f"--library timm: only ResNets of torchvision fit timm's, not {name}: leave it out")
         imports = ["import timm", "import torch"]
         lines = [f'model = timm.create_model("{name}", num_classes=0)']
-    elif name == "resnet8":
-        imports = ["import torch", "from Backbones import build_encoder  # of ISICLE: torchvision has no resnet8"]
-        return imports, [f'model = build_encoder("resnet8", small_stem={metadata["small_stem"]}, size={size})']
+    elif not is_torchvision(name):
+        imports = ["import torch", f"from Backbones import build_encoder  # of ISICLE: torchvision has no {name}"]
+        return imports, [f'model = build_encoder("{name}", small_stem={metadata["small_stem"]}, size={size})']
     else:
         imports = ["import torch", "import torchvision"]
         options = ", ".join(f"{key}={value}" for key, value in model_options(name, size).items())
@@ -185,7 +185,8 @@ def write_encoder(out, encoder):
     if out.suffix == ".safetensors":
         from safetensors.torch import save
 
-        content = save(weights, {"format": "pt"} | metadata)
+        copies = {name: value.clone() for name, value in weights.items()}  # two layers may share their weights
+        content = save(copies, {"format": "pt"} | metadata)
     else:
         content = onnx_bytes(out, encoder, metadata)
     Utils.write_atomically(out, lambda scratch: scratch.write_bytes(content))
@@ -199,17 +200,21 @@ def onnx_bytes(out, encoder, metadata):
     size = encoder.metadata["image_size"]
     notice(f"tracing {encoder.metadata['backbone']} for ONNX")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            encoder.net,
-            (torch.rand(2, 3, size, size),),
-            input_names=["images"],
-            output_names=["features"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            dynamo=True,
-            verbose=False,
-        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                encoder.net,
+                (torch.rand(2, 3, size, size),),
+                input_names=["images"],
+                output_names=["features"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamo=True,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:  # a backbone of one's own can compute what ONNX cannot
+        name = encoder.metadata["backbone"]
+        raise UserError(f"--out {out}: torch.onnx cannot write {name}: choose .safetensors or .pt") from error
     program.model.metadata_props.update(metadata)
     return program.model_proto.SerializeToString()
 

@@ -16,7 +16,7 @@ torchvision = LazyModule("torchvision")
 
 MEASURED = 512  # images whose pairs are measured
 LEAST_WIDTH = 600  # of a picture with captions, in pixels
-FONT_SIZE = 13  # of its captions
+FONT_SIZE = 19  # of its captions: TensorBoard shows a picture at about half its size
 PROBED = 4000  # images that show how well the label is preserved: half to learn from, half to score
 
 
@@ -193,7 +193,7 @@ def show_embedding(run, encoder, split, device, most=1000):
     with torch.no_grad(), Evaluate.frozen(encoder):
         features = Evaluate.embed(encoder, pictures).cpu()
     names = [shown(split.classes[label]) if label >= 0 else "?" for label in split.labels[rows].tolist()]
-    run.board.add_embedding(features, names, pictures.cpu(), global_step=0)
+    run.board.add_embedding(features, names, pictures.cpu(), global_step=0, tag="features")
 
 
 # ---------------------------------------------------------------------------------------------------- captions

@@ -26,7 +26,9 @@ hparams = LazyModule("tensorboard.plugins.hparams.plugin_data_pb2")
 torchvision = LazyModule("torchvision")
 
 NOT_FINITE = "loss or weights are not finite"
-FIRST = ("data", "pair", "lr", "epochs", "seed")  # of the flags in TensorBoard's table
+FIRST = ("data", "epochs", "lr", "pair", "seed")  # columns of TensorBoard's table of runs, which it sorts by name
+TEXT = ("data", "pair", "net", "corrupt", "backbone")  # flags whose values are words
+SCORES = ("Accuracy/knn", "Accuracy/linear", "Pairs/alignment", "Train/best_of_1", "Train/diversity_pixels")
 METRICS = "metrics.jsonl"
 NAME_LENGTH = 100  # of a run folder's name, without its hash
 MAIN = ("pair", "p_gen", "net", "corrupt", "backbone", "bs", "epochs", "periods", "lr", "temp", "seed")
@@ -269,22 +271,31 @@ class Run:
                 for place in (0, step):
                     board.add_scalar(self.TAGS[key], 100 * value, place)
 
-    def show_flags(self, hyper, metrics):
-        """Show the flags in the table of TensorBoard's HPARAMS, the FIRST ones in its first columns.
+    def show_flags(self, hyper):
+        """Show the flags and the SCORES of this run in TensorBoard's HPARAMS. hyper: {flag: value}.
 
-        hyper: {flag: value}; metrics: names of values that were logged, next to the flags; without any, TensorBoard
-        takes the columns from other runs where there are some.
+        TensorBoard takes the columns from any one of the runs: each names those of all scripts. First it shows the
+        columns that are marked as different, by name.
         """
-        shown = dict.fromkeys(FIRST, "")
+        shown = {}
         for name, value in hyper.items():
             value = "" if value is None else value
             shown[name] = Utils.shown(value) if isinstance(value, str) else value
-        tags = {self.TAGS.get(name, name): 0.0 for name in metrics}
-        columns, start, end = tensorboard.summary.hparams(shown, tags)
-        if metrics:
-            self.board.file_writer.add_summary(_first_columns(columns))
-        self.board.file_writer.add_summary(start)
-        self.board.file_writer.add_summary(end)
+
+        # the columns, which torch makes of this run's flags alone
+        summaries = tensorboard.summary.hparams(shown, dict.fromkeys(SCORES, 0.0))
+        description = summaries[0].value[0].metadata.plugin_data
+        content = hparams.HParamsPluginData.FromString(description.content)
+        columns = content.experiment.hparam_infos
+        for name in dict.fromkeys((*FIRST, *MAIN)):
+            if name not in shown:
+                columns.add(name=name, type="DATA_TYPE_STRING" if name in TEXT else "DATA_TYPE_FLOAT64")
+        for column in columns:
+            column.differs = column.name in FIRST
+        description.content = content.SerializeToString()
+
+        for summary in summaries:
+            self.board.file_writer.add_summary(summary)
 
     def picture(self, name, image, step=0):
         """Write NAME.png and the same to TensorBoard. image: float (3, H, W) in [0, 1]."""
@@ -304,13 +315,3 @@ class Run:
         """Write what TensorBoard still holds in memory."""
         if self.writes:
             self.board.close()
-
-
-def _first_columns(summary):
-    """Mark the FIRST flags as different between runs: TensorBoard's table begins with these, then goes by alphabet."""
-    plugin = summary.value[0].metadata.plugin_data
-    content = hparams.HParamsPluginData.FromString(plugin.content)
-    for column in content.experiment.hparam_infos:
-        column.differs = column.name in FIRST
-    plugin.content = content.SerializeToString()
-    return summary

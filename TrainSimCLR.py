@@ -448,7 +448,7 @@ def finish_run(trainer, run, splits, again):
     if not Evaluate.can_probe(splits):
         if "cosine_real" not in logged:
             run.log(trainer.step, trainer.epoch, group="Pairs", **measure_pairs(trainer, labelled=False))
-            run.show_flags(Flags.hyper_parameters(trainer.args), ["Pairs/alignment"])
+            run.show_flags(Flags.hyper_parameters(trainer.args))
         print("fewer than two classes, or too few labels: nothing to score")
         return {}
 
@@ -472,7 +472,7 @@ def finish_run(trainer, run, splits, again):
     # files, what TensorBoard shows, and last the log: what it lacks is scored again after a kill
     Utils.write_json(file, result)
     scores = {name: result[name] for name in ("knn", "linear")}
-    run.show_flags(Flags.hyper_parameters(trainer.args), scores)
+    run.show_flags(Flags.hyper_parameters(trainer.args))
     run.baseline("chance", {"knn": result["chance"], "linear": result["chance"]}, trainer.step)
     if untrained:
         run.baseline("untrained", {name: result[f"untrained_{name}"] for name in scores}, trainer.step)

@@ -1,6 +1,5 @@
 """Runs: names of run folders, who may work in one, and logs that can be continued."""
 
-import contextlib
 import os
 import shutil
 from argparse import Namespace
@@ -8,8 +7,6 @@ from argparse import Namespace
 import pytest
 import torch
 from helpers import count_lines, lines, one_line
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams import backend_context, metadata
 
 import Runs
 import Utils
@@ -148,20 +145,3 @@ def test_a_run_needs_no_git(tmp_path, monkeypatch):
 def test_damaged_lines_of_a_log_are_passed_over(tmp_path, text):
     (tmp_path / "metrics.jsonl").write_text(f'{text}\n{{"step": 2, "seconds": 1, "loss": 3}}\n')
     assert Runs.read_metrics(tmp_path) == [{"step": 2, "seconds": 1.0, "loss": 3}]
-
-
-def test_flags_that_matter_are_the_first_columns_in_tensorboard(tmp_path):
-    args = Namespace(aug="full", bs=8, data="shapes", epochs=3, lr=0.5, pair=None, seed=0)
-    with contextlib.closing(Run(tmp_path, args, CPU)) as run:
-        run.show_flags(vars(args), ["knn"])
-    events = EventAccumulator(str(tmp_path)).Reload()
-    content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
-    experiment = metadata.parse_experiment_plugin_data(content)
-    backend_context._sort_and_reduce_to_hparams_limit(experiment, len(Runs.FIRST))  # as TensorBoard chooses them
-    assert {info.name for info in experiment.hparam_infos} == {*Runs.FIRST}
-    assert [info.name.tag for info in experiment.metric_infos] == ["Accuracy/knn"]
-    start = metadata.parse_session_start_info_plugin_data(
-        events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    )
-    assert start.hparams["pair"].string_value == ""
-    assert start.hparams["lr"].number_value == 0.5

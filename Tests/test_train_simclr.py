@@ -12,6 +12,7 @@ from helpers import (
     content,
     count_lines,
     different,
+    flags_on_board,
     lines,
     losses,
     no_file_larger_than,
@@ -123,6 +124,11 @@ def check_whole_board(folder):
     events = check_board(folder, "Pairs")
     assert {"Loss/train", "Train/lr", "Accuracy/knn", "Accuracy/linear"} <= set(events.Tags()["scalars"])
     assert "pairs" in events.Tags()["images"]
+    assert losses(folder).keys() >= {1}, "no loss of the first step"
+    shown = flags_on_board(folder)
+    stored = json.loads((folder / "args.json").read_text())["args"]
+    for name in ("data", "epochs", "lr", "seed", "backbone"):
+        assert shown[name] == stored[name]
     result = json.loads((folder / "evaluation.json").read_text())
     for name in ("chance", "untrained", "pixels"):
         events = EventAccumulator(str(folder / name)).Reload()
