@@ -22,7 +22,6 @@ import errno
 import filecmp
 import os
 import shutil
-import signal
 import sys
 from collections import Counter
 from contextlib import suppress
@@ -32,15 +31,11 @@ from tqdm import tqdm
 
 SPLITS = {"train": "train", "val": "validation", "test": "test"}
 VALIDATION = ("val", "valid", "validation", "dev")
-# SUFFIXES, IGNORED, shown, is_hidden and terminate are the same in SetupMiniImagenet.py; a test compares them.
+# SUFFIXES, IGNORED, shown and is_hidden are the same in SetupMiniImagenet.py; a test compares them.
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".tif", ".tiff")
 SUFFIXES += (".webp", ".gif", ".avif", ".avifs", ".apng", ".mpo", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx")
 IGNORED = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
 IGNORED += ("thumbs.db", "ehthumbs.db", "desktop.ini")
-
-
-class Terminated(KeyboardInterrupt):
-    """Raised by SIGTERM, so that scratch files are removed as after Ctrl-C."""
 
 
 class UserError(Exception):
@@ -262,12 +257,7 @@ def get_args(argv=None):
     return P, P.parse_args(argv)
 
 
-def terminate(signum, frame):
-    raise Terminated
-
-
 def main(argv=None):
-    signal.signal(signal.SIGTERM, terminate)
     sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that knows fewer characters
     P, args = get_args(argv)
     try:
@@ -276,9 +266,8 @@ def main(argv=None):
         P.error(str(e))
     except OSError as e:
         P.error(explain(e, args.dest))
-    except KeyboardInterrupt as e:
-        print("interrupted: to go on, run the same command again", file=sys.stderr)
-        sys.exit(0 if isinstance(e, Terminated) else 130)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import stat
 import struct
 import sys
@@ -57,7 +56,7 @@ DRIVE = {
     "val": ("1hSMUMj5IRpf-nQs1OwgiQLmGZCN0KDWl", "ab02f050b0bf66823e7acb0c1ac1bc6b"),
     "test": ("1yKyKgxcnGMIAnA_6Vr2ilbpHMc9COg-v", "318185fc3e3bf8bc57de887d9682c666"),
 }
-# SUFFIXES, IGNORED, is_hidden, shown and terminate are the same in InvertDirStructure.py; a test compares them.
+# SUFFIXES, IGNORED, is_hidden and shown are the same in InvertDirStructure.py; a test compares them.
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".tif", ".tiff")
 SUFFIXES += (".webp", ".gif", ".avif", ".avifs", ".apng", ".mpo", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx")
 IGNORED = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
@@ -82,10 +81,6 @@ KINDS |= {b"PK": "an incomplete zip archive", b"\x1f\x8b": "a gzip file that is 
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
 DAMAGED += (EOFError, KeyError, ValueError, OverflowError, MemoryError, OSError)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class Terminated(KeyboardInterrupt):
-    """Raised by SIGTERM, so that scratch files are removed as after Ctrl-C."""
 
 
 class UserError(Exception):
@@ -690,12 +685,7 @@ def get_args(argv=None):
     return P, args
 
 
-def terminate(signum, frame):
-    raise Terminated
-
-
 def main(argv=None):
-    signal.signal(signal.SIGTERM, terminate)
     sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that knows fewer characters
     P, args = get_args(argv)
     try:
@@ -704,9 +694,8 @@ def main(argv=None):
         P.error(str(e))
     except OSError as e:
         P.error(explain(e, args.dest))
-    except KeyboardInterrupt as e:
-        print("interrupted: to go on, run the same command again", file=sys.stderr)
-        sys.exit(0 if isinstance(e, Terminated) else 130)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
