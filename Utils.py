@@ -11,7 +11,6 @@ import socket
 import sys
 import time
 import zipfile
-import zlib
 from pathlib import Path
 
 import torch
@@ -225,18 +224,13 @@ def is_held(storage, n_bytes, device):
 # ---------------------------------------------------------------------------------------------------- files
 
 
-MACHINE = (
-    f"{zlib.crc32(socket.gethostname().encode()):08x}"  # of this computer or container, in the names of scratch files
-)
-
-
 def write_atomically(file, write):
     """Call `write(scratch)` and move the result to `file`: all of it or nothing. Raises UserError if that fails.
 
     Scratch files that killed processes have left for the same `file` are removed.
     """
     file = Path(file)
-    scratch = file.with_name(f".{file.name}.{MACHINE}-{os.getpid()}.tmp")
+    scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         remove_stale(file.parent, f".{file.name}.*.tmp")
         write(scratch)
@@ -251,18 +245,11 @@ def write_atomically(file, write):
 
 
 def remove_stale(folder, pattern=".*.tmp"):
-    """Remove the scratch files of `write_atomically` in a folder whose processes are gone.
-
-    Whether a process of another machine is gone cannot be known: its files are removed when they are an hour old.
-    """
+    """Remove the scratch files of `write_atomically` in a folder whose processes are gone."""
     for path in Path(folder).glob(pattern):
-        writer = re.fullmatch(r"\..*\.([0-9a-f]{8})-(\d+)\.tmp", path.name)
-        with contextlib.suppress(OSError):
-            if writer and writer[1] == MACHINE:
-                is_stale = not is_alive(int(writer[2]))
-            else:
-                is_stale = time.time() - path.stat().st_mtime > 3600
-            if is_stale:
+        process = re.fullmatch(r"\..*\.(\d+)\.tmp", path.name)
+        if process and not is_alive(int(process[1])):
+            with contextlib.suppress(OSError):
                 path.unlink()
 
 

@@ -118,7 +118,7 @@ def kill_while_saving(name, site, rng, index):
     models_dir = site.root / f"{name}-saving"  # one run, continued from try to try
     before = {file.name for file in models_dir.glob(f"{name}-*/[0-9]*.pt")}
     child = site.start(name, site.argv(name, models_dir, *LONG[name]))
-    pattern = f"{name}-*/.[0-9]*.pt.{Utils.MACHINE}-{child.pid}.tmp"
+    pattern = f"{name}-*/.[0-9]*.pt.{child.pid}.tmp"
     while child.is_running() and not next(models_dir.glob(pattern), None):
         pass
     time.sleep(rng.uniform(0, 0.012))
