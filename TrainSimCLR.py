@@ -28,7 +28,16 @@ import Losses
 import Reports
 import Runs
 import Utils
-from Backbones import BACKBONES, ContrastiveNet, build_head, check_backbone, count_parameters, is_resnet, stem_text
+from Backbones import (
+    BACKBONES,
+    ContrastiveNet,
+    build_head,
+    check_backbone,
+    count_parameters,
+    is_resnet,
+    kept_bytes,
+    stem_text,
+)
 from EncoderFiles import encoder_metadata, save_encoder
 from Flags import bounded
 from Optimizers import build_optimizer, learning_rate, parameter_groups, set_learning_rate
@@ -499,13 +508,19 @@ def check_flags(args, world):
     return row
 
 
-def check_memory(args, row, device):
+def check_memory(args, row, world, device):
     """Raise UserError on sizes that can never fit, before images are read and memory is taken."""
+    # the weights of the head, with gradients and momentum
+    features = check_backbone(args.backbone, args.small_stem, row.size)
+    weights = 3 * 4 * args.proj_hidden * (features + args.proj_dim)
+    Utils.check_room(weights, device, f"a head of --proj_hidden {args.proj_hidden} and --proj_dim {args.proj_dim}")
+
+    # this process's views, and half of what the net keeps of them, as it is in bf16
     bs = args.bs if "bs" in args.given else 2  # the images may be fewer
     count = getattr(args, "num_views", 2)
-    Utils.check_room(4 * bs * count * 3 * row.size**2, device, f"--size {row.size}: {bs} x {count} views")
-    weights = 3 * 4 * args.proj_hidden * args.proj_dim  # with gradients and momentum
-    Utils.check_room(weights, device, f"a head of --proj_hidden {args.proj_hidden} and --proj_dim {args.proj_dim}")
+    of_a_view = 4 * 3 * row.size**2 + 2 * args.proj_hidden
+    of_a_view += kept_bytes(args.backbone, args.small_stem, row.size) // 2
+    Utils.check_room(bs * count * of_a_view // world, device, f"--size {row.size}: {bs} x {count} views")
 
 
 def check_images(args, row, n, world, device):
@@ -559,7 +574,7 @@ def main(args, make_positives=None, script=Path(__file__).stem, build_parser=bui
     rank, world, device = Distributed.start(Utils.pick_device(args.device))
     torch.backends.cudnn.deterministic = args.deterministic
     row = check_flags(args, world)
-    check_memory(args, row, device)
+    check_memory(args, row, world, device)
     splits = Flags.splits_for(args, device)
     check_images(args, row, len(splits.train), world, device)
     usual = Flags.hyper_parameters(build_parser(args.data, device.type).parse_args([]))

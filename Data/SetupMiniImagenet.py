@@ -15,9 +15,27 @@ Writes  Data/miniImagenet/{train,val,test}/CLASS/IMAGE         the SAME 100 clas
 An archive may hold CLASS/IMAGE, {train,val,test}/CLASS/IMAGE, either of them inside further folders, or images/IMAGE
 with the lists. Hidden files and folders (.DS_Store, .ipynb_checkpoints, __MACOSX, Thumbs.db, ...) are skipped.
 A stopped run leaves no incomplete result: the work is done in hidden .partial folders, which are renamed at the end.
+The same command then starts again; the exit code after SIGTERM is 0, as for the other scripts, and 130 after Ctrl-C.
 Running the script again only counts the images of a finished result; --force rebuilds it.
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # first, for the other imports take a while
+
+    def end(signum, frame):
+        """End the script at a signal. What it has half done is removed, and no second signal interrupts that."""
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)
+        os.write(2, b"interrupted: the same command continues\n")
+        sys.exit(130 if signum == signal.SIGINT else 0)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+
+# isort: split
 import argparse
 import csv
 import errno
@@ -26,13 +44,11 @@ import hashlib
 import io
 import json
 import lzma
-import os
 import random
 import re
 import shutil
 import stat
 import struct
-import sys
 import tarfile
 import urllib.error
 import urllib.parse
@@ -40,6 +56,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections import Counter
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -542,7 +559,16 @@ def build(args, main):
             old.replace(partial / f"old_{old.name}")
         out.replace(main)
     finally:
+        put_back(partial, main, few)
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_back(partial, main, few):
+    """Give the old results their places again where --force was stopped before the new one was in place."""
+    if not main.exists():
+        for old in (main, few):
+            with suppress(FileNotFoundError):
+                (partial / f"old_{old.name}").replace(old)
 
 
 def class_folders(folder):
@@ -608,16 +634,25 @@ def make_few_shot(main, few, partial):
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def lock(dest):
+    """Make a folder and lock it until this process ends. UserError if another run works there."""
+    dest.mkdir(parents=True, exist_ok=True)
+    try:
+        fcntl.flock(os.open(dest, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--dest {dest}: another run is working there; wait until it ends") from None
+    except OSError as e:
+        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):  # file systems without locks
+            raise
+
+
 def run(args):
     main = args.dest / "miniImagenet"
     few = args.dest / "miniImagenetFewShot"
     partials = [args.dest / f".{folder.name}.partial" for folder in (main, few)]
     # only one run here; remove what a killed one has left
-    args.dest.mkdir(parents=True, exist_ok=True)
-    try:
-        fcntl.flock(os.open(args.dest, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the process ends
-    except BlockingIOError:
-        raise UserError(f"--dest {args.dest}: another run is working there; wait until it ends") from None
+    lock(args.dest)
+    put_back(partials[0], main, few)
     for leftover in [p for p in partials if p.exists()]:
         shutil.rmtree(leftover)
     # the same-class split
@@ -694,8 +729,6 @@ def main(argv=None):
         P.error(str(e))
     except OSError as e:
         P.error(explain(e, args.dest))
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

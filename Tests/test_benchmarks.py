@@ -1,16 +1,19 @@
 """Benchmarks/Speed.py, run in a process of its own; Search.py, Redrawn.py and Soak.py in this one."""
 
 import contextlib
+import functools
 import io
 import json
 import os
 import statistics
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from helpers import one_line
 
 import TrainCamNet
 import Utils
@@ -168,10 +171,11 @@ def test_redrawn_positives_are_a_bank(tmp_path, capsys):
 
 
 def test_soak_counts_and_continues_where_it_was(tmp_path, monkeypatch, capfd):
-    tries = []
+    tries = tmp_path / "tries"
 
     def attack(site, rng, index):
-        tries.append(index)
+        with tries.open("a") as handle:  # from another process
+            handle.write(f"{index} ")
         return Soak.Outcome("lost" if index == 1 else "")
 
     monkeypatch.setattr(Soak, "KINDS", {"a kind": (30, attack, "hits"), "another": (30, attack, "hits")})
@@ -186,8 +190,35 @@ def test_soak_counts_and_continues_where_it_was(tmp_path, monkeypatch, capfd):
     row |= {"tried": 1, "passed": 1, "hits": 1, "failures": []}
     out.write_text(json.dumps(content))
     assert Soak.main(args) == 1
-    assert tries == [0, 1, 2, 1, 2]
+    assert tries.read_text() == "0 1 2 1 2 "
     assert "try 2: lost" in capfd.readouterr().out
+
+
+def test_soak_tries_kinds_at_the_same_time(tmp_path, monkeypatch):
+    reached = [tmp_path / "a", tmp_path / "b"]
+
+    def attack(kind, site, rng, index):
+        reached[kind].touch()
+        end = time.monotonic() + 60
+        while not all(path.exists() for path in reached):  # waits for the other process
+            assert time.monotonic() < end
+            time.sleep(0.005)
+        return Soak.Outcome()
+
+    kinds = {"a": (10, functools.partial(attack, 0), "hits"), "b": (10, functools.partial(attack, 1), "hits")}
+    monkeypatch.setattr(Soak, "KINDS", kinds)
+    out = tmp_path / "soak.json"
+    assert Soak.main(Soak.get_args(["--quick", "--jobs", "2", "--out", str(out)])) == 0
+    assert [(row["kind"], row["passed"]) for row in json.loads(out.read_text())["rows"]] == [("a", 1), ("b", 1)]
+
+
+def test_soak_fails_if_one_of_its_processes_does(tmp_path, monkeypatch, capfd):
+    def attack(site, rng, index):
+        raise RuntimeError("of the attack itself")
+
+    monkeypatch.setattr(Soak, "KINDS", {"a": (10, attack, "hits")})
+    one_line(lambda: Soak.main(Soak.get_args(["--quick"])), "a process that makes tries has failed")
+    assert "of the attack itself" in capfd.readouterr().err
 
 
 def test_soak_notices_what_was_lost(tmp_path):
