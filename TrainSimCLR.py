@@ -112,6 +112,9 @@ def add_optimisation_flags(group):
     add = group.add_argument
     batch = "images per step, over all processes; the incomplete last batch is dropped"
     add("--bs", type=bounded(int, 2), metavar="N", help=batch)
+    chunk = "most views in a forward pass of a process (gradient caching): the net needs memory for N views only, and "
+    chunk += "a second forward pass; batch normalisation takes its statistics from N views; 0: all views at once"
+    add("--chunk_views", type=bounded(int, 0), default=0, metavar="N", help=chunk)
     add("--epochs", type=bounded(int, 1), metavar="E", help="passes over the data")
     add("--opt", choices=["SGD", "Adam"], help="optimizer; SGD has Nesterov momentum")
     add("--lr", type=bounded(float, 0), help="peak learning rate; it is not scaled with --bs")
@@ -202,6 +205,9 @@ class Trainer:
         groups = parameter_groups(self.net, args.wd)
         self.optimizer = build_optimizer(args.opt, groups, args.lr, args.mm, args.lars, args.trust)
         positives.encoder = encoder  # --pick farthest compares its features
+        views = len(positives) * (args.bs // world)  # of a step, in this process
+        self.chunks = math.ceil(views / (args.chunk_views or views))
+        check_chunks(args, self.net, views // self.chunks)
 
         # speed
         self.bf16 = Utils.set_precision(args.precision, device)
@@ -284,24 +290,56 @@ class Trainer:
         lap("views")
 
         # their projections
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            z = self.forward(x)
+        chunks = x.tensor_split(self.chunks)  # as equal as possible
+        own = self.project(x) if len(chunks) == 1 else self.project_without_graph(chunks)  # (M b, D)
         lap("forward")
 
         # the loss over the batch of all processes
-        z = Distributed.gather(z.float().view(len(positives), -1, z.shape[1]))
+        z = Distributed.gather(own.view(len(positives), -1, own.shape[1]))
         loss = Losses.contrastive(z, self.args.temp, self.args.loss, self.args.gen_weight)
         lap("loss")
 
         # a step of the optimizer
         self.optimizer.zero_grad()
         loss.backward()
+        if len(chunks) > 1:
+            self.backward_chunks(chunks, own.grad)
         ramp = round(self.args.n_ramp * self.steps_per_epoch)
         set_learning_rate(self.optimizer, learning_rate(self.step, self.steps, ramp, self.args.lr))
         self.optimizer.step()
         self.step += 1
         lap("backward")
         return loss.detach(), z.detach(), x
+
+    def project(self, x):
+        """Return the projections float32 (B, D) of views (B, 3, H, W)."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.forward(x).float()
+
+    @torch.no_grad()
+    def project_without_graph(self, chunks):
+        """Return the projections float32 (M b, D) of chunks of views, as a leaf whose gradient the loss can fill.
+
+        The first part of gradient caching (Gao et al. 2021, arXiv:2101.06983). `backward_chunks` is the second part: it
+        draws the same random numbers, for dropout, and it alone updates the running statistics.
+        """
+        buffers = list(self.net.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        cards = [] if self.device.type == "cpu" else [self.device]
+        with torch.random.fork_rng(cards, device_type=self.device.type):
+            z = torch.cat([self.project(chunk) for chunk in chunks])
+        for buffer, value in zip(buffers, before):
+            buffer.copy_(value)
+        return z.requires_grad_()
+
+    def backward_chunks(self, chunks, gradient):
+        """Add the gradient of the weights, chunk by chunk. gradient: of the loss by the projections, (M b, D)."""
+        unsynced = self.forward.no_sync if self.world > 1 else contextlib.nullcontext  # DistributedDataParallel's
+        parts = gradient.tensor_split(len(chunks))
+        with unsynced():
+            for chunk, part in zip(chunks[:-1], parts[:-1]):
+                self.project(chunk).backward(part)
+        self.project(chunks[-1]).backward(parts[-1])  # with several processes, this one averages the sums of them
 
 
 def train_epoch(trainer, run, interruption):
@@ -547,6 +585,16 @@ def check_views(args, count):
     """Raise UserError if the loss needs more views than there are."""
     if args.loss == "align" and count == 2:
         raise Utils.UserError("--loss align: it is for more than two views: choose lout, or a --pair of three")
+
+
+def check_chunks(args, net, smallest):
+    """Raise UserError if a chunk of --chunk_views has a single view and the net has batch normalisation."""
+    has_batch_norm = any(isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in net.modules())
+    if args.chunk_views and smallest < 2 and has_batch_norm:
+        raise Utils.UserError(
+            f"--chunk_views {args.chunk_views}: batch normalisation needs more than one view in every chunk: "
+            "use 3 or more, or 0"
+        )
 
 
 def describe(args, row, trainer, folder):
