@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretend_device import KINDS, PretendCuda
+from Benchmarks.PretendDevice import KINDS, PretendCuda
 from torch import nn
 
 import Data

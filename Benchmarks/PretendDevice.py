@@ -62,6 +62,8 @@ WAITS = _operations(
     "_local_scalar_dense item is_nonzero equal nonzero argwhere masked_select bincount histc "
     "_unique2? unique_dim unique_consecutive repeat_interleave"
 )
+# Operations that the CPU is slow at in bfloat16: done in float32 and rounded, as on a GPU, which sums in float32.
+PRODUCTS = _operations("convolution convolution_backward mm addmm bmm baddbmm")
 INDEXING = _operations("_unsafe_index index index_put_? _index_put_impl_ _unsafe_index_put")
 
 
@@ -165,8 +167,10 @@ class PretendCuda(TorchDispatchMode):
 
         # Do it on the CPU.
         numbers = [_to_numbers(leaf) for leaf in leaves]
-        cpu_args, cpu_kwargs = tree_unflatten(numbers, spec)
+        rounded = PRODUCTS.match(name) and torch.bfloat16 in [tensor.dtype for tensor in tensors]
+        cpu_args, cpu_kwargs = tree_unflatten(_to_dtype(numbers, torch.float32) if rounded else numbers, spec)
         out = func(*cpu_args, **cpu_kwargs)
+        out = _to_dtype(out, torch.bfloat16) if rounded else out
 
         # Count it: a copy to the device, a copy to the host, or a kernel.
         in_place = name.startswith("aten.copy_")
@@ -237,6 +241,10 @@ def _to_numbers(leaf):
     if isinstance(leaf, torch.device) and leaf == PRETEND:
         return torch.device("cpu")
     return leaf.numbers if isinstance(leaf, DeviceTensor) else leaf
+
+
+def _to_dtype(nest, dtype):
+    return tree_map(lambda leaf: leaf.to(dtype) if isinstance(leaf, torch.Tensor) else leaf, nest)
 
 
 class _Translate(TorchFunctionMode):
