@@ -23,6 +23,7 @@ import TrainSimCLR
 import Utils
 from Benchmarks.PretendDevice import KINDS, PretendCuda
 from CamNet.Bank import Bank, restore
+from CamNet.Corruptions import Corruption
 from CamNet.Distances import build_distance
 from Flags import bounded
 from Images.Split import Split
@@ -90,6 +91,8 @@ def simclr_trainer(bs, device, words=()):
 def isicle_trainer(bs, device, words=(), on_device=True):
     """Return the trainer of TrainISICLE.py by the recipe of CIFAR-10, with flags `words` on top, and a bank of noise."""
     args = TrainISICLE.get_args([*RECIPE, "--bs", str(bs), *words])
+    if args.pair == "corrupted":
+        return _trainer(args, TrainISICLE.Corrupted(args, Corruption(args.corrupt, SIZE)), device)
     positives = TrainISICLE.Restored(args)
     trainer = _trainer(args, positives, device)
     positives.bank = noise_bank(trainer.train_split, device, args.num_codes, on_device)
@@ -117,39 +120,45 @@ def count_step(gpu, step, trainer):
 
 def camnet_trainer(bs, device, words=()):
     """Return the trainer of TrainCamNet.py by the recipe of CIFAR-10, with flags `words` on top, and a pixel distance."""
-    args = TrainCamNet.get_args([*CAMNET, "--bs", str(bs), "--period", str(2 * bs), *words])
+    args = TrainCamNet.get_args([*CAMNET, "--bs", str(bs), "--period", str(2 * bs), "--m", "4", *words])
     generator = TrainCamNet.build_generator(args, SIZE)
     distance = build_distance(args.distance, None, 0, args.alpha).to(device)
     counts = TrainCamNet.codes_per_level(args)
     return TrainCamNet.Trainer(args, noise_split(4 * bs, device), generator, distance, counts, device)
 
 
-def count_camnet(gpu, bs):
-    """Return the rows of CamNet: the search of one chunk on each level, a step, and the bank of a batch."""
-    trainer = camnet_trainer(bs, CUDA, ["--m", "4", "--visits", "1"])
+def count_camnet(gpu, step, trainer):
+    """Return the rows of CamNet: the search of one chunk on each level, a step, and a restoration for the bank."""
+    args = trainer.args
     period = trainer.prepare(argparse.Namespace(signal=None), "", quiet=True)
-    images = trainer.images(torch.arange(bs))
-    parts = list(trainer.parts(2 * bs))
+    rows = torch.arange(args.bs)
+    images = trainer.images(rows)
+    parts = list(trainer.parts(args.period))
     trainer.update(period, parts[0])
 
-    counter = Counter(gpu, f"CamNet, {trainer.args.net}")
+    counter = Counter(gpu, step)
     period.search(trainer, parts[1], period.keys[:, 0])
     counter.end("search, a chunk on each level")
     trainer.update(period, parts[1])
     counter.end("training step")
-    restore(trainer.ema, images, torch.arange(bs), 8, 0, trainer.autocast).cpu()
-    counter.end("bank, 8 restorations")
+    restore(trainer.ema, images, rows, 1, args.seed, trainer.autocast).cpu()
+    counter.end("bank, a restoration")
     return counter.rows
 
 
-def count_all(gpu, bs, camnet_bs):
-    """Return all rows."""
-    rows = count_step(gpu, "SimCLR, 2 views", simclr_trainer(bs, CUDA))
-    rows += count_step(gpu, "SimCLR, 3 views", simclr_trainer(bs, CUDA, ["--num_views", "3"]))
-    rows += count_step(gpu, "ISICLE, bank in memory", isicle_trainer(bs, CUDA))
-    rows += count_step(gpu, "ISICLE, mapped bank", isicle_trainer(bs, CUDA, on_device=False))
-    rows += count_step(gpu, "ISICLE, --pick farthest", isicle_trainer(bs, CUDA, ["--pick", "farthest"]))
-    return rows + count_camnet(gpu, camnet_bs)
+CONTRASTIVE = {  # {step: its trainer, of a batch size}
+    "SimCLR, 2 views": lambda bs: simclr_trainer(bs, CUDA),
+    "SimCLR, 3 views": lambda bs: simclr_trainer(bs, CUDA, ["--num_views", "3"]),
+    "ISICLE, bank in memory": lambda bs: isicle_trainer(bs, CUDA),
+    "ISICLE, mapped bank": lambda bs: isicle_trainer(bs, CUDA, on_device=False),
+    "ISICLE, farthest": lambda bs: isicle_trainer(bs, CUDA, ["--pick", "farthest"]),
+    "ISICLE, farthest, mapped": lambda bs: isicle_trainer(bs, CUDA, ["--pick", "farthest"], on_device=False),
+    "ISICLE, corrupted": lambda bs: isicle_trainer(bs, CUDA, ["--pair", "corrupted", "--corrupt", "gray+mask0.5"]),
+}
+CAMNETS = {
+    "CamNet, tiny": lambda bs: camnet_trainer(bs, CUDA, ["--net", "tiny"]),
+    "CamNet, small": lambda bs: camnet_trainer(bs, CUDA, ["--net", "small"]),
+}
 
 
 # ---------------------------------------------------------------------------------------------------- script
@@ -158,7 +167,11 @@ def count_all(gpu, bs, camnet_bs):
 def main(args):
     """Count, print a line for each row, write the rows; return the exit code."""
     with PretendCuda(Utils.ROOT) as gpu:
-        rows = count_all(gpu, args.bs, args.camnet_bs)
+        rows = []
+        for step, build in CONTRASTIVE.items():
+            rows += count_step(gpu, step, build(args.bs))
+        for step, build in CAMNETS.items():
+            rows += count_camnet(gpu, step, build(args.camnet_bs))
     made = Runs.provenance(torch.device("cpu"))
     made["command"] = shlex.join(["python", "-m", "Benchmarks.Kernels", *sys.argv[1:]])
     made["bs"] = args.bs

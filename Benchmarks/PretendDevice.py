@@ -161,7 +161,11 @@ class PretendCuda(TorchDispatchMode):
         composite = torch._C.DispatchKey.CompositeImplicitAutograd
         whole = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), composite)
         if whole and torch.is_inference_mode_enabled():  # elsewhere autograd has taken the operation apart before
-            return func._op_dk(composite, *args, **kwargs)
+            super().__enter__()  # what it is made of comes here, too
+            try:
+                return func._op_dk(composite, *args, **kwargs)
+            finally:
+                super().__exit__(None, None, None)
         name = str(func)
         self.check(func, name, args, kwargs, tensors)
 
