@@ -39,7 +39,7 @@ def get_args(argv=None):
     """Parse the flags."""
     parser = Flags.plain_parser(__doc__)
     add = parser.add_argument
-    add("--bs", type=bounded(int, 2), default=32, metavar="N", help="images in a step of SimCLR and ISICLE")
+    add("--bs", type=bounded(int, 2), default=16, metavar="N", help="images in a step of SimCLR and ISICLE")
     images = "images in a step of CamNet, in its search and in the filling of the bank"
     add("--camnet_bs", type=bounded(int, 2), default=4, metavar="N", help=images)
     add("--out", default="Results/kernels.json", metavar="FILE", help="JSON to write")

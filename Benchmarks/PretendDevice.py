@@ -159,8 +159,8 @@ class PretendCuda(TorchDispatchMode):
         if not there and target != PRETEND:
             return func(*args, **kwargs)  # on the CPU
         composite = torch._C.DispatchKey.CompositeImplicitAutograd
-        whole = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), composite)
-        if whole and torch.is_inference_mode_enabled():  # elsewhere autograd has taken the operation apart before
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), composite):
+            # autograd takes these operations apart, but not for tensors that were made in inference mode
             super().__enter__()  # what it is made of comes here, too
             try:
                 return func._op_dk(composite, *args, **kwargs)
