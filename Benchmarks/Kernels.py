@@ -76,20 +76,20 @@ def noise_split(n, device):
 
 
 def noise_bank(split, device, k=8, on_device=True):
-    """Return a `Bank` of k restorations of each image: noise; on_device: held by the device, or in the host's memory."""
+    """Return a `Bank` of k restorations of each image, noise; on_device: on the device, or in the host's memory."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (len(split), k, 3, SIZE, SIZE), dtype=np.uint8)
     return Bank(images, device, on_device)
 
 
 def simclr_trainer(bs, device, words=()):
-    """Return the trainer of TrainSimCLR.py by the recipe of CIFAR-10, with flags `words` on top."""
+    """Return the trainer of TrainSimCLR.py by the recipe of CIFAR-10 and flags `words`."""
     args = TrainSimCLR.get_args([*RECIPE, "--bs", str(bs), *words])
     return _trainer(args, TrainSimCLR.SamePair(args.num_views), device)
 
 
 def isicle_trainer(bs, device, words=(), on_device=True):
-    """Return the trainer of TrainISICLE.py by the recipe of CIFAR-10, with flags `words` on top, and a bank of noise."""
+    """Return the trainer of TrainISICLE.py by the recipe of CIFAR-10 and flags `words`, with a bank of noise."""
     args = TrainISICLE.get_args([*RECIPE, "--bs", str(bs), *words])
     if args.pair == "corrupted":
         return _trainer(args, TrainISICLE.Corrupted(args, Corruption(args.corrupt, SIZE)), device)
@@ -119,7 +119,7 @@ def count_step(gpu, step, trainer):
 
 
 def camnet_trainer(bs, device, words=()):
-    """Return the trainer of TrainCamNet.py by the recipe of CIFAR-10, with flags `words` on top, and a pixel distance."""
+    """Return the trainer of TrainCamNet.py by the recipe of CIFAR-10 and flags `words`, with the pixel distance."""
     args = TrainCamNet.get_args([*CAMNET, "--bs", str(bs), "--period", str(2 * bs), "--m", "4", *words])
     generator = TrainCamNet.build_generator(args, SIZE)
     distance = build_distance(args.distance, None, 0, args.alpha).to(device)
