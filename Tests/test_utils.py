@@ -106,6 +106,7 @@ HERE = socket.gethostname()
         (f"{os.getppid()} on {HERE}", False),
         (f"{ENDED} on another-{HERE}", False),
     ],
+    ids=["empty", "damaged", "ended", "own number", "alive", "another machine"],
 )
 def test_where_a_disk_has_no_locks_their_files_tell_who_works(tmp_path, monkeypatch, holder, is_free):
     def refuse(*_):
