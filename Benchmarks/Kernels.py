@@ -120,7 +120,9 @@ def count_step(gpu, step, trainer):
 
 def camnet_trainer(bs, device, words=()):
     """Return the trainer of TrainCamNet.py by the recipe of CIFAR-10 and flags `words`, with the pixel distance."""
-    args = TrainCamNet.get_args([*CAMNET, "--bs", str(bs), "--period", str(2 * bs), "--m", "4", *words])
+    args = TrainCamNet.get_args(
+        [*CAMNET, "--bs", str(bs), "--period", str(2 * bs), "--m", "4", "--visits", "1", *words]
+    )
     generator = TrainCamNet.build_generator(args, SIZE)
     distance = build_distance(args.distance, None, 0, args.alpha).to(device)
     counts = TrainCamNet.codes_per_level(args)
@@ -128,18 +130,17 @@ def camnet_trainer(bs, device, words=()):
 
 
 def count_camnet(gpu, step, trainer):
-    """Return the rows of CamNet: the search of one chunk on each level, a step, and a restoration for the bank."""
+    """Return the rows of CamNet: the search of a period of one chunk, a step, and a restoration for the bank."""
     args = trainer.args
-    period = trainer.prepare(argparse.Namespace(signal=None), "", quiet=True)
     rows = torch.arange(args.bs)
     images = trainer.images(rows)
-    parts = list(trainer.parts(args.period))
-    trainer.update(period, parts[0])
-
     counter = Counter(gpu, step)
-    period.search(trainer, parts[1], period.keys[:, 0])
+    period = trainer.prepare(argparse.Namespace(signal=None), "", quiet=True)
     counter.end("search, a chunk on each level")
-    trainer.update(period, parts[1])
+    first, second = trainer.parts(args.period)
+    trainer.update(period, first)  # makes the optimizer's averages
+    gpu.reset()
+    trainer.update(period, second)
     counter.end("training step")
     restore(trainer.ema, images, rows, 1, args.seed, trainer.autocast).cpu()
     counter.end("bank, a restoration")

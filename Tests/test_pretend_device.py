@@ -297,15 +297,14 @@ def test_a_contrastive_step_of_resnet18_waits_for_nothing_avoidable(gpu, step, k
     assert total["kernels"] <= kernels
     assert total["pinned copies"] <= pinned
     assert total["pageable copies"] <= pageable
-    assert total["waits"] == waits
+    assert total["waits"] <= waits
     assert_not_more(rows)
 
 
-def test_a_step_of_camnet_and_its_search_wait_for_nothing(gpu):
+def test_a_step_of_camnet_waits_for_nothing(gpu):
     rows = Kernels.count_camnet(gpu, "CamNet, tiny", Kernels.CAMNETS["CamNet, tiny"](2))
-    search, step, bank = rows
-    assert search["waits"] == step["waits"] == 0
-    assert search["pageable copies"] == step["pageable copies"] == 0
+    _, step, bank = rows
+    assert step["waits"] == step["pageable copies"] == step["pinned copies"] == 0
     assert bank["waits"] == 2  # the keys go to the device, the restorations to the host
     assert_not_more(rows)
 
