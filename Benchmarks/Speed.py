@@ -2,7 +2,7 @@
 
     python -m Benchmarks.Speed                              # two minutes; table on screen, Results/speed-DEVICE.json
     python -m Benchmarks.Speed --device cuda --backbone resnet18 --bs 512
-    python -m Benchmarks.Speed --check                      # half a minute: has anything become slower?
+    python -m Benchmarks.Speed --check                      # has anything become slower? Writes nothing
 
 Augmentation, on one core: ours on a batch; torchvision on PIL images and, by its v2, on uint8 tensors, one image after
 another; kornia on a batch. With --device cuda ours and kornia's are on the GPU. Step, data loading included:
