@@ -55,15 +55,16 @@ def defaults_of(script, data):
 def command_of(script, flags, first=()):
     """Return the shortest command that has these flags today: `python SCRIPT` and what differs from the defaults.
 
-    Flags whose default depends on the device are spelled out. flags: {name: value}, as of `Flags.hyper_parameters`;
-    `generator`, a folder on some machine, is left out. first: names of flags to begin with.
+    Flags whose default depends on the device are spelled out. Left out are `generator`, a folder on some machine, and
+    flags that do not change the result. flags: {name: value}; first: names of flags to begin with.
     """
     default = defaults_of(script, flags["data"]) | {"data": "shapes"}
     names = [name for name in flags if name in first] + [name for name in flags if name not in first]
     words = ["python", script]
+    left_out = {"generator"} | Flags.RUN_FLAGS - set(SHOWN_RUN_FLAGS)
     for name in names:
         value = flags[name]
-        if name == "generator" or value is None or (name in default and value == default[name]):
+        if name in left_out or value is None or (name in default and value == default[name]):
             continue
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
