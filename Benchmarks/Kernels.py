@@ -3,8 +3,8 @@
     python -m Benchmarks.Kernels            # a minute on one core; table on screen, Results/kernels.json
 
 Steps of TrainSimCLR.py, TrainISICLE.py and TrainCamNet.py, by the recipes of CIFAR-10 on a GPU, run on the pretend
-device of PretendDevice.py. The images are noise. The number of kernels depends on the net and on the flags, not on
---bs; the bytes depend on both. A kernel is an operation that a GPU would be sent: see PretendDevice.py.
+device of PretendDevice.py, with images of noise. The number of kernels depends on the net and on the flags, and on
+--bs only where a batch is so small that it lacks some of the orders of the colour jitter. The bytes depend on both.
 """
 
 import argparse
@@ -84,13 +84,13 @@ def noise_bank(split, device, k=8, on_device=True):
 
 def simclr_trainer(bs, device, words=()):
     """Return the trainer of TrainSimCLR.py by the recipe of CIFAR-10 and flags `words`."""
-    args = TrainSimCLR.get_args([*RECIPE, "--bs", str(bs), *words])
+    args = TrainSimCLR.get_args([*RECIPE, "--size", str(SIZE), "--bs", str(bs), *words])
     return _trainer(args, TrainSimCLR.SamePair(args.num_views), device)
 
 
 def isicle_trainer(bs, device, words=(), on_device=True):
     """Return the trainer of TrainISICLE.py by the recipe of CIFAR-10 and flags `words`, with a bank of noise."""
-    args = TrainISICLE.get_args([*RECIPE, "--bs", str(bs), *words])
+    args = TrainISICLE.get_args([*RECIPE, "--size", str(SIZE), "--bs", str(bs), *words])
     if args.pair == "corrupted":
         return _trainer(args, TrainISICLE.Corrupted(args, Corruption(args.corrupt, SIZE)), device)
     positives = TrainISICLE.Restored(args)
