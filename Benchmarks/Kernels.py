@@ -134,6 +134,8 @@ def count_camnet(gpu, step, trainer):
     args = trainer.args
     rows = torch.arange(args.bs)
     images = trainer.images(rows)
+    with trainer.autocast():
+        sampler = trainer.ema.frozen()  # as the filling does, once for all images
     counter = Counter(gpu, step)
     period = trainer.prepare(argparse.Namespace(signal=None), "", quiet=True)
     counter.end("search, a chunk on each level")
@@ -142,7 +144,7 @@ def count_camnet(gpu, step, trainer):
     gpu.reset()
     trainer.update(period, second)
     counter.end("training step")
-    restore(trainer.ema, images, rows, 1, args.seed, trainer.autocast).cpu()
+    restore(sampler, images, rows, 1, args.seed, trainer.autocast).cpu()
     counter.end("bank, a restoration")
     return counter.rows
 

@@ -306,10 +306,10 @@ def test_a_contrastive_step_of_resnet18_waits_for_nothing_avoidable(
 
 def test_a_step_of_camnet_waits_for_nothing(gpu):
     rows = Kernels.count_camnet(gpu, "CamNet, tiny", Kernels.CAMNETS["CamNet, tiny"](2))
-    _, step, bank = rows
+    step, bank = rows[1:]  # the search of one chunk also freezes the net, which varies with the length of a period
     assert step["waits"] == step["pageable copies"] == step["pinned copies"] == 0
     assert bank["waits"] == 2  # the keys go to the device, the restorations to the host
-    assert_not_more(rows)
+    assert_not_more([step, bank])
 
 
 def test_a_step_that_needs_more_than_a_tenth_more_kernels_fails():
