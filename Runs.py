@@ -210,7 +210,7 @@ def logged_at(folder, step):
 class Run:
     """A run folder: args.json, metrics.jsonl, TensorBoard event files, checkpoints, pictures."""
 
-    TAGS: ClassVar = {"loss": "Loss/train", "lr": "LR", "knn": "Accuracy/knn", "linear": "Accuracy/linear"}
+    TAGS: ClassVar = {"loss": "Loss/train", "knn": "Accuracy/knn", "linear": "Accuracy/linear"}
 
     def __init__(self, folder, args, device, resumed_step=None, writes=True):
         """Write args.json, and open the logs. resumed_step: drop what was logged after it; None: the run is new.

@@ -39,7 +39,10 @@ from CamNet.Measures import AT_ONCE, READ, SHOWN, HeldOut, fitness_table, unfit
 from Flags import bounded
 from Optimizers import learning_rate
 
+LONG = 2000  # steps of a run that is worth the minutes that torch.compile takes
 HELD_OUT = 256  # images that the generator is measured on, at most a tenth of the data
+CHUNK = 1024  # candidates in a forward pass of the search
+CUDA_CHUNK = 4096  # on CUDA, where most of the time of a smaller one is launching kernels
 FEW = 32  # of these, which are measured after every period
 SINGLE = "single_code"  # subfolder of a run: the same net, trained on one code per image
 
@@ -62,11 +65,13 @@ def build_parser(data="shapes", device_type="cpu"):
     flip = "mirror half of the images, another half in every period"
     group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help=flip)
     add_generator_flags(parser.add_argument_group("generator"))
-    add_search_flags(parser.add_argument_group("search and distance"))
+    add_search_flags(parser.add_argument_group("search and distance"), device_type)
     add_optimisation_flags(parser.add_argument_group("optimisation"))
     run = Flags.add_run_group(parser, "periods")
     sample = "periods between pictures; 0: only at the end"
     run.add_argument("--sample_iter", type=bounded(int, 0), default=5, metavar="P", help=sample)
+    compiled = f"torch.compile of the training step; auto: on CUDA, in runs of {LONG:,} steps or more"
+    run.add_argument("--compile", choices=["auto", "yes", "no"], default="auto", help=compiled)
     parser.set_defaults(**Data.get_row(data).generator_recipe_for(device_type))
     return parser
 
@@ -98,7 +103,7 @@ def codes_per_level(args):
     return [int(count) for count in args.m.split(",")]
 
 
-def add_search_flags(group):
+def add_search_flags(group, device_type):
     add = group.add_argument
     m = "codes tried per level, coarse to fine, for example 64,32,16; further levels use the last number"
     add("--m", type=counts, metavar="M,..", help=m)
@@ -106,7 +111,8 @@ def add_search_flags(group):
     add("--period", type=bounded(int, 1), metavar="N", help=period)
     add("--keep_previous", action="store_true", help="keep an image's previous codes if none nearer are found")
     chunk = "candidates in one forward pass of the search; bounds the memory, changes only rounding"
-    add("--chunk", type=bounded(int, 1), default=1024, metavar="N", help=chunk)
+    usual = CUDA_CHUNK if device_type == "cuda" else CHUNK
+    add("--chunk", type=bounded(int, 1), default=usual, metavar="N", help=chunk)
     reject = "skip candidates nearer to the target than D (RS-IMLE), so that the codes in training are more like those "
     reject += "in sampling; 0: skip none"
     add("--reject", type=bounded(float, 0), default=0.0, metavar="D", help=reject)
@@ -147,6 +153,13 @@ def build_generator(args, size):
     return Generator(args.net, size, args.corrupt, args.project, init=args.init, **changes)
 
 
+def searched_at_once(counts, chunk, device):
+    """Return how many images are searched at once: on CUDA, as many as fill a chunk at every level."""
+    if device.type == "cuda":
+        return max(AT_ONCE, chunk // min(counts))
+    return AT_ONCE
+
+
 class Trainer:
     """What a step changes, and the step itself. All random numbers follow from the seed, the period and the image."""
 
@@ -174,6 +187,7 @@ class Trainer:
         self.held_out = shuffled[:n_held_out]
         self.rows = shuffled[n_held_out:]
         self.visited = min(args.period, len(self.rows))  # images in a period
+        self.bs = min(args.bs, self.visited)  # images in a step, except for the last one of a visit
 
         # position
         self.steps_per_period = args.visits * -(-self.visited // args.bs)
@@ -182,8 +196,14 @@ class Trainer:
 
         # search
         self.search = IMLE.Search(counts, args.chunk, args.reject)
-        self.bf16 = Utils.set_precision(args.precision, device)
+        self.searched_at_once = searched_at_once(counts, args.chunk, device)
         self.chosen = torch.full((len(split), len(self.net.sides)), IMLE.NONE)  # the last keys of every image
+
+        # speed
+        self.bf16 = Utils.set_precision(args.precision, device)
+        is_long = device.type == "cuda" and self.steps >= LONG
+        is_compiled = args.compile == "yes" or (args.compile == "auto" and is_long)
+        self.loss = torch.compile(IMLE.loss, dynamic=False) if is_compiled else IMLE.loss
 
         # for the log
         self.total = torch.zeros((), device=device)  # of the losses of the current period
@@ -197,6 +217,11 @@ class Trainer:
     def autocast(self):
         """Return the context of the run's precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def frozen(self):
+        """Return the net as it is now, for the search; see `Generator.frozen`."""
+        with self.autocast():
+            return self.net.frozen()
 
     def save(self, folder):
         """Write PERIOD.pt, or PERIOD+STEP.pt inside a period; return its path."""
@@ -264,10 +289,11 @@ class Trainer:
             return period
 
         # search
-        parts = torch.arange(len(rows), device=self.device).split(AT_ONCE)
+        parts = torch.arange(len(rows), device=self.device).split(self.searched_at_once)
+        net = self.frozen()
         found = []
         for part in tqdm(parts, f"{title}: search", leave=False, disable=quiet):
-            found.append(period.search(self, part, keys))
+            found.append(period.search(self, net, part, keys))
             seconds = (time.perf_counter() - started) * len(parts)
             if self.step == 0 and len(found) == 1 and seconds > 30:
                 tqdm.write(f"the search of a period takes about {Reports.duration(seconds)}")
@@ -282,10 +308,11 @@ class Trainer:
 
     def update(self, period, part):
         """Take one step on these images of the period; return the loss without waiting for the device."""
-        # loss and gradients
+        # loss and gradients; a shorter last batch is not compiled, so that the compiler sees one shape
+        loss_of = self.loss if len(part) == self.bs else IMLE.loss
         with self.autocast():
             wanted = [[each[part] for each in features] for features in period.wanted]
-            loss = IMLE.loss(self.net, self.distance, period.condition[part], wanted, period.keys[part])
+            loss = loss_of(self.net, self.distance, period.condition[part], wanted, period.keys[part])
         self.optimizer.zero_grad()
         loss.backward()
 
@@ -333,12 +360,12 @@ class Period:
                 self.wanted.append([torch.cat(each) for each in zip(*parts)])
         self.previous = trainer.chosen[rows].to(trainer.device) if trainer.args.keep_previous else None
 
-    def search(self, trainer, part, keys):
-        """Return `IMLE.Found` for these images."""
+    def search(self, trainer, net, part, keys):
+        """Return `IMLE.Found` for these images; net: `Trainer.frozen`."""
         previous = None if self.previous is None else self.previous[part]
         wanted = [[each[part] for each in features] for features in self.wanted]
         with trainer.autocast():
-            return trainer.search(trainer.net, trainer.distance, self.condition[part], wanted, keys[part], previous)
+            return trainer.search(net, trainer.distance, self.condition[part], wanted, keys[part], previous)
 
 
 def train(trainer, run, interruption, title):
@@ -437,8 +464,10 @@ def build(args, device):
     """Return (train split, untrained generator, distance). Raises UserError if they do not fit together."""
     row = Data.get_row(args.data, args.size)
     Utils.check_room(4 * 3 * row.size**2, device, f"an image of --size {row.size}")
-    keys = 4 * 8 * AT_ONCE * max(codes_per_level(args))  # int64, and what they are made from
-    Utils.check_room(keys, device, f"--m {args.m}: the codes of {AT_ONCE} images")
+    counts = codes_per_level(args)
+    images = searched_at_once(counts, args.chunk, device)
+    keys = 4 * 8 * images * max(counts)  # int64, and what they are made from
+    Utils.check_room(keys, device, f"--m {args.m}: the codes of {images} images")
     with Utils.as_user_error():
         generator = build_generator(args, row.size)  # before the images are read, which can take long
         if args.distance != "pixels":
@@ -574,14 +603,14 @@ def main(args):
 def try_out(args, trainer, folder):
     """Print what the run would do, and its time and memory, from part of a search and a few steps; write nothing."""
     describe(args, trainer, folder)
-    rows = trainer.rows_of(0)[:AT_ONCE]
+    rows = trainer.rows_of(0)[: trainer.searched_at_once]
     images = trainer.images(rows)
     keys = make_keys(args.seed, Purpose.CODE, 0, rows).to(trainer.device)
     period = Period(trainer, rows, images, keys)
     everything = torch.arange(len(rows), device=trainer.device)
 
     started = time.perf_counter()
-    period.keys = period.search(trainer, everything, keys).keys
+    period.keys = period.search(trainer, trainer.frozen(), everything, keys).keys
     period.keys.cpu()  # waits for the device
     search = (time.perf_counter() - started) * trainer.visited / len(rows)
 

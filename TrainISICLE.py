@@ -164,10 +164,13 @@ class Restored:
         """Return the different restorations of a step, each uint8 (b, 3, H, W) on the images' device."""
         if self.args.pick == "farthest":
             anchor = images if self.pair.real else None
-            columns = farthest(self.bank, indices, self.made, anchor, self.encoder)
-        else:
-            keys = make_keys(self.args.seed, step, indices.cpu(), StepPurpose.PICK)
-            columns = uniforms(keys, self.bank.k).argsort(dim=1)[:, : self.made]
+            every = torch.arange(self.bank.k).expand(len(indices), -1)
+            candidates = self.bank.take(indices, every).to(images.device)
+            columns = farthest(candidates, self.made, anchor, self.encoder)
+            rows = torch.arange(len(indices), device=images.device)
+            return list(candidates[rows[:, None], columns].unbind(dim=1))
+        keys = make_keys(self.args.seed, step, indices.cpu(), StepPurpose.PICK)
+        columns = uniforms(keys, self.bank.k).argsort(dim=1)[:, : self.made]
         return list(self.bank.take(indices, columns).to(images.device).unbind(dim=1))
 
     def synthetic(self, indices, images, step):
@@ -212,15 +215,14 @@ def _choose(mask, view, images):
 
 
 @torch.no_grad()
-def farthest(bank, indices, count, images, encoder):
-    """Return columns int64 (b, count) of the bank: restorations whose features differ most.
+def farthest(candidates, count, images, encoder):
+    """Return columns int64 (b, count) of the candidates, uint8 (b, K, 3, H, W): those whose features differ most.
 
     The first has the lowest cosine similarity to the image, uint8 (b, 3, H, W), or, if images is None, to the mean of
     all restorations. Each further one has the lowest similarity to the nearest of those chosen before.
     """
-    b = len(indices)
-    rows = torch.arange(bank.k).expand(b, -1)
-    batch = bank.take(indices, rows).flatten(0, 1)
+    b, k = candidates.shape[:2]
+    batch = candidates.flatten(0, 1)
     if images is not None:
         batch = torch.cat([batch, images])
 
@@ -229,8 +231,8 @@ def farthest(bank, indices, count, images, encoder):
     encoder.eval()
     features = F.normalize(Evaluate.embed(encoder, to_float(batch)), dim=1)
     encoder.train(mode)
-    restored = features[: b * bank.k].view(b, bank.k, -1)  # (b, K, F)
-    anchor = restored.mean(dim=1) if images is None else features[b * bank.k :]
+    restored = features[: b * k].view(b, k, -1)  # (b, K, F)
+    anchor = restored.mean(dim=1) if images is None else features[b * k :]
     likeness = torch.einsum("bkf,bf->bk", restored, anchor)
 
     # choose one after the other; likeness: to the most similar of those chosen before

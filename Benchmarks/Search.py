@@ -98,6 +98,7 @@ class Bench:
         self.flags.device = str(device)
         self.flags.reject = 0.0  # the plain searches reject no candidate
         self.flags.keep_previous = False  # and keep no codes
+        self.flags.compile = "no"
 
         # its trainer, with some images
         split, generator, distance = TrainCamNet.build(self.flags, device)
@@ -129,7 +130,7 @@ class Bench:
     def ours(self, bf16):
         """Search as training does, in bf16 or fp32."""
         with self.precision(bf16) as trainer:
-            return self.period.search(trainer, self.all_rows(), self.keys).keys
+            return self.period.search(trainer, trainer.frozen(), self.all_rows(), self.keys).keys
 
     def plain(self, images, codes, cached, bf16):
         """Search as `plain_search` does."""

@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from CamNet.Codes import Purpose, make_keys
 
+BATCH = 256  # images in a forward pass
+CUDA_PIXELS = 2048 * 32**2  # on CUDA: pixels in a forward pass, if they are more than those of BATCH images
 CHECKED = 16 * 2**30  # bytes; the checksum of a bank up to this size is compared at every start, 0.5 s per GiB
 SAVED_EVERY = 20.0  # seconds between two notes of the progress of the filling
 
@@ -77,10 +79,11 @@ def checksum(images, crc=0, rows_at_once=256):
     return crc
 
 
-def fill(file, generator, split, k, seed, device, autocast=contextlib.nullcontext, *, bs=256, quiet=True):
+def fill(file, generator, split, k, seed, device, autocast=contextlib.nullcontext, *, bs=None, quiet=True):
     """Fill `file` with k restorations of every image of the split, or continue where an interrupted call stopped.
 
-    The codes follow from seed, image and index alone. autocast: makes the context that the generator runs in.
+    The codes follow from seed, image and index alone. autocast: makes the context that the generator runs in. bs:
+    images in a forward pass; None: `batch_size` of the device.
     Returns whether there was work to do. ValueError if the file was made from something else (generator, corruption,
     k, seed or data), or if the disk is full.
     """
@@ -91,6 +94,10 @@ def fill(file, generator, split, k, seed, device, autocast=contextlib.nullcontex
     if file.exists():
         _check(file, made_from)
         return False
+
+    bs = bs or batch_size(device, split.size)
+    with autocast():
+        generator = generator.frozen()
 
     # fill the part, and note the progress: every 20 seconds, and when interrupted
     part = file.with_name(file.name + ".part")
@@ -120,6 +127,13 @@ def fill(file, generator, split, k, seed, device, autocast=contextlib.nullcontex
     except OSError as error:
         raise ValueError(f"cannot write the bank {part}: {error}: free space there, then start again") from error
     return True
+
+
+def batch_size(device, size):
+    """Return how many images of a side in pixels go into a forward pass: more on CUDA, where launches take the time."""
+    if torch.device(device).type != "cuda":
+        return BATCH
+    return max(BATCH, CUDA_PIXELS // size**2)
 
 
 @torch.inference_mode()

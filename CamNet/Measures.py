@@ -111,6 +111,7 @@ class HeldOut:
         """Return k samples of each image, float32 (B, k, 3, S, S); vary: see `sample_grid`."""
         parts = []
         with self.autocast():
+            generator = generator.frozen()
             batches = list(zip(self.condition.split(AT_ONCE), self.keys.split(AT_ONCE)))
             for condition, keys in tqdm(batches, "measuring", leave=False, disable=None):
                 parts.append(sample_grid(generator, condition, keys, k, vary))

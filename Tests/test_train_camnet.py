@@ -62,7 +62,7 @@ def measures(folder):
 def check_samples_on_board(folder):
     """TensorBoard shows the numbers of metrics.jsonl and the samples."""
     tags = check_board(folder, "Train").Tags()
-    assert {"Loss/train", "LR", "Train/best_of_1", "Train/search_level1"} <= set(tags["scalars"])
+    assert {"Loss/train", "Train/lr", "Train/best_of_1", "Train/search_level1"} <= set(tags["scalars"])
     assert tags["images"] == ["samples"]
     assert flags_on_board(folder)["corrupt"]
 

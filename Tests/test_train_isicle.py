@@ -237,10 +237,11 @@ class Angle(torch.nn.Module):
 
 def test_farthest_takes_the_least_alike():
     bank = bank_of([[10, 20, 30, 250], [200, 5, 190, 195]])
-    columns = TrainISICLE.farthest(bank, torch.arange(2), 2, None, Angle())
+    candidates = bank.take(torch.arange(2), torch.arange(4).expand(2, -1))
+    columns = TrainISICLE.farthest(candidates, 2, None, Angle())
     assert [sorted(pair) for pair in columns.tolist()] == [[0, 3], [0, 1]]
     image = torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)
-    columns = TrainISICLE.farthest(bank, torch.arange(2), 1, image, Angle())
+    columns = TrainISICLE.farthest(candidates, 1, image, Angle())
     assert columns.tolist() == [[0], [1]]
 
 
@@ -248,9 +249,9 @@ def test_pick_farthest_asks_the_encoder_that_is_trained(quick, models, cli, monk
     asked = []
     farthest = TrainISICLE.farthest
 
-    def heard(bank, indices, count, images, encoder):
+    def heard(candidates, count, images, encoder):
         asked.append(encoder)
-        return farthest(bank, indices, count, images, encoder)
+        return farthest(candidates, count, images, encoder)
 
     monkeypatch.setattr(TrainISICLE, "farthest", heard)
     short = ("--epochs", "1", "--n_ramp", "0", "--bs", "60", "--no-baselines", "--suffix", "farthest")
