@@ -75,8 +75,8 @@ class State(NamedTuple):
 class WeightNorm(nn.Module):
     """Weight norm (Salimans and Kingma 2016, arXiv:1602.07868): each output's weight v is scaled to the length g.
 
-    As torch's parametrizations.weight_norm, to the same bits, but it can be compiled: torch 2.14 takes the gradient that
-    arrives at a compiled torch._weight_norm for contiguous, and gives a wrong one where it is channels_last.
+    As torch's parametrizations.weight_norm, to the same bits, but fit to be compiled: torch 2.14 takes the gradient
+    that arrives at a compiled torch._weight_norm for contiguous, and gives a wrong one where it is channels_last.
     """
 
     def forward(self, g, v):
