@@ -2,11 +2,13 @@
 
 import contextlib
 import difflib
+import zipfile
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+import Utils
 from Lazy import LazyModule
 
 torchvision = LazyModule("torchvision")
@@ -81,10 +83,15 @@ def load_weights(encoder, file):
     Layers of the classifier, which the encoder lacks, are left out. Raises ValueError if anything else does not fit.
     """
     try:
+        if zipfile.is_zipfile(file):  # older files of torchvision are none
+            Utils.check_archive(file)
         state = dict(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises half a dozen types on damaged files
-        raise ValueError(f"--init {file}: no file of weights ({type(error).__name__}): give a .pt or .pth") from error
+        reason = f"damaged, or no file of weights ({type(error).__name__})"
+        raise ValueError(f"--init {file}: {reason}: give a .pt or .pth") from error
     state = state.get("encoder", state)
+    if not isinstance(state, dict) or not Utils.all_finite(state.values()):
+        raise ValueError(f"--init {file}: no weights, or some that are not finite: give another file")
     names = encoder.state_dict().keys()
     classifier = [name for name in state if name not in names and name.startswith(CLASSIFIERS)]
     try:
@@ -116,11 +123,36 @@ def check_backbone(name, small_stem, size):
         ) from error
 
 
+def is_torchvision(name):
+    """Return whether a backbone is a model of torchvision, not one of this repository."""
+    return name in torchvision.models.list_models(module=torchvision.models)
+
+
+def kept_bytes(name, small_stem, size):
+    """Return how many bytes the forward pass of an image keeps for the backward pass, in float32, about.
+
+    The arguments are those of `build_encoder`. Takes no memory and draws no random numbers.
+    """
+    with _without_values():
+        encoder = _build(name, small_stem, size).to("meta")
+        n_bytes = []
+
+        def note(tensor):
+            if not isinstance(tensor, nn.Parameter):
+                n_bytes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            encoder(torch.empty(2, 3, size, size, device="meta"))
+    return sum(n_bytes) // 4  # of two images; most tensors are noted twice, by the layers before and after them
+
+
 def is_resnet(name):
     """Return whether a model is one of torchvision's ResNets, which can have the small stem."""
-    if name not in torchvision.models.list_models(module=torchvision.models):
-        return False
-    return torchvision.models.get_model_builder(name).__module__ == torchvision.models.resnet.__name__
+    return (
+        is_torchvision(name)
+        and torchvision.models.get_model_builder(name).__module__ == torchvision.models.resnet.__name__
+    )
 
 
 def stem_text(encoder):

@@ -3,17 +3,16 @@
 Only this file asks which process this is, and how many there are.
 """
 
-import contextlib
-import ctypes
 import datetime
 import functools
 import os
-import signal
 import sys
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+import Signals
 
 
 def is_launched():
@@ -50,7 +49,7 @@ def start(device):
     """
     if "WORLD_SIZE" not in os.environ:
         return 0, 1, device
-    _end_with_parent()
+    Signals.end_with_parent()
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -60,13 +59,6 @@ def start(device):
         hours = datetime.timedelta(hours=2)  # others wait while rank 0 evaluates
         dist.init_process_group(backend, timeout=hours, device_id=card)
     return dist.get_rank(), dist.get_world_size(), device
-
-
-def _end_with_parent():
-    """Let the system send SIGTERM to this process when torchrun dies, instead of running on alone (Linux only)."""
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def stop():

@@ -400,4 +400,5 @@ def usual_flags(file, stored):
 
 
 if __name__ == "__main__":
+    Utils.set_threads()
     Utils.run_script(main, get_args)

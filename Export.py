@@ -29,7 +29,7 @@ from tqdm import tqdm
 import Data
 import Flags
 import Utils
-from Backbones import classifier_name, is_resnet, model_options
+from Backbones import classifier_name, is_resnet, is_torchvision, model_options
 from Distributed import notice
 from EncoderFiles import load_encoder, plain_weights
 from Utils import UserError
@@ -56,7 +56,8 @@ def get_args(argv=None):
     add("--size", type=Flags.bounded(int, 8), metavar="PX", help=size)
     add("--bs", type=Flags.bounded(int, 1), default=256, metavar="N", help="images per batch")
     add("--device", default="auto", help="torch device, for example cpu or cuda:1; auto: cuda if available")
-    add("--n_workers", type=Flags.bounded(int, 0), default=2, metavar="N", help="processes that decode image files")
+    workers = "processes that decode image files"
+    add("--n_workers", type=Flags.bounded(int, 0, Flags.MOST_WORKERS), default=2, metavar="N", help=workers)
     place = str(Data.DEFAULT_OPTIONS.data_dir)
     add("--data_dir", default=place, metavar="DIR", help="folder that holds the data sets")
     add("--skip_bad", action="store_true", help="leave unreadable images out and count them, instead of stopping")
@@ -153,9 +154,9 @@ def _model_code(metadata, library):
             raise UserError(f"--library timm: only ResNets of torchvision fit timm's, not {name}: leave it out")
         imports = ["import timm", "import torch"]
         lines = [f'model = timm.create_model("{name}", num_classes=0)']
-    elif name == "resnet8":
-        imports = ["import torch", "from Backbones import build_encoder  # of ISICLE: torchvision has no resnet8"]
-        return imports, [f'model = build_encoder("resnet8", small_stem={metadata["small_stem"]}, size={size})']
+    elif not is_torchvision(name):
+        imports = ["import torch", f"from Backbones import build_encoder  # of ISICLE: torchvision has no {name}"]
+        return imports, [f'model = build_encoder("{name}", small_stem={metadata["small_stem"]}, size={size})']
     else:
         imports = ["import torch", "import torchvision"]
         options = ", ".join(f"{key}={value}" for key, value in model_options(name, size).items())
@@ -184,7 +185,8 @@ def write_encoder(out, encoder):
     if out.suffix == ".safetensors":
         from safetensors.torch import save
 
-        content = save(weights, {"format": "pt"} | metadata)
+        copies = {name: value.clone() for name, value in weights.items()}  # two layers may share their weights
+        content = save(copies, {"format": "pt"} | metadata)
     else:
         content = onnx_bytes(out, encoder, metadata)
     Utils.write_atomically(out, lambda scratch: scratch.write_bytes(content))
@@ -198,17 +200,21 @@ def onnx_bytes(out, encoder, metadata):
     size = encoder.metadata["image_size"]
     notice(f"tracing {encoder.metadata['backbone']} for ONNX")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            encoder.net,
-            (torch.rand(2, 3, size, size),),
-            input_names=["images"],
-            output_names=["features"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            dynamo=True,
-            verbose=False,
-        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                encoder.net,
+                (torch.rand(2, 3, size, size),),
+                input_names=["images"],
+                output_names=["features"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamo=True,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:  # a backbone of one's own can compute what ONNX cannot
+        name = encoder.metadata["backbone"]
+        raise UserError(f"--out {out}: torch.onnx cannot write {name}: choose .safetensors or .pt") from error
     program.model.metadata_props.update(metadata)
     return program.model_proto.SerializeToString()
 
@@ -322,4 +328,5 @@ def write_csv(file, table, metadata):
 
 
 if __name__ == "__main__":
+    Utils.set_threads()
     Utils.run_script(main, get_args)

@@ -16,7 +16,8 @@ torchvision = LazyModule("torchvision")
 
 MEASURED = 512  # images whose pairs are measured
 LEAST_WIDTH = 600  # of a picture with captions, in pixels
-FONT_SIZE = 13  # of its captions
+ROW_WIDTH = 90  # of the captions on the left, before a line break
+FONT_SIZE = 17  # of its captions: TensorBoard shows a picture at about half its size
 PROBED = 4000  # images that show how well the label is preserved: half to learn from, half to score
 
 
@@ -193,7 +194,7 @@ def show_embedding(run, encoder, split, device, most=1000):
     with torch.no_grad(), Evaluate.frozen(encoder):
         features = Evaluate.embed(encoder, pictures).cpu()
     names = [shown(split.classes[label]) if label >= 0 else "?" for label in split.labels[rows].tolist()]
-    run.board.add_embedding(features, names, pictures.cpu(), global_step=0)
+    run.board.add_embedding(features, names, pictures.cpu(), global_step=0, tag="features")
 
 
 # ---------------------------------------------------------------------------------------------------- captions
@@ -208,8 +209,8 @@ def grid(rows):
 def captioned(picture, columns=(), rows=()):
     """Return a picture, enlarged by a whole number to at least 600 pixels, with a caption for each column and row.
 
-    picture: float (3, H, W) in [0, 1], see `grid`. columns: texts above, which break between words; rows: texts on the
-    left; either may be empty. Returns float (3, H', W') in [0, 1].
+    picture: float (3, H, W) in [0, 1], see `grid`. columns: texts above; rows: texts on the left; either may be
+    empty. Both break between words. Returns float (3, H', W') in [0, 1].
     """
     # the picture, enlarged
     scale = -(-LEAST_WIDTH // picture.shape[2])
@@ -221,7 +222,8 @@ def captioned(picture, columns=(), rows=()):
     tile_width = tiles.width / max(1, len(columns))
     heads = [_wrapped(text, font, tile_width - 6) for text in columns]
     top = (FONT_SIZE + 5) * max(text.count("\n") + 1 for text in heads) + 8 if heads else 0
-    left = round(max(font.getlength(text) for text in rows)) + 12 if rows else 0
+    names = [_wrapped(text, font, ROW_WIDTH) for text in rows]
+    left = round(max(font.getlength(line) for text in names for line in text.split("\n"))) + 12 if rows else 0
 
     # all of it on white
     page = Image.new("RGB", (left + tiles.width, top + tiles.height), "white")
@@ -230,9 +232,9 @@ def captioned(picture, columns=(), rows=()):
     for index, text in enumerate(heads):
         middle = left + (index + 0.5) * tile_width
         draw.multiline_text((middle, top - 5), text, "black", font, anchor="md", align="center")
-    for index, text in enumerate(rows):
+    for index, text in enumerate(names):
         middle = top + (index + 0.5) * tiles.height / len(rows)
-        draw.text((left - 6, middle), text, "black", font, anchor="rm")
+        draw.multiline_text((left - 6, middle), text, "black", font, anchor="rm", align="right")
     return torchvision.transforms.functional.to_tensor(page)
 
 

@@ -22,10 +22,13 @@ from Lazy import LazyModule
 from Utils import UserError
 
 tensorboard = LazyModule("torch.utils.tensorboard")
+hparams = LazyModule("tensorboard.plugins.hparams.plugin_data_pb2")
 torchvision = LazyModule("torchvision")
 
 NOT_FINITE = "loss or weights are not finite"
-FIRST = ("data", "pair", "lr", "epochs", "seed")  # of the flags in TensorBoard's table
+FIRST = ("data", "epochs", "lr", "pair", "seed")  # columns of TensorBoard's table of runs, which it sorts by name
+TEXT = ("data", "pair", "net", "corrupt", "backbone")  # flags whose values are words
+SCORES = ("Accuracy/knn", "Accuracy/linear", "Pairs/alignment", "Train/best_of_1", "Train/diversity_pixels")
 METRICS = "metrics.jsonl"
 NAME_LENGTH = 100  # of a run folder's name, without its hash
 MAIN = ("pair", "p_gen", "net", "corrupt", "backbone", "bs", "epochs", "periods", "lr", "temp", "seed")
@@ -207,7 +210,7 @@ def logged_at(folder, step):
 class Run:
     """A run folder: args.json, metrics.jsonl, TensorBoard event files, checkpoints, pictures."""
 
-    TAGS: ClassVar = {"loss": "Loss/train", "lr": "LR", "knn": "Accuracy/knn", "linear": "Accuracy/linear"}
+    TAGS: ClassVar = {"loss": "Loss/train", "knn": "Accuracy/knn", "linear": "Accuracy/linear"}
 
     def __init__(self, folder, args, device, resumed_step=None, writes=True):
         """Write args.json, and open the logs. resumed_step: drop what was logged after it; None: the run is new.
@@ -268,18 +271,30 @@ class Run:
                 for place in (0, step):
                     board.add_scalar(self.TAGS[key], 100 * value, place)
 
-    def show_flags(self, hyper, metrics):
-        """Show the flags in TensorBoard's HPARAMS, the FIRST ones first, next to charts that exist.
+    def show_flags(self, hyper):
+        """Show the flags and the SCORES of this run in TensorBoard's HPARAMS. hyper: {flag: value}.
 
-        hyper: {flag: value}; metrics: names of values that were logged.
+        TensorBoard takes the columns from any one of the runs: each names those of all scripts. First it shows the
+        columns that are marked as different, by name.
         """
-        first = [name for name in FIRST if name in hyper]
-        others = [name for name in hyper if name not in FIRST]
         shown = {}
-        for name in first + others:
-            value = "" if hyper[name] is None else hyper[name]
+        for name, value in hyper.items():
+            value = "" if value is None else value
             shown[name] = Utils.shown(value) if isinstance(value, str) else value
-        for summary in tensorboard.summary.hparams(shown, {self.TAGS.get(name, name): 0.0 for name in metrics}):
+
+        # the columns, which torch makes of this run's flags alone
+        summaries = tensorboard.summary.hparams(shown, dict.fromkeys(SCORES, 0.0))
+        description = summaries[0].value[0].metadata.plugin_data
+        content = hparams.HParamsPluginData.FromString(description.content)
+        columns = content.experiment.hparam_infos
+        for name in dict.fromkeys((*FIRST, *MAIN)):
+            if name not in shown:
+                columns.add(name=name, type="DATA_TYPE_STRING" if name in TEXT else "DATA_TYPE_FLOAT64")
+        for column in columns:
+            column.differs = column.name in FIRST
+        description.content = content.SerializeToString()
+
+        for summary in summaries:
             self.board.file_writer.add_summary(summary)
 
     def picture(self, name, image, step=0):

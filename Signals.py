@@ -6,6 +6,8 @@ The scripts import this file before all others. A signal then ends the program
     inside `Deferred`, in a training loop: after the step, when everything is saved.
 """
 
+import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -75,6 +77,13 @@ class Deferred:
         return EXIT_CODES.get(self.signal, 0)  # None: it came to another process of the run
 
 
+def end_with_parent():
+    """Let the system send SIGTERM to this process when torchrun, which started it, dies (Linux only)."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
 def _is_own_script():
     file = getattr(sys.modules["__main__"], "__file__", None)
     return file is not None and Path(file).resolve().is_relative_to(Path(__file__).resolve().parent)
@@ -83,3 +92,5 @@ def _is_own_script():
 if _is_own_script():  # not where another program, such as pytest, imports this file
     for each in EXIT_CODES:
         signal.signal(each, _exit)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # of torchrun
+        end_with_parent()

@@ -435,10 +435,10 @@ def finish_period(trainer, run, title, loss, seconds):
     values = {"period_loss": loss} | few.quality(few.samples(trainer.ema, 4), (1, 4))
     run.log(trainer.step, period, **values)
     if is_last:
-        run.show_flags(Flags.hyper_parameters(args), ["Train/best_of_1", "Train/diversity_pixels"])
+        run.show_flags(Flags.hyper_parameters(args))
     if is_last or (args.sample_iter and period % args.sample_iter == 0):
         columns = ["x", "c(x)"]
-        columns += [f"sample {index + 1}" for index in range(SHOWN)]
+        columns += [f"code {index + 1}" for index in range(SHOWN)]
         run.picture("samples", Reports.captioned(Reports.grid(few.shown(trainer.ema)), columns), period)
     if is_last or (args.save_iter and period % args.save_iter == 0):
         trainer.save(run.folder)  # last: what comes after a checkpoint is not made again after a kill
@@ -637,4 +637,5 @@ def run_stage(trainer, args, folder, title):
 
 
 if __name__ == "__main__":
+    Utils.set_threads()
     Utils.run_script(main, get_args)

@@ -372,4 +372,5 @@ def main(args):
 
 
 if __name__ == "__main__":
+    Utils.set_threads()
     Utils.run_script(main, get_args)

@@ -28,7 +28,16 @@ import Losses
 import Reports
 import Runs
 import Utils
-from Backbones import BACKBONES, ContrastiveNet, build_head, check_backbone, count_parameters, is_resnet, stem_text
+from Backbones import (
+    BACKBONES,
+    ContrastiveNet,
+    build_head,
+    check_backbone,
+    count_parameters,
+    is_resnet,
+    kept_bytes,
+    stem_text,
+)
 from EncoderFiles import encoder_metadata, save_encoder
 from Flags import bounded
 from Optimizers import build_optimizer, learning_rate, parameter_groups, set_learning_rate
@@ -103,6 +112,9 @@ def add_optimisation_flags(group):
     add = group.add_argument
     batch = "images per step, over all processes; the incomplete last batch is dropped"
     add("--bs", type=bounded(int, 2), metavar="N", help=batch)
+    chunk = "most views in a forward pass of a process (gradient caching): the net needs memory for N views only, and "
+    chunk += "a second forward pass; batch normalisation takes its statistics from N views; 0: all views at once"
+    add("--chunk_views", type=bounded(int, 0), default=0, metavar="N", help=chunk)
     add("--epochs", type=bounded(int, 1), metavar="E", help="passes over the data")
     add("--opt", choices=["SGD", "Adam"], help="optimizer; SGD has Nesterov momentum")
     add("--lr", type=bounded(float, 0), help="peak learning rate; it is not scaled with --bs")
@@ -193,6 +205,9 @@ class Trainer:
         groups = parameter_groups(self.net, args.wd)
         self.optimizer = build_optimizer(args.opt, groups, args.lr, args.mm, args.lars, args.trust)
         positives.encoder = encoder  # --pick farthest compares its features
+        views = len(positives) * (args.bs // world)  # of a step, in this process
+        self.chunks = math.ceil(views / (args.chunk_views or views))
+        check_chunks(args, self.net, views // self.chunks)
 
         # speed
         self.bf16 = Utils.set_precision(args.precision, device)
@@ -275,24 +290,56 @@ class Trainer:
         lap("views")
 
         # their projections
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            z = self.forward(x)
+        chunks = x.tensor_split(self.chunks)  # as equal as possible
+        own = self.project(x) if len(chunks) == 1 else self.project_without_graph(chunks)  # (M b, D)
         lap("forward")
 
         # the loss over the batch of all processes
-        z = Distributed.gather(z.float().view(len(positives), -1, z.shape[1]))
+        z = Distributed.gather(own.view(len(positives), -1, own.shape[1]))
         loss = Losses.contrastive(z, self.args.temp, self.args.loss, self.args.gen_weight)
         lap("loss")
 
         # a step of the optimizer
         self.optimizer.zero_grad()
         loss.backward()
+        if len(chunks) > 1:
+            self.backward_chunks(chunks, own.grad)
         ramp = round(self.args.n_ramp * self.steps_per_epoch)
         set_learning_rate(self.optimizer, learning_rate(self.step, self.steps, ramp, self.args.lr))
         self.optimizer.step()
         self.step += 1
         lap("backward")
         return loss.detach(), z.detach(), x
+
+    def project(self, x):
+        """Return the projections float32 (B, D) of views (B, 3, H, W)."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.forward(x).float()
+
+    @torch.no_grad()
+    def project_without_graph(self, chunks):
+        """Return the projections float32 (M b, D) of chunks of views, as a leaf whose gradient the loss can fill.
+
+        The first part of gradient caching (Gao et al. 2021, arXiv:2101.06983). `backward_chunks` is the second part: it
+        draws the same random numbers, for dropout, and it alone updates the running statistics.
+        """
+        buffers = list(self.net.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        cards = [] if self.device.type == "cpu" else [self.device]
+        with torch.random.fork_rng(cards, device_type=self.device.type):
+            z = torch.cat([self.project(chunk) for chunk in chunks])
+        for buffer, value in zip(buffers, before):
+            buffer.copy_(value)
+        return z.requires_grad_()
+
+    def backward_chunks(self, chunks, gradient):
+        """Add the gradient of the weights, chunk by chunk. gradient: of the loss by the projections, (M b, D)."""
+        unsynced = self.forward.no_sync if self.world > 1 else contextlib.nullcontext  # DistributedDataParallel's
+        parts = gradient.tensor_split(len(chunks))
+        with unsynced():
+            for chunk, part in zip(chunks[:-1], parts[:-1]):
+                self.project(chunk).backward(part)
+        self.project(chunks[-1]).backward(parts[-1])  # with several processes, this one averages the sums of them
 
 
 def train_epoch(trainer, run, interruption):
@@ -448,7 +495,7 @@ def finish_run(trainer, run, splits, again):
     if not Evaluate.can_probe(splits):
         if "cosine_real" not in logged:
             run.log(trainer.step, trainer.epoch, group="Pairs", **measure_pairs(trainer, labelled=False))
-            run.show_flags(Flags.hyper_parameters(trainer.args), ["Pairs/alignment"])
+            run.show_flags(Flags.hyper_parameters(trainer.args))
         print("fewer than two classes, or too few labels: nothing to score")
         return {}
 
@@ -472,7 +519,7 @@ def finish_run(trainer, run, splits, again):
     # files, what TensorBoard shows, and last the log: what it lacks is scored again after a kill
     Utils.write_json(file, result)
     scores = {name: result[name] for name in ("knn", "linear")}
-    run.show_flags(Flags.hyper_parameters(trainer.args), scores)
+    run.show_flags(Flags.hyper_parameters(trainer.args))
     run.baseline("chance", {"knn": result["chance"], "linear": result["chance"]}, trainer.step)
     if untrained:
         run.baseline("untrained", {name: result[f"untrained_{name}"] for name in scores}, trainer.step)
@@ -499,13 +546,19 @@ def check_flags(args, world):
     return row
 
 
-def check_memory(args, row, device):
+def check_memory(args, row, world, device):
     """Raise UserError on sizes that can never fit, before images are read and memory is taken."""
+    # the weights of the head, with gradients and momentum
+    features = check_backbone(args.backbone, args.small_stem, row.size)
+    weights = 3 * 4 * args.proj_hidden * (features + args.proj_dim)
+    Utils.check_room(weights, device, f"a head of --proj_hidden {args.proj_hidden} and --proj_dim {args.proj_dim}")
+
+    # this process's views, and half of what the net keeps of them, as it is in bf16
     bs = args.bs if "bs" in args.given else 2  # the images may be fewer
     count = getattr(args, "num_views", 2)
-    Utils.check_room(4 * bs * count * 3 * row.size**2, device, f"--size {row.size}: {bs} x {count} views")
-    weights = 3 * 4 * args.proj_hidden * args.proj_dim  # with gradients and momentum
-    Utils.check_room(weights, device, f"a head of --proj_hidden {args.proj_hidden} and --proj_dim {args.proj_dim}")
+    of_a_view = 4 * 3 * row.size**2 + 2 * args.proj_hidden
+    of_a_view += kept_bytes(args.backbone, args.small_stem, row.size) // 2
+    Utils.check_room(bs * count * of_a_view // world, device, f"--size {row.size}: {bs} x {count} views")
 
 
 def check_images(args, row, n, world, device):
@@ -539,6 +592,16 @@ def check_views(args, count):
         raise Utils.UserError("--loss align: it is for more than two views: choose lout, or a --pair of three")
 
 
+def check_chunks(args, net, smallest):
+    """Raise UserError if a chunk of --chunk_views has a single view and the net has batch normalisation."""
+    has_batch_norm = any(isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in net.modules())
+    if args.chunk_views and smallest < 2 and has_batch_norm:
+        raise Utils.UserError(
+            f"--chunk_views {args.chunk_views}: batch normalisation needs more than one view in every chunk: "
+            "use 3 or more, or 0"
+        )
+
+
 def describe(args, row, trainer, folder):
     """Print the settings of the run, with the values that are used."""
     net = trainer.net
@@ -564,7 +627,7 @@ def main(args, make_positives=None, script=Path(__file__).stem, build_parser=bui
     rank, world, device = Distributed.start(Utils.pick_device(args.device))
     torch.backends.cudnn.deterministic = args.deterministic
     row = check_flags(args, world)
-    check_memory(args, row, device)
+    check_memory(args, row, world, device)
     splits = Flags.splits_for(args, device)
     check_images(args, row, len(splits.train), world, device)
     usual = Flags.hyper_parameters(build_parser(args.data, device.type).parse_args([]))
@@ -637,4 +700,5 @@ def pretrain(args, row, folder, splits, trainer):
 
 
 if __name__ == "__main__":
+    Utils.set_threads()
     Utils.run_script(main, get_args)

@@ -3,6 +3,9 @@
 import contextlib
 import errno
 import fcntl
+import functools
+import glob
+import hashlib
 import json
 import os
 import re
@@ -11,7 +14,6 @@ import socket
 import sys
 import time
 import zipfile
-import zlib
 from pathlib import Path
 
 import torch
@@ -60,7 +62,7 @@ def run_script(main, get_args):
             raise
         if not Distributed.is_first():
             time.sleep(5)  # the first process reports the error; torchrun ends the others in the meantime
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {shown(message)}", file=sys.stderr)
         code = 2
     sys.stdout.flush()
     sys.exit(code)
@@ -93,6 +95,8 @@ def explain(error):
         return (
             f"cannot write {place}: {error.strerror}: free space there, or name another folder; --resume auto continues"
         )
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"{shown(error.filename or 'a path')[:200]}: {error.strerror}: give another path"
     if isinstance(error, RuntimeError):
         for part, message in RUNTIME_ERRORS.items():
             if part in str(error):
@@ -106,8 +110,13 @@ def shown(name):
     Bytes that are not valid text, and characters that a terminal could act on (control characters, line breaks, changes
     of the writing direction), become escape sequences.
     """
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    return "".join(each if each.isprintable() else _escaped(each) for each in os.fsdecode(name))
+
+
+def _escaped(character):
+    if "\udc80" <= character <= "\udcff":  # how Python holds a byte that is not valid text
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
 
 
 def quiet():
@@ -133,6 +142,40 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}: try --device auto") from error
     return device
+
+
+def usable_cores(root="/"):
+    """Return the number of physical cores that this process may use, at least 1.
+
+    CPUs that the scheduler allows, hyper-threads of one core counted once, and no more than a container's quota
+    (cpu.max of cgroup v2, cpu.cfs_quota_us of v1; rounded down). root: where /sys is looked for.
+    """
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = _first_line(Path(root, f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"))
+        cores.add(siblings or str(cpu))
+    folder = Path(root, "sys/fs/cgroup")
+    quota = _first_line(folder / "cpu.max").split()
+    if not quota:
+        quota = [_first_line(folder / "cpu" / name) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]
+    n_cores = len(cores)
+    if all(quota) and quota[0] not in ("max", "-1"):
+        n_cores = min(n_cores, int(quota[0]) // int(quota[1]))
+    return max(1, n_cores)
+
+
+def _first_line(file):
+    """Return the first line of a file, or "" where there is none."""
+    try:
+        return file.read_text().split("\n")[0].strip()
+    except OSError:
+        return ""
+
+
+def set_threads():
+    """Let torch use one thread for each usable core, unless OMP_NUM_THREADS says how many (Linux only)."""
+    if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
+        torch.set_num_threads(usable_cores())
 
 
 def set_precision(name, device):
@@ -190,10 +233,17 @@ def is_held(storage, n_bytes, device):
 
 # ---------------------------------------------------------------------------------------------------- files
 
+STALE = 3600  # seconds since the last change of another machine's scratch file: it has been left behind
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # errors of file systems that have no locks
 
-MACHINE = (
-    f"{zlib.crc32(socket.gethostname().encode()):08x}"  # of this computer or container, in the names of scratch files
-)
+
+@functools.cache
+def machine():
+    """Return a word for the machine, or container, in which the ids of processes mean what they mean here."""
+    names = socket.gethostname()
+    with contextlib.suppress(OSError):
+        names += str(Path("/proc/self/ns/pid").readlink())  # of a container's own processes (Linux only)
+    return hashlib.sha256(os.fsencode(names)).hexdigest()[:8]
 
 
 def write_atomically(file, write):
@@ -202,33 +252,34 @@ def write_atomically(file, write):
     Scratch files that killed processes have left for the same `file` are removed.
     """
     file = Path(file)
-    scratch = file.with_name(f".{file.name}.{MACHINE}-{os.getpid()}.tmp")
+    scratch = file.with_name(f".{file.name}.{machine()}.{os.getpid()}.tmp")
     try:
-        remove_stale(file.parent, f".{file.name}.*.tmp")
+        remove_stale(file.parent, f".{glob.escape(file.name)}.*.tmp")
         write(scratch)
         with scratch.open("rb") as handle:
             os.fsync(handle.fileno())
         scratch.replace(file)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise UserError(f"cannot write {file}: {error}: free space there, or name another folder") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {file}: {reason}: free space there, or name another folder") from error
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
 
 
 def remove_stale(folder, pattern=".*.tmp"):
-    """Remove the scratch files of `write_atomically` in a folder whose processes are gone.
+    """Remove the scratch files of `write_atomically` in a folder whose processes have ended.
 
-    Whether a process of another machine is gone cannot be known: its files are removed when they are an hour old.
+    The folder may be shared: what another machine's process writes is judged by its age alone.
     """
     for path in Path(folder).glob(pattern):
-        writer = re.fullmatch(r"\..*\.([0-9a-f]{8})-(\d+)\.tmp", path.name)
+        process = re.fullmatch(r"\..*?(?:\.([0-9a-f]{8}))?\.(\d+)\.tmp", path.name)
+        if not process:
+            continue
+        is_here = process[1] in (machine(), None)  # None: of a version that did not note the machine
         with contextlib.suppress(OSError):
-            if writer and writer[1] == MACHINE:
-                is_stale = not is_alive(int(writer[2]))
-            else:
-                is_stale = time.time() - path.stat().st_mtime > 3600
-            if is_stale:
+            is_left = not is_alive(int(process[2])) if is_here else time.time() - path.stat().st_mtime > STALE
+            if is_left:
                 path.unlink()
 
 
@@ -271,7 +322,7 @@ def locked(file, work, wait=True):
     handle = _acquire(Path(file), work, wait)
     with handle:
         handle.truncate(0)
-        handle.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        handle.write(f"{_holder()}\n")
         handle.flush()
         try:
             yield
@@ -291,13 +342,16 @@ def _acquire(file, work, wait):
     """Return the open file of a lock that this process now has."""
     while True:
         try:
-            handle = file.open("a+")
+            handle = file.open("a+", errors="replace")
             is_free = _try_lock(handle)
         except OSError as error:
             raise UserError(f"cannot lock {shown(file)}: {error.strerror}: make its folder writable") from error
+        if is_free is None:
+            _check_holder(file, work)
+            return handle
         if not is_free:
             handle.seek(0)
-            holder = handle.read().strip() or "unknown"
+            holder = shown(handle.read().strip() or "unknown")
             if not wait:
                 handle.close()
                 raise UserError(f"another process ({holder}) is {work}: wait for it, or stop it")
@@ -311,7 +365,10 @@ def _acquire(file, work, wait):
 
 
 def _try_lock(handle, tries=3):
-    """Return whether an open file could be locked. Compare.py locks for an instant, so it is tried several times."""
+    """Return whether an open file could be locked, or None if its file system has no locks.
+
+    Compare.py locks for an instant, so it is tried several times.
+    """
     for _ in range(tries):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -319,10 +376,28 @@ def _try_lock(handle, tries=3):
         except BlockingIOError:
             time.sleep(0.05)
         except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+            if error.errno not in NO_LOCKS:
                 raise
-            return True  # a file system without locks
+            return None
     return False
+
+
+def _holder():
+    """Return what the file of a lock that this process has says."""
+    return f"{os.getpid()} on {socket.gethostname()}"
+
+
+def _check_holder(file, work):
+    """Raise UserError if a lock's file names another process that can still be running.
+
+    This takes the place of a lock where there is none. Only a process of this machine can be seen to have ended.
+    """
+    holder = file.read_text(errors="replace").strip()
+    process, _, host = holder.partition(" on ")
+    is_other = process.isdecimal() and holder != _holder()
+    if is_other and (host != socket.gethostname() or is_alive(int(process))):
+        remedy = f"wait for it, or, if it has ended, remove {shown(file)}: this file system has no locks"
+        raise UserError(f"another process ({shown(holder)}) is {work}: {remedy}")
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints

@@ -1,16 +1,18 @@
 """Attack the training scripts many times, and count what they survive: kills, full disks, damage, two starts at once.
 
-    python -m Benchmarks.Soak                     # about 300 tries, an hour on two cores; Results/soak.json
+    python -m Benchmarks.Soak                     # about 300 tries, half an hour on two cores; Results/soak.json
     python -m Benchmarks.Soak --quick             # a tenth of them
     python -m Benchmarks.Soak --only torchrun     # the kinds with that word
 
 Runs are tiny, and most are forks of this process, which has imported everything. A try passes if the run ends, after
 all restarts, in the same bits as a run that was not attacked: each tensor of each checkpoint, metrics.jsonl except for
-times, scores, banks, pictures, what TensorBoard shows; and if no scratch file is left. The JSON is written after every
-try, and the next start continues it; a kind that was tried on another revision is tried anew. Linux only; a full disk
-is a small file system in memory, which root alone can mount, or else a limit of the length of files.
+times, scores, banks, pictures, what TensorBoard shows; and if no scratch file is left. Kinds are tried at the same time
+by --jobs processes. The JSON is written after every try, and the next start continues it; a kind that was tried on
+another revision is tried anew. Linux only; a full disk is a small file system in memory, which root alone can mount, or
+else a limit of the length of files.
 """
 
+import multiprocessing
 import os
 import random
 import resource
@@ -118,7 +120,7 @@ def kill_while_saving(name, site, rng, index):
     models_dir = site.root / f"{name}-saving"  # one run, continued from try to try
     before = {file.name for file in models_dir.glob(f"{name}-*/[0-9]*.pt")}
     child = site.start(name, site.argv(name, models_dir, *LONG[name]))
-    pattern = f"{name}-*/.[0-9]*.pt.{Utils.MACHINE}-{child.pid}.tmp"
+    pattern = f"{name}-*/.[0-9]*.pt.*.{child.pid}.tmp"
     while child.is_running() and not next(models_dir.glob(pattern), None):
         pass
     time.sleep(rng.uniform(0, 0.012))
@@ -306,6 +308,8 @@ def get_args(argv=None):
     add("--quick", action="store_true", help="a tenth of the tries; writes nothing without --out")
     add("--only", default="", metavar="WORD", help="the kinds whose title has this word")
     add("--out", metavar="FILE", help="JSON to write; default: Results/soak.json")
+    jobs = "kinds that are tried at the same time"
+    add("--jobs", type=Flags.bounded(int, 1, 64), default=min(os.cpu_count(), 4), metavar="N", help=jobs)
     return parser.parse_args(argv)
 
 
@@ -336,6 +340,61 @@ def make_tries(kind, site, row, tries):
         yield
 
 
+def work(root, waiting, finished):
+    """Make the tries of kinds until none is left: what each of the --jobs processes does.
+
+    waiting: a queue of (kind, its row, number of tries), with None for the end. finished: a queue that gets the row
+    after each try, and None at the end.
+    """
+    try:
+        Path(root).mkdir()
+        site = Site(root)
+        for kind, row, tries in iter(waiting.get, None):
+            for _ in make_tries(kind, site, row, tries):
+                finished.put(row)
+    finally:
+        finished.put(None)
+
+
+def new_rows(before, args, revision):
+    """Return {kind: row} of the kinds that are to be tried: of earlier starts, or without a try."""
+    rows = {}
+    for kind, (_, _, aim) in KINDS.items():
+        if args.only in kind:
+            row = before.get(kind, {})
+            if row.get("revision", "").removesuffix("-dirty") != revision:
+                row = {"kind": kind, "tried": 0, "passed": 0, "hits": 0, "hits_are": aim}
+                row |= {"revision": revision, "failures": []}
+            rows[kind] = row
+    return rows
+
+
+def make_all(tasks, n_jobs, root):
+    """Yield the row of a kind after each of its tries. UserError if one of the processes fails.
+
+    tasks: (kind, its row, number of tries); the processes take one after the other. root: a folder to work in.
+    """
+    fork = multiprocessing.get_context("fork")
+    waiting = fork.SimpleQueue()
+    finished = fork.SimpleQueue()
+    for task in [*tasks, *[None] * n_jobs]:
+        waiting.put(task)
+    jobs = [fork.Process(target=work, args=(f"{root}/{job}", waiting, finished)) for job in range(n_jobs)]
+    for job in jobs:
+        job.start()
+    n_working = n_jobs
+    while n_working:
+        row = finished.get()
+        if row is None:
+            n_working -= 1
+        else:
+            yield row
+    for job in jobs:
+        job.join()
+    if any(job.exitcode for job in jobs):
+        raise Utils.UserError("a process that makes tries has failed: see its error above")
+
+
 def main(args):
     """Make the tries that are missing; print the table; return 1 if one of them failed."""
     torch.set_num_threads(1)  # the same bits in every process, and safe to fork
@@ -345,18 +404,16 @@ def main(args):
     made["command"] = shlex.join(["python", "-m", "Benchmarks.Soak", *sys.argv[1:]])
     revision = made["revision"].removesuffix("-dirty")  # the JSON itself is a change
     rows = read_rows(out) if writes else {}
+    asked = new_rows(rows, args, revision)
+    rows |= asked
+    share = 10 if args.quick else 1
+    tasks = [(kind, row, -(-KINDS[kind][0] // share)) for kind, row in asked.items()]
     with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as root:
-        site = Site(root)
-        for kind, (tries, _, aim) in KINDS.items():
-            if args.only not in kind:
-                continue
-            if kind not in rows or rows[kind]["revision"].removesuffix("-dirty") != revision:
-                rows[kind] = {"kind": kind, "tried": 0, "passed": 0, "hits": 0, "hits_are": aim}
-                rows[kind] |= {"revision": revision, "failures": []}
-            for _ in make_tries(kind, site, rows[kind], -(-tries // 10) if args.quick else tries):
-                made["rows"] = [rows[each] for each in KINDS if each in rows]
-                if writes:
-                    Utils.write_json(out, made)
+        for row in make_all(tasks, min(args.jobs, len(tasks)), root):
+            rows[row["kind"]] = row
+            made["rows"] = [rows[each] for each in KINDS if each in rows]
+            if writes:
+                Utils.write_json(out, made)
     print(table(rows.values()))
     return int(any(row["failures"] for row in rows.values()))
 

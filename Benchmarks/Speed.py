@@ -2,12 +2,15 @@
 
     python -m Benchmarks.Speed                              # two minutes; table on screen, Results/speed-DEVICE.json
     python -m Benchmarks.Speed --device cuda --backbone resnet18 --bs 512
+    python -m Benchmarks.Speed --check                      # half a minute: has anything become slower?
 
 Augmentation, on one core: ours on a batch; torchvision on PIL images and, by its v2, on uint8 tensors, one image after
 another; kornia on a batch. With --device cuda ours and kornia's are on the GPU. Step, data loading included:
 `TrainSimCLR.Trainer`, also without some of its optimisations; a plain loop over a DataLoader, as in lightly's SimCLR
 example; then three views instead of two. All see the same images, model, batch size and loss, and take turns, so
 that other load on the machine affects them all.
+
+--check compares the ratios with those in Results/speed-DEVICE.json and exits with 1 if one fell by over 15 %.
 """
 
 import argparse
@@ -44,6 +47,8 @@ NOTES = {
     "ratios": "views per second of ours / of the variant, in the same round; the median over rounds",
     "fp32": "on CUDA as torch has it by default: convolutions in tf32",
 }
+OF_BATCH = ("backbone", "bs", "size")  # flags on which a ratio depends
+MOST_LOST = 0.15  # of a committed ratio, before --check fails
 TWO_RESTORATIONS = ("--pair", "gen_gen", "--p_gen", "1")
 
 
@@ -62,9 +67,39 @@ def get_args(argv=None):
     add("--rounds", type=bounded(int, 1), default=5, metavar="N", help="repetitions of all measurements")
     add("--out", metavar="FILE", help="JSON to write; default: Results/speed-DEVICE.json or, with --quick, nothing")
     add("--quick", action="store_true", help="a short test: --bs 32 --seconds 0.2 --rounds 2")
-    if parser.parse_args(argv).quick:
+    check = "measure with the flags of the ratios in Results/ and --seconds 1, compare with these, write only --out; "
+    check += "exit code 1 if one fell by over 15 %%"
+    add("--check", action="store_true", help=check)
+    args = parser.parse_args(argv)
+    if args.quick and args.check:
+        parser.error("--quick: its batch is not that of the committed ratios: leave it out with --check")
+    if args.quick:
         parser.set_defaults(bs=32, seconds=0.2, rounds=2)
+    if args.check:
+        committed = read_committed(Utils.pick_device(args.device))
+        flags = {name: committed["flags"][name] for name in (*OF_BATCH, "threads", "workers")}
+        parser.set_defaults(seconds=1.0, **flags)
+        args = parser.parse_args(argv)
+        for name in OF_BATCH:
+            if getattr(args, name) != flags[name]:
+                parser.error(f"--{name} {getattr(args, name)}: the committed ratios are of {flags[name]}: leave it out")
+        return args
     return parser.parse_args(argv)
+
+
+def committed_file(device):
+    """Return the file of the committed measurements on this type of device."""
+    return Utils.ROOT / "Results" / f"speed-{device.type}.json"
+
+
+def read_committed(device):
+    """Return what an earlier run of this script wrote into Results/. Raises UserError if there is none."""
+    file = committed_file(device)
+    content = Utils.read_json(file, ("flags", "ratios"))
+    if content is None:
+        remedy = f"first run python -m Benchmarks.Speed --device {device.type}"
+        raise Utils.UserError(f"--check: {Utils.shown(file)} holds no ratios to compare with: {remedy}")
+    return content
 
 
 def prepare(args, device):
@@ -199,15 +234,20 @@ def peak_memory(args, device, name):
     return Utils.peak_memory(device)
 
 
-def measure_all(args, device):
-    """Return (rows, ratios)."""
-    # memory first: what this process holds when it forks is counted in its children
+def measure_memory(args, device):
+    """Return {variant of a step: bytes}. Call it first: what this process holds when it forks is counted as theirs."""
     context = multiprocessing.get_context("spawn" if device.type == "cuda" else "fork")
     memory = {}
     for name in step_variants(args.workers, device):
         with ProcessPoolExecutor(1, context) as pool:
             memory[name] = pool.submit(peak_memory, args, device, name).result()
         say(f"memory: {name}: {memory[name] / 2**20:,.0f} MiB")
+    return memory
+
+
+def measure_all(args, device):
+    """Return (rows, ratios)."""
+    memory = {} if args.check else measure_memory(args, device)
 
     # augmentation, on one thread
     flags, split = prepare(args, device)
@@ -221,7 +261,7 @@ def measure_all(args, device):
     variants = {name: build(flags, split, device) for name, build in step_variants(args.workers, device).items()}
     steps = measure("step", variants, 2 * args.bs, args, device)
     for row in steps:
-        row["peak_memory_bytes"] = memory[row["variant"]]
+        row["peak_memory_bytes"] = memory.get(row["variant"])
     variants = {name: build(flags, split, device) for name, build in THREE_VIEWS.items()}
     rows += steps + measure("step, 3 views", variants, 3 * args.bs, args, device)
 
@@ -242,6 +282,45 @@ def print_table(rows, ratios):
         print(f"{row['part']:14}{row['variant']:32}{row['views_per_second']:10,.0f}{ratio:11.2f}{memory:>10}")
 
 
+def gain(name, ratio):
+    """Return a ratio as a number that falls when our code becomes slower.
+
+    In most rows it is ours / a variant. ISICLE's pairs are ours as well: there it is their speed / that of SimCLR's.
+    """
+    return 1 / ratio if name.endswith("ours, ISICLE's pairs") else ratio
+
+
+def compare(committed, ratios):
+    """Print each committed ratio next to the new one; return the names of those that fell by over MOST_LOST."""
+    fallen = []
+    print(f"{'ratio':48}{'committed':>10}{'now':>10}{'change':>10}")
+    for name, before in committed.items():
+        if name.endswith(": ours"):  # 1 by definition
+            continue
+        if name not in ratios:
+            print(f"{name:48}{before:10.2f}{'not measured':>20}")
+            continue
+        change = gain(name, ratios[name]) / gain(name, before) - 1
+        note = ""
+        if change < -MOST_LOST:
+            fallen.append(name)
+            note = "  fell"
+        print(f"{name:48}{before:10.2f}{ratios[name]:10.2f}{100 * change:+9.0f}%{note}")
+    return fallen
+
+
+def check(device, ratios):
+    """Compare the ratios with the committed ones, and print which fell; return the exit code."""
+    committed = read_committed(device)
+    print(f"\ncompared with {Utils.shown(committed_file(device))}, of {committed.get('device', 'an unknown device')}")
+    fallen = compare(committed["ratios"], ratios)
+    if fallen:
+        print(f"fell by over {100 * MOST_LOST:.0f} %: {'; '.join(fallen)}")
+        return 1
+    print(f"no ratio fell by over {100 * MOST_LOST:.0f} %")
+    return 0
+
+
 def main(args):
     """Measure, print a table, write it; return the exit code."""
     device = Utils.pick_device(args.device)
@@ -260,13 +339,14 @@ def main(args):
     made["rows"] = rows
     made["ratios"] = ratios
     made["notes"] = NOTES
-    if args.out or not args.quick:
-        out = Path(args.out or Utils.ROOT / "Results" / f"speed-{device.type}.json")
+    if args.out or not (args.quick or args.check):
+        out = Path(args.out or committed_file(device))
         out.parent.mkdir(parents=True, exist_ok=True)
         Utils.write_json(out, made)
         print(f"written: {out}")
-    return 0
+    return check(device, ratios) if args.check else 0
 
 
 if __name__ == "__main__":
+    Utils.set_threads()
     Utils.run_script(main, get_args)

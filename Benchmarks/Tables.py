@@ -254,6 +254,35 @@ def soak_table(content):
     return markdown(["what is done to runs", "tried", "passed", "of these", "revision"], rows, below)
 
 
+def kernels_table(content):
+    """Return the two tables of a file of Benchmarks/Kernels.py: contrastive steps, and CamNet."""
+    steps = {}  # {step: its rows}
+    for row in content["rows"]:
+        steps.setdefault(row["step"], []).append(row)
+    kinds = ("pinned copies", "pageable copies", "waits")
+    contrastive = []
+    camnet = []
+    for step, rows in steps.items():
+        if step.startswith("CamNet"):
+            for row in rows:
+                counts = [f"{row[kind]}" for kind in kinds]
+                camnet.append([step, row["part"], kernels_cell([row]), *counts])
+        else:
+            counts = [f"{sum(row[kind] for row in rows)}" for kind in kinds]
+            contrastive.append([step, *(kernels_cell([row]) for row in rows), kernels_cell(rows), *counts])
+            parts = [row["part"] for row in rows]
+    below = f"{content['bs']} images in a step; kernels, and in brackets the MiB that they touch."
+    first = markdown(["step of ResNet-18", *parts, "sum", *kinds], contrastive, below)
+    measured = f"{content['camnet_bs']} images, 4 codes, the pixel distance. `python -m Benchmarks.Kernels`"
+    return f"{first}\n\n{markdown(['net', 'part', 'kernels', *kinds], camnet, measured)}"
+
+
+def kernels_cell(rows):
+    """Return the kernels of rows and, in brackets, the MiB that they touch, as text."""
+    touched = sum(row["touched bytes"] for row in rows) / 2**20
+    return f"{sum(row['kernels'] for row in rows):,} ({touched:,.0f})"
+
+
 MAKERS = {
     "table": encoder_table,
     "speed": speed_table,
@@ -264,4 +293,5 @@ MAKERS = {
     "views": views_table,
     "choice": choice_table,
     "soak": soak_table,
+    "kernels": kernels_table,
 }

@@ -14,33 +14,45 @@ Writes  Data/camnet_data/<name of FOLDER>/CLASS/{train,validation,test}/IMAGE; -
 
 Everything is compared before anything is written. It is an error if two images would become the same file, if a target
 file exists with other content, or if the target holds images that are not in FOLDER. A second run changes nothing.
-After a stopped run, the same command completes the copy: a file is either absent or complete.
+After a stopped run, the same command completes the copy: a file is either absent or complete. The exit code after
+SIGTERM is 0, as for the other scripts, and 130 after Ctrl-C.
 """
 
-import argparse
-import errno
-import filecmp
 import os
-import shutil
 import signal
 import sys
+
+if __name__ == "__main__":  # first, for the other imports take a while
+
+    def end(signum, frame):
+        """End the script at a signal. What it has half done is removed, and no second signal interrupts that."""
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)
+        os.write(2, b"interrupted: the same command continues\n")
+        sys.exit(130 if signum == signal.SIGINT else 0)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+
+# isort: split
+import argparse
+import errno
+import fcntl
+import filecmp
+import shutil
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
 SPLITS = {"train": "train", "val": "validation", "test": "test"}
 VALIDATION = ("val", "valid", "validation", "dev")
-# SUFFIXES, IGNORED, shown, is_hidden and terminate are the same in SetupMiniImagenet.py; a test compares them.
+# SUFFIXES, IGNORED, shown and is_hidden are the same in SetupMiniImagenet.py; a test compares them.
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".tif", ".tiff")
 SUFFIXES += (".webp", ".gif", ".avif", ".avifs", ".apng", ".mpo", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx")
 IGNORED = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
 IGNORED += ("thumbs.db", "ehthumbs.db", "desktop.ini")
-
-
-class Terminated(KeyboardInterrupt):
-    """Raised by SIGTERM, so that scratch files are removed as after Ctrl-C."""
 
 
 class UserError(Exception):
@@ -163,17 +175,24 @@ def pending(plan, out, folder):
     return todo
 
 
+@contextmanager
+def part_of(target):
+    """Give the path of a hidden file; afterwards it becomes the target or, after an error or a signal, is removed."""
+    part = target.with_name(f".{target.name}.part")
+    try:
+        yield part
+        part.replace(target)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
 def put(source, target, link):
-    """Make target a complete file at once: a hard link, or a copy under a hidden name that is then renamed."""
+    """Make target a complete file at once: a hard link or a copy."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if not link:
-        part = target.with_name(f".{target.name}.part")
-        try:
+        with part_of(target) as part:
             shutil.copy2(source, part)
-            part.replace(target)
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
         return
     try:
         os.link(source.resolve(), target)
@@ -193,10 +212,8 @@ def write_record(out, folder):
     """Write which folder the target is made from, unless the target has such a record."""
     record = record_of(out)
     if not (out.exists() and record.exists()):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = record.with_name(f"{record.name}.part")
-        part.write_bytes(os.fsencode(folder))
-        part.replace(record)
+        with part_of(record) as part:
+            part.write_bytes(os.fsencode(folder))
 
 
 def report(folder, out, plan, counts, skipped):
@@ -214,6 +231,18 @@ def report(folder, out, plan, counts, skipped):
         say(f"folders that are no split, not read: {', '.join(folders)}")
 
 
+def lock(dest):
+    """Make a folder and lock it until this process ends. UserError if another run works there."""
+    dest.mkdir(parents=True, exist_ok=True)
+    try:
+        fcntl.flock(os.open(dest, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--dest {dest}: another run is working there; wait until it ends") from None
+    except OSError as e:
+        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):  # file systems without locks
+            raise
+
+
 def run(args):
     folder = Path.cwd() / args.folder
     if not folder.is_dir():
@@ -226,6 +255,7 @@ def run(args):
         raise UserError(f"--dest {args.dest}: {out} and --folder {folder}: one is inside the other; {hint}")
     # compare everything, then write
     plan, counts, skipped = make_plan(folder, out)
+    lock(out.parent)
     todo = pending(plan, out, real)
     write_record(out, real)
     splits = {target: split for split, target in SPLITS.items()}
@@ -262,12 +292,7 @@ def get_args(argv=None):
     return P, P.parse_args(argv)
 
 
-def terminate(signum, frame):
-    raise Terminated
-
-
 def main(argv=None):
-    signal.signal(signal.SIGTERM, terminate)
     sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that knows fewer characters
     P, args = get_args(argv)
     try:
@@ -276,9 +301,6 @@ def main(argv=None):
         P.error(str(e))
     except OSError as e:
         P.error(explain(e, args.dest))
-    except KeyboardInterrupt as e:
-        print("interrupted: to go on, run the same command again", file=sys.stderr)
-        sys.exit(0 if isinstance(e, Terminated) else 130)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,27 @@ Writes  Data/miniImagenet/{train,val,test}/CLASS/IMAGE         the SAME 100 clas
 An archive may hold CLASS/IMAGE, {train,val,test}/CLASS/IMAGE, either of them inside further folders, or images/IMAGE
 with the lists. Hidden files and folders (.DS_Store, .ipynb_checkpoints, __MACOSX, Thumbs.db, ...) are skipped.
 A stopped run leaves no incomplete result: the work is done in hidden .partial folders, which are renamed at the end.
+The same command then starts again; the exit code after SIGTERM is 0, as for the other scripts, and 130 after Ctrl-C.
 Running the script again only counts the images of a finished result; --force rebuilds it.
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # first, for the other imports take a while
+
+    def end(signum, frame):
+        """End the script at a signal. What it has half done is removed, and no second signal interrupts that."""
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)
+        os.write(2, b"interrupted: the same command continues\n")
+        sys.exit(130 if signum == signal.SIGINT else 0)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+
+# isort: split
 import argparse
 import csv
 import errno
@@ -26,14 +44,11 @@ import hashlib
 import io
 import json
 import lzma
-import os
 import random
 import re
 import shutil
-import signal
 import stat
 import struct
-import sys
 import tarfile
 import urllib.error
 import urllib.parse
@@ -41,6 +56,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections import Counter
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -57,7 +73,7 @@ DRIVE = {
     "val": ("1hSMUMj5IRpf-nQs1OwgiQLmGZCN0KDWl", "ab02f050b0bf66823e7acb0c1ac1bc6b"),
     "test": ("1yKyKgxcnGMIAnA_6Vr2ilbpHMc9COg-v", "318185fc3e3bf8bc57de887d9682c666"),
 }
-# SUFFIXES, IGNORED, is_hidden, shown and terminate are the same in InvertDirStructure.py; a test compares them.
+# SUFFIXES, IGNORED, is_hidden and shown are the same in InvertDirStructure.py; a test compares them.
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".tif", ".tiff")
 SUFFIXES += (".webp", ".gif", ".avif", ".avifs", ".apng", ".mpo", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx")
 IGNORED = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
@@ -82,10 +98,6 @@ KINDS |= {b"PK": "an incomplete zip archive", b"\x1f\x8b": "a gzip file that is 
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
 DAMAGED += (EOFError, KeyError, ValueError, OverflowError, MemoryError, OSError)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class Terminated(KeyboardInterrupt):
-    """Raised by SIGTERM, so that scratch files are removed as after Ctrl-C."""
 
 
 class UserError(Exception):
@@ -547,7 +559,16 @@ def build(args, main):
             old.replace(partial / f"old_{old.name}")
         out.replace(main)
     finally:
+        put_back(partial, main, few)
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_back(partial, main, few):
+    """Give the old results their places again where --force was stopped before the new one was in place."""
+    if not main.exists():
+        for old in (main, few):
+            with suppress(FileNotFoundError):
+                (partial / f"old_{old.name}").replace(old)
 
 
 def class_folders(folder):
@@ -613,16 +634,25 @@ def make_few_shot(main, few, partial):
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def lock(dest):
+    """Make a folder and lock it until this process ends. UserError if another run works there."""
+    dest.mkdir(parents=True, exist_ok=True)
+    try:
+        fcntl.flock(os.open(dest, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--dest {dest}: another run is working there; wait until it ends") from None
+    except OSError as e:
+        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):  # file systems without locks
+            raise
+
+
 def run(args):
     main = args.dest / "miniImagenet"
     few = args.dest / "miniImagenetFewShot"
     partials = [args.dest / f".{folder.name}.partial" for folder in (main, few)]
     # only one run here; remove what a killed one has left
-    args.dest.mkdir(parents=True, exist_ok=True)
-    try:
-        fcntl.flock(os.open(args.dest, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the process ends
-    except BlockingIOError:
-        raise UserError(f"--dest {args.dest}: another run is working there; wait until it ends") from None
+    lock(args.dest)
+    put_back(partials[0], main, few)
     for leftover in [p for p in partials if p.exists()]:
         shutil.rmtree(leftover)
     # the same-class split
@@ -690,12 +720,7 @@ def get_args(argv=None):
     return P, args
 
 
-def terminate(signum, frame):
-    raise Terminated
-
-
 def main(argv=None):
-    signal.signal(signal.SIGTERM, terminate)
     sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that knows fewer characters
     P, args = get_args(argv)
     try:
@@ -704,9 +729,6 @@ def main(argv=None):
         P.error(str(e))
     except OSError as e:
         P.error(explain(e, args.dest))
-    except KeyboardInterrupt as e:
-        print("interrupted: to go on, run the same command again", file=sys.stderr)
-        sys.exit(0 if isinstance(e, Terminated) else 130)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from Images import Shapes
 from Runs import Run
@@ -107,6 +108,24 @@ def losses(folder):
     logged = [(line["step"], line["loss"]) for line in lines(folder) if "loss" in line]
     assert len(dict(logged)) == len(logged)
     return dict(logged)
+
+
+def flags_on_board(folder):
+    """Return {flag: value} of a run in TensorBoard's HPARAMS; check that its columns begin with the important ones."""
+    events = EventAccumulator(str(folder)).Reload()
+
+    def read(tag):
+        return HParamsPluginData.FromString(events.SummaryMetadata(f"_hparams_/{tag}").plugin_data.content)
+
+    table = read("experiment").experiment
+    columns = sorted(table.hparam_infos, key=lambda info: (not info.differs, info.name))  # as TensorBoard sorts them
+    assert [info.name for info in columns[:5]] == ["data", "epochs", "lr", "pair", "seed"]
+    assert {"backbone", "net", "corrupt", "periods"} <= {info.name for info in columns}
+    scores = {info.name.tag for info in table.metric_infos}
+    assert scores >= {"Accuracy/knn", "Accuracy/linear", "Train/best_of_1"}
+    assert scores & set(events.Tags()["scalars"]), "no score of this run"
+    shown = read("session_start_info").session_start_info.hparams
+    return {name: getattr(value, value.WhichOneof("kind")) for name, value in shown.items()}
 
 
 def check_board(folder, group):

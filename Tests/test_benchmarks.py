@@ -1,6 +1,7 @@
 """Benchmarks/Speed.py, run in a process of its own; Gpu.py, Search.py, Redrawn.py and Soak.py in this one."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import one_line
 
 import TrainCamNet
 import Utils
-from Benchmarks import Forks, Gpu, Redrawn, Search, Soak, Tables
+from Benchmarks import Forks, Gpu, Redrawn, Search, Soak, Speed, Tables
 from CamNet.Bank import read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +89,87 @@ def test_table_shows_the_same(speed):
         assert row["variant"] in line
         assert f"{row['views_per_second']:,.0f}" in line
     assert len(Tables.speed_table(speed[2]).splitlines()) == 4 + len(lines)
+
+
+COMMITTED = {
+    "step: ours": 1.0,
+    "step: ours, ISICLE's pairs": 1.0,
+    "step: plain loop": 4.0,
+    "step: ours, fp32": 1.6,
+    "augmentation: kornia, batch": 5.0,
+}
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch, capsys):
+    """(ratios) -> (exit code, lines) of `--check` on a machine that measures these, compared with COMMITTED."""
+    flags = {"backbone": "resnet8", "bs": 64, "size": 16, "threads": 0, "workers": 1}
+    monkeypatch.setattr(Utils, "ROOT", tmp_path)
+    file = tmp_path / "Results" / "speed-cpu.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"device": "cpu of a friend", "flags": flags, "ratios": COMMITTED}))
+
+    def run(ratios):
+        def measured(args, device):
+            assert (args.bs, args.size, args.workers, args.seconds) == (64, 16, 1, 1.0)
+            return [], COMMITTED | ratios
+
+        monkeypatch.setattr(Speed, "measure_all", measured)
+        code = Speed.main(Speed.get_args(["--check", "--device", "cpu"]))
+        assert [each.name for each in tmp_path.rglob("*.json")] == ["speed-cpu.json"]
+        assert json.loads(file.read_text())["ratios"] == COMMITTED
+        return code, capsys.readouterr().out.splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "ratios",
+    [{}, {"step: plain loop": 3.41}, {"step: plain loop": 9.0}, {"step: ours, ISICLE's pairs": 1.17}],
+    ids=str,
+)
+def test_check_passes_where_nothing_fell_by_over_15_percent(check, ratios):
+    code, lines = check(ratios)
+    assert code == 0
+    assert lines[-1] == "no ratio fell by over 15 %"
+    assert not any(line.endswith("fell") for line in lines)
+    assert any("cpu of a friend" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "ratios",
+    [
+        {"step: plain loop": 3.39},
+        {"step: ours, ISICLE's pairs": 1.19},  # ours / ISICLE's: ISICLE's became slower
+        {"step: ours, fp32": 1.0, "augmentation: kornia, batch": 1.0},
+    ],
+    ids=str,
+)
+def test_check_prints_what_fell_and_exits_with_1(check, ratios):
+    code, lines = check(ratios)
+    assert code == 1
+    assert lines[-1] == "fell by over 15 %: " + "; ".join(ratios)
+    marked = [line for line in lines if line.endswith("fell")]
+    assert len(marked) == len(ratios)
+    for line, name in zip(marked, ratios):
+        assert line.startswith(name)
+        assert f"{COMMITTED[name]:.2f}" in line
+        assert f"{ratios[name]:.2f}" in line
+
+
+def test_check_says_what_was_not_measured(capsys):
+    assert Speed.compare(COMMITTED, {"step: plain loop": 4.0}) == []
+    assert capsys.readouterr().out.count("not measured") == 3
+
+
+def test_check_needs_the_batch_of_the_committed_ratios(check, capsys):
+    for words, problem in (("--bs 32", "are of 64"), ("--quick", "leave it out")):
+        with pytest.raises(SystemExit):
+            Speed.get_args(["--check", "--device", "cpu", *words.split()])
+        assert problem in capsys.readouterr().err
+    (Utils.ROOT / "Results" / "speed-cpu.json").unlink()
+    with pytest.raises(Utils.UserError, match=r"speed-cpu\.json holds no ratios.*first run"):
+        Speed.get_args(["--check", "--device", "cpu"])
 
 
 # ---------------------------------------------------------------------------------------------------- Search
@@ -256,10 +339,11 @@ def test_redrawn_positives_are_a_bank(tmp_path, capsys):
 
 
 def test_soak_counts_and_continues_where_it_was(tmp_path, monkeypatch, capfd):
-    tries = []
+    tries = tmp_path / "tries"
 
     def attack(site, rng, index):
-        tries.append(index)
+        with tries.open("a") as handle:  # from another process
+            handle.write(f"{index} ")
         return Soak.Outcome("lost" if index == 1 else "")
 
     monkeypatch.setattr(Soak, "KINDS", {"a kind": (30, attack, "hits"), "another": (30, attack, "hits")})
@@ -274,8 +358,35 @@ def test_soak_counts_and_continues_where_it_was(tmp_path, monkeypatch, capfd):
     row |= {"tried": 1, "passed": 1, "hits": 1, "failures": []}
     out.write_text(json.dumps(content))
     assert Soak.main(args) == 1
-    assert tries == [0, 1, 2, 1, 2]
+    assert tries.read_text() == "0 1 2 1 2 "
     assert "try 2: lost" in capfd.readouterr().out
+
+
+def test_soak_tries_kinds_at_the_same_time(tmp_path, monkeypatch):
+    reached = [tmp_path / "a", tmp_path / "b"]
+
+    def attack(kind, site, rng, index):
+        reached[kind].touch()
+        end = time.monotonic() + 60
+        while not all(path.exists() for path in reached):  # waits for the other process
+            assert time.monotonic() < end
+            time.sleep(0.005)
+        return Soak.Outcome()
+
+    kinds = {"a": (10, functools.partial(attack, 0), "hits"), "b": (10, functools.partial(attack, 1), "hits")}
+    monkeypatch.setattr(Soak, "KINDS", kinds)
+    out = tmp_path / "soak.json"
+    assert Soak.main(Soak.get_args(["--quick", "--jobs", "2", "--out", str(out)])) == 0
+    assert [(row["kind"], row["passed"]) for row in json.loads(out.read_text())["rows"]] == [("a", 1), ("b", 1)]
+
+
+def test_soak_fails_if_one_of_its_processes_does(tmp_path, monkeypatch, capfd):
+    def attack(site, rng, index):
+        raise RuntimeError("of the attack itself")
+
+    monkeypatch.setattr(Soak, "KINDS", {"a": (10, attack, "hits")})
+    one_line(lambda: Soak.main(Soak.get_args(["--quick"])), "a process that makes tries has failed")
+    assert "of the attack itself" in capfd.readouterr().err
 
 
 def test_soak_notices_what_was_lost(tmp_path):

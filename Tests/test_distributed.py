@@ -16,6 +16,7 @@ from torch import nn
 import Distributed
 import TrainSimCLR
 from Backbones import ContrastiveNet, build_encoder, build_head
+from Images.Split import Split
 from Losses import multi_positive, nt_xent
 
 
@@ -85,6 +86,31 @@ def test_loss_gradients_and_batch_statistics_are_those_of_one_process(tmp_path):
             torch.testing.assert_close(other_state[name], state[name], rtol=1e-10, atol=1e-12, msg=name)
         for name, gradient in gradients.items():
             torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-7, atol=1e-9, msg=name)
+
+
+def chunked_step(rank, world):
+    """(loss, gradients, state) after a step of the Trainer in two chunks: first and second views of 12 images."""
+    flags = "--device cpu --size 16 --backbone resnet8 --proj_norm --bs 12 --epochs 1 --precision fp32 --lr 0"
+    args = TrainSimCLR.get_args([*flags.split(), "--chunk_views", str(12 // world)])
+    TrainSimCLR.check_flags(args, world)
+    images = torch.randint(256, (24, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = Split(images, torch.zeros(24, dtype=torch.int64), ["one"])
+    trainer = TrainSimCLR.Trainer(args, split, TrainSimCLR.SamePair(2), torch.device("cpu"), rank, world)
+    trainer.net.train()
+    loss, *_ = trainer.update(*next(trainer.batches()))
+    return loss, {name: each.grad for name, each in trainer.net.named_parameters()}, trainer.net.state_dict()
+
+
+def test_chunks_in_several_processes_are_those_of_one(tmp_path):
+    loss, gradients, state = chunked_step(0, 1)
+    assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
+    assert state["encoder.stem.1.num_batches_tracked"] == 2
+    for other_loss, other_gradients, other_state in processes(2, chunked_step, tmp_path):
+        torch.testing.assert_close(other_loss, loss, rtol=1e-5, atol=0)
+        for name in state:
+            torch.testing.assert_close(other_state[name], state[name], rtol=1e-4, atol=1e-5, msg=name)
+        for name, gradient in gradients.items():
+            assert (other_gradients[name] - gradient).norm() < 1e-3 * gradient.norm(), name
 
 
 def share(rank, world):

@@ -16,6 +16,7 @@ import torchvision
 from helpers import one_line, save, save_shapes
 from safetensors import safe_open
 
+import Backbones
 import Data
 import EncoderFiles
 import Evaluate
@@ -154,6 +155,60 @@ def test_every_resnet_has_its_name_in_timm():
     names = [name for name in torchvision.models.list_models() if is_resnet(name)]
     assert len(names) >= 10
     assert {*names} <= {*timm.list_models()}
+
+
+# ------------------------------------------------------------------------------------------ a backbone of one's own
+
+
+class Own(torch.nn.Module):
+    """Two convolutions with the same weights; bessel: then a function that ONNX lacks."""
+
+    def __init__(self, bessel):
+        super().__init__()
+        self.bessel = bessel
+        self.first = torch.nn.Conv2d(3, 3, 3)
+        self.second = torch.nn.Conv2d(3, 3, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        x = self.second(self.first(x)).mean(dim=(2, 3))
+        return torch.special.bessel_j0(x) if self.bessel else x
+
+
+@pytest.fixture
+def own_run(monkeypatch, tmp_path):
+    """(bessel) -> a run of such a net, which Backbones.py knows as docs/extending.md says."""
+    names = Backbones.list_backbones()
+    build = Backbones._build
+
+    def run(bessel=False):
+        def build_own(name, small_stem, size):
+            return Own(bessel) if name == "own" else build(name, small_stem, size)
+
+        monkeypatch.setattr(Backbones, "list_backbones", lambda: ["own", *names])
+        monkeypatch.setattr(Backbones, "_build", build_own)
+        return make_run(tmp_path / "runs" / "own", "own", False)
+
+    return run
+
+
+def test_a_backbone_of_ones_own(own_run, export, tmp_path):
+    folder = own_run()
+    code = export(folder)
+    assert "from Backbones import" in code
+    assert "torchvision." not in code
+    check_code(code, folder)
+    for ending in (".safetensors", ".pt"):
+        check_code(export(folder, "--out", tmp_path / f"own{ending}"), folder)
+    variables = run_code(export(folder, "--out", tmp_path / "own.onnx"))
+    (features,) = variables["session"].run(None, {"images": images_of(32).numpy()})
+    torch.testing.assert_close(torch.from_numpy(features), ours(folder, images_of(32)), rtol=1e-4, atol=1e-4)
+    refused(folder, "--library", "timm", parts=["--library timm", "own", "leave it out"])
+
+
+def test_a_backbone_that_onnx_cannot_hold(own_run, tmp_path):
+    refused(own_run(bessel=True), "--out", tmp_path / "own.onnx", parts=["own.onnx", "cannot write own", ".pt"])
+    assert not list(tmp_path.glob("*.onnx"))
 
 
 # ---------------------------------------------------------------------------------------------------- weights

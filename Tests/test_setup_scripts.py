@@ -1,5 +1,6 @@
 """Data/SetupMiniImagenet.py and Data/InvertDirStructure.py, run as their users run them: in processes of their own."""
 
+import contextlib
 import csv
 import hashlib
 import importlib.util
@@ -358,11 +359,12 @@ def test_a_kill_leaves_nothing_or_a_whole_result(tmp_path, stage):
     assert all(len(list((dest / name).glob("*/*/*"))) == 800 for name in ("miniImagenet", "miniImagenetFewShot"))
 
 
-INTERRUPTED = "interrupted: to go on, run the same command again\n"
+INTERRUPTED = "interrupted: the same command continues\n"
+EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
 
-@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-def test_a_signal_ends_it_in_one_line_and_leaves_nothing(tmp_path, sent, code):
+@pytest.mark.parametrize("sent", EXIT_CODES)
+def test_a_signal_leaves_nothing(tmp_path, sent):
     archive, dest = pack(tmp_path / "a.tar", stand_in(per_class=200)), tmp_path / "out"
     command = [sys.executable, SETUP, "--archive", archive, "--any_count", "--dest", dest]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -374,7 +376,45 @@ def test_a_signal_ends_it_in_one_line_and_leaves_nothing(tmp_path, sent, code):
     process.send_signal(sent)
     process.send_signal(signal.SIGCONT)
     _, error = process.communicate(timeout=30)
-    assert process.returncode == code and error == INTERRUPTED and is_clean(dest)
+    assert process.returncode == EXIT_CODES[sent] and error == INTERRUPTED and is_clean(dest)
+
+
+@pytest.mark.parametrize("sent", EXIT_CODES)
+@pytest.mark.parametrize("script", [SETUP, INVERT])
+def test_a_signal_during_the_imports(script, sent):
+    process = subprocess.Popen([sys.executable, "-X", "importtime", script], stderr=subprocess.PIPE, text=True)
+    line = ""
+    while "argparse" not in line:  # the first import after the handlers
+        line = process.stderr.readline()
+    process.send_signal(sent)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == EXIT_CODES[sent] and INTERRUPTED in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("stopped_by", ["signal", "kill"])
+def test_force_that_is_stopped_between_two_renames_keeps_the_old_result(tmp_path, stopped_by):
+    archive = pack(tmp_path / "a.tar", stand_in())
+    setup(archive, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.glob("miniImagenet*/*/*/*")}
+    module = load(SETUP)
+
+    class Stopping(type(tmp_path)):
+        def replace(self, target):
+            if self.name == "out":
+                os._exit(9) if stopped_by == "kill" else sys.exit(0)
+            return super().replace(target)
+
+    module.Path = Stopping
+    process = os.fork()
+    if process == 0:
+        with contextlib.suppress(SystemExit):
+            args = ["--archive", archive, "--any_count", "--dest", tmp_path, "--seed", "1", "--force"]
+            module.main([str(each) for each in args])
+        os._exit(0)
+    os.waitpid(process, 0)
+    assert (tmp_path / ".miniImagenet.partial").exists() == (stopped_by == "kill")
+    assert "already there" in setup(archive, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.glob("miniImagenet*/*/*/*")} == before
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -521,7 +561,11 @@ def test_the_scripts_agree_on_names():
     assert setup_script.SUFFIXES == invert_script.SUFFIXES
     assert setup_script.IGNORED == invert_script.IGNORED
     assert inspect.getsource(setup_script.Parser.error) == inspect.getsource(invert_script.Parser.error)
-    for name in ("shown", "say", "is_hidden", "terminate"):
+    first_lines = [
+        path.read_text().partition("import os\n")[2].partition("import argparse")[0] for path in (SETUP, INVERT)
+    ]
+    assert first_lines[0] == first_lines[1]  # the handling of signals
+    for name in ("shown", "say", "is_hidden", "lock"):
         assert inspect.getsource(getattr(setup_script, name)) == inspect.getsource(getattr(invert_script, name))
 
 
@@ -860,8 +904,8 @@ def test_invert_link_across_file_systems(folder):
         shutil.rmtree(dest, ignore_errors=True)
 
 
-@pytest.mark.parametrize("sent, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 0)])
-def test_invert_completes_after_a_kill(folder, sent, code):
+@pytest.mark.parametrize("sent", [signal.SIGKILL, *EXIT_CODES])
+def test_invert_completes_after_a_kill(folder, sent):
     for i in range(1000):
         (folder / "train" / "a" / f"more{i}.jpg").write_bytes(jpeg(i))
     out = folder.parent / "camnet" / "mini"
@@ -870,10 +914,14 @@ def test_invert_completes_after_a_kill(folder, sent, code):
     while not (out / "a" / "train").exists():
         assert process.poll() is None
         time.sleep(0.001)
+    process.send_signal(signal.SIGSTOP)
+    assert "another run" in run(INVERT, "--folder", folder, "--dest", out.parent, ok=False)
     process.send_signal(sent)
+    process.send_signal(signal.SIGCONT)
     _, error = process.communicate(timeout=30)
-    assert process.returncode == code
-    assert error.decode() == ("" if sent == signal.SIGKILL else INTERRUPTED)
+    assert process.returncode == EXIT_CODES.get(sent, -sent)
+    if sent != signal.SIGKILL:
+        assert error.decode() == INTERRUPTED and not list(out.rglob(".*"))
     for path in out.glob("*/*/[!.]*"):
         assert path.read_bytes() == (folder / "train" / path.parent.parent.name / path.name).read_bytes()
     invert(folder)

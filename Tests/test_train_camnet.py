@@ -16,6 +16,7 @@ from helpers import (
     content,
     count_lines,
     different,
+    flags_on_board,
     lines,
     one_error,
     only_run,
@@ -64,8 +65,9 @@ def measures(folder):
 def check_samples_on_board(folder):
     """TensorBoard shows the numbers of metrics.jsonl and the samples."""
     tags = check_board(folder, "Train").Tags()
-    assert {"Loss/train", "LR", "Train/best_of_1", "Train/search_level1"} <= set(tags["scalars"])
+    assert {"Loss/train", "Train/lr", "Train/best_of_1", "Train/search_level1"} <= set(tags["scalars"])
     assert tags["images"] == ["samples"]
+    assert flags_on_board(folder)["corrupt"]
 
 
 def check_same_run(folder, other, name="3.pt"):

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from helpers import (
     content,
     count_lines,
     different,
+    flags_on_board,
     lines,
     losses,
     no_file_larger_than,
@@ -21,12 +23,14 @@ from helpers import (
 )
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 import Backbones
 import Data
 import Flags
 import Losses
 import TrainSimCLR
+from Images.Split import Split
 
 SCORES = ("knn", "linear", "linear_aug", "chance", "pixels_knn", "untrained_knn", "untrained_linear")
 
@@ -121,8 +125,13 @@ def test_a_run_saves_what_can_be_read_without_trust(whole):
 def check_whole_board(folder):
     """TensorBoard shows the numbers of metrics.jsonl, the pairs, the flags, and lines to compare the scores with."""
     events = check_board(folder, "Pairs")
-    assert {"Loss/train", "LR", "Accuracy/knn", "Accuracy/linear"} <= set(events.Tags()["scalars"])
+    assert {"Loss/train", "Train/lr", "Accuracy/knn", "Accuracy/linear"} <= set(events.Tags()["scalars"])
     assert "pairs" in events.Tags()["images"]
+    assert losses(folder).keys() >= {1}, "no loss of the first step"
+    shown = flags_on_board(folder)
+    stored = json.loads((folder / "args.json").read_text())["args"]
+    for name in ("data", "epochs", "lr", "seed", "backbone"):
+        assert shown[name] == stored[name]
     result = json.loads((folder / "evaluation.json").read_text())
     for name in ("chance", "untrained", "pixels"):
         events = EventAccumulator(str(folder / name)).Reload()
@@ -377,6 +386,8 @@ BAD = {
     "--bs 0": ("--bs", "at least 2"),
     "--epochs 0": ("--epochs", "at least 1"),
     "--epoch 3": ("--epoch", "did you mean --epochs?"),
+    "--chunk_views -1": ("--chunk_views", "at least 0"),
+    "--chunk_views 1": ("--chunk_views 1", "batch normalisation", "use 3 or more, or 0"),
     "--n_ramp 3": ("--n_ramp 3", "--epochs 3", "use 0.3"),
     "--n_ramp nan": ("--n_ramp",),
     "--temp 0": ("--temp",),
@@ -426,6 +437,7 @@ def test_a_full_disk_is_one_line_and_spares_the_last_checkpoint(unfinished, cli)
         "--lars --opt Adam --lr 1 --trust 0.1",
         "--opt Adam --lr 0.001 --no-proj_norm",
         "--aug none --gray_p 1",
+        "--chunk_views 50",
     ],
 )
 def test_variants_train(quick, tmp_path, cli, more):
@@ -487,6 +499,140 @@ def test_compile_keeps_the_loss_to_1e_4(quick, tmp_path, monkeypatch):
     same = ("--bs", "60", "--precision", "fp32", "--compile")
     plain, compiled = (first_losses(quick(tmp_path, *same, kind), 2) for kind in ("no", "yes"))
     assert compiled == pytest.approx(plain, rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- chunks
+
+
+@pytest.fixture
+def small_trainer(monkeypatch):
+    """(layers, --bs, *flags) -> Trainer of an encoder of these layers and a linear head, on 64 images of 16 pixels."""
+
+    def make(layers, bs, *more):
+        def build(*_):
+            encoder = nn.Sequential(*layers())
+            encoder.num_features = 32
+            return encoder
+
+        monkeypatch.setattr(Flags, "build_encoder", build)
+        fixed = "--device cpu --size 16 --no-proj_norm --epochs 1 --precision fp32"
+        args = TrainSimCLR.get_args([*fixed.split(), "--bs", str(bs), *more])
+        TrainSimCLR.check_flags(args, world=1)
+        images = torch.randint(256, (64, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        split = Split(images, torch.zeros(64, dtype=torch.int64), ["one"])
+        trainer = TrainSimCLR.Trainer(args, split, TrainSimCLR.SamePair(2), torch.device("cpu"))
+        trainer.net.train()
+        return trainer
+
+    return make
+
+
+@pytest.fixture
+def step(small_trainer):
+    """(the same) -> (trainer after one step, its loss)."""
+
+    def take(*description):
+        trainer = small_trainer(*description)
+        loss, *_ = trainer.update(*next(trainer.batches()))
+        return trainer, loss
+
+    return take
+
+
+def plain_layers():
+    """An encoder without batch normalisation and dropout."""
+    return [nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 7 * 7, 32)]
+
+
+def chunk_layers():
+    """An encoder whose output depends on the chunk and on random numbers."""
+    return [nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.Flatten(), nn.Dropout(0.5), nn.Linear(8 * 7 * 7, 32)]
+
+
+def check_gradients(trainer, other, **tolerance):
+    """Two trainers have the same gradients, none of which is zero."""
+    for (name, one), two in zip(trainer.net.named_parameters(), other.net.parameters()):
+        assert two.grad.abs().sum() > 0, name
+        torch.testing.assert_close(one.grad, two.grad, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16, 31])
+def test_chunks_give_the_gradient_of_the_whole_batch(step, chunk):
+    whole, loss = step(plain_layers, 16)
+    chunked, chunked_loss = step(plain_layers, 16, "--chunk_views", str(chunk))
+    torch.testing.assert_close(chunked_loss, loss, rtol=1e-6, atol=0)
+    check_gradients(chunked, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [32, 1000])
+def test_one_chunk_has_the_bits_of_none(step, chunk):
+    whole, loss = step(chunk_layers, 16)
+    chunked, chunked_loss = step(chunk_layers, 16, "--chunk_views", str(chunk))
+    assert torch.equal(chunked_loss, loss)
+    check_gradients(chunked, whole, rtol=0, atol=0)
+
+
+def test_both_passes_of_a_chunk_have_the_same_batch_statistics_and_dropout(step, small_trainer):
+    chunked, loss = step(chunk_layers, 16, "--chunk_views", "12")
+    state = torch.get_rng_state()
+
+    # the same chunks, with one graph of all of them
+    reference = small_trainer(chunk_layers, 16)
+    _, images = next(reference.batches())
+    views = reference.augment([images, images])
+    z = torch.cat([reference.net(part) for part in views.tensor_split(3)])
+    wanted = Losses.contrastive(z.view(2, 16, -1), reference.args.temp)
+    wanted.backward()
+
+    torch.testing.assert_close(loss, wanted.detach(), rtol=1e-6, atol=0)
+    check_gradients(chunked, reference, rtol=1e-4, atol=1e-6)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert chunked.net.encoder[1].num_batches_tracked == 3
+    for one, two in zip(chunked.net.buffers(), reference.net.buffers()):
+        assert torch.equal(one, two)
+
+
+def most_saved(step, *flags):
+    """The most bytes that a step holds for its backward pass at once, without weights and the loss's matrices."""
+    held = [0, 0]  # now, at most
+
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            self.bytes = tensor.nbytes if tensor.ndim == 4 else 0  # of layers on images
+            held[0] += self.bytes
+            held[1] = max(held)
+
+        def __del__(self):
+            held[0] -= self.bytes
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        step(plain_layers, *flags)
+    assert held[0] == 0
+    return held[1]
+
+
+def test_memory_is_that_of_one_chunk(step):
+    one_chunk = most_saved(step, 8)
+    assert most_saved(step, 64) > 7 * one_chunk
+    assert most_saved(step, 64, "--chunk_views", "16") < 1.1 * one_chunk
+
+
+def test_chunks_in_bf16_have_the_gradient_to_its_rounding(step):
+    whole, loss = step(plain_layers, 16, "--precision", "bf16")
+    chunked, chunked_loss = step(plain_layers, 16, "--precision", "bf16", "--chunk_views", "8")
+    torch.testing.assert_close(chunked_loss, loss, rtol=1e-3, atol=0)
+    for one, two in zip(chunked.net.parameters(), whole.net.parameters()):
+        assert two.grad.norm() > 0
+        assert (one.grad - two.grad).norm() < 0.03 * two.grad.norm()
+
+
+def test_compiled_chunks_have_the_gradient_of_the_whole_batch(step, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # the compiler takes 25 seconds
+    whole, loss = step(plain_layers, 16)
+    chunked, chunked_loss = step(plain_layers, 16, "--chunk_views", "16", "--compile", "yes")
+    torch.testing.assert_close(chunked_loss, loss, rtol=1e-5, atol=0)
+    check_gradients(chunked, whole, rtol=1e-3, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------- flags

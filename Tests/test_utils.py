@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 from argparse import Namespace
 
 import pytest
@@ -11,6 +12,8 @@ from torch import nn
 
 import Utils
 from Utils import load_, newest_checkpoint, save_
+
+ENDED = 2**22 + 1  # no process has this id: Linux gives smaller ones
 
 
 def trained(width=3, seed=0):
@@ -60,6 +63,24 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_scratch_files_are_judged_by_the_processes_of_their_own_machine(tmp_path, monkeypatch):
+    names = []
+    for host in ("node1", "node2"):  # the second is this one
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        Utils.machine.cache_clear()
+        Utils.write_atomically(tmp_path / "3.pt", lambda scratch: names.append(scratch.name) or scratch.touch())
+    theirs, ours = [tmp_path / name.replace(str(os.getpid()), str(ENDED)) for name in names]
+    their_old = theirs.with_name(theirs.name.replace("3.pt", "2.pt"))
+    of_an_older_version = tmp_path / f".4.pt.{ENDED}.tmp"
+    for path in (theirs, ours, their_old, of_an_older_version):
+        path.touch()
+    os.utime(their_old, (0, 0))
+    Utils.remove_stale(tmp_path)
+    assert set(tmp_path.iterdir()) == {tmp_path / "3.pt", theirs}
+    monkeypatch.undo()
+    Utils.machine.cache_clear()
+
+
 def test_a_lock_where_there_is_no_folder_is_one_line(tmp_path):
     one_line(lambda: Utils.locked(tmp_path / "absent" / "bank", "filling it").__enter__(), "cannot lock", "absent")
 
@@ -70,6 +91,38 @@ def test_a_lock_tells_who_holds_it_and_leaves_no_file(tmp_path):
         refused = Utils.locked(file, "filling it", wait=False)
         one_line(refused.__enter__, f"another process ({os.getpid()} on", "filling it")
     assert not file.exists()
+
+
+HERE = socket.gethostname()
+
+
+@pytest.mark.parametrize(
+    "holder, is_free",
+    [
+        ("", True),
+        ("half a li", True),
+        (f"{ENDED} on {HERE}", True),
+        (f"{os.getpid()} on {HERE}", True),  # of a container that was started again
+        (f"{os.getppid()} on {HERE}", False),
+        (f"{ENDED} on another-{HERE}", False),
+    ],
+    ids=["empty", "damaged", "ended", "own number", "alive", "another machine"],
+)
+def test_where_a_disk_has_no_locks_their_files_tell_who_works(tmp_path, monkeypatch, holder, is_free):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(Utils.fcntl, "flock", refuse)
+    file = tmp_path / "lock"
+    file.write_text(holder)
+    lock = Utils.locked(file, "filling it")
+    if is_free:
+        with lock:
+            assert file.read_text() == f"{os.getpid()} on {HERE}\n"
+        assert not file.exists()
+    else:
+        one_line(lock.__enter__, f"another process ({holder}) is filling it", f"remove {file}")
+        assert file.read_text() == holder
 
 
 @pytest.mark.parametrize(
@@ -97,6 +150,16 @@ def test_names_from_outside_are_shown_as_one_harmless_line():
     assert Utils.shown("Fotos/é 日本") == "Fotos/é 日本"
     assert Utils.shown("a\nb\x1b[2J\u202ec") == "a\\nb\\x1b[2J\\u202ec"
     assert Utils.shown(os.fsdecode(b"\xff.png")) == "\\xff.png"
+    assert Utils.shown("\ud800 of a JSON file") == "\\ud800 of a JSON file"
+
+
+def test_an_error_is_one_line_whatever_is_in_it(monkeypatch, capsys):
+    def fail(args):
+        raise Utils.UserError("Models/a\x1b[2J\nb: no")
+
+    with pytest.raises(SystemExit):
+        Utils.run_script(fail, dict)
+    assert capsys.readouterr().err.endswith("error: Models/a\\x1b[2J\\nb: no\n")
 
 
 def test_saving_where_there_is_no_folder_is_one_line(tmp_path):
@@ -160,3 +223,38 @@ def test_other_processes_leave_a_shared_mistake_to_the_first(monkeypatch, capsys
         assert caught.value.code == 2
         assert "error: --bs 33: no\n" in capsys.readouterr().err
     assert waited == [(5, "")]  # rank 1 alone, and before it says anything
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "cores"),
+    [
+        ("cpu.max", "250000 100000\n", 2),
+        ("cpu.max", "50000 100000\n", 1),
+        ("cpu.max", "max 100000\n", 3),
+        ("cpu/cpu.cfs_quota_us", "200000\n", 2),
+        ("cpu/cpu.cfs_quota_us", "-1\n", 3),
+    ],
+)
+def test_usable_cores_counts_siblings_once_and_keeps_to_the_quota(tmp_path, monkeypatch, file, content, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
+    for cpu, siblings in enumerate(("0-1", "0-1", "2", "3")):
+        topology = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(siblings + "\n")
+    cgroup = tmp_path / "sys/fs/cgroup"
+    (cgroup / "cpu").mkdir(parents=True)
+    (cgroup / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    (cgroup / file).write_text(content)
+    assert Utils.usable_cores(tmp_path) == cores
+
+
+@pytest.mark.parametrize(("given", "threads"), [(None, [3]), ("1", [])])
+def test_threads_are_the_usable_cores_unless_the_environment_names_them(monkeypatch, given, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr(Utils, "usable_cores", lambda: 3)
+    calls = []
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    Utils.set_threads()
+    assert calls == threads

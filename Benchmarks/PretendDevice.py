@@ -17,6 +17,7 @@ line of the program that caused it:
 
 PrivateUse1, torch's dispatch key for other devices, gets a backend in Python. `DeviceTensor` wraps a CPU tensor; every
 operation on one goes through `PretendCuda.run`. `_Translate` replaces "cuda" by this device in the calls of torch.
+To import this file changes torch: do it in a process that needs no real GPU.
 """
 
 import contextlib
@@ -24,7 +25,6 @@ import re
 import time
 import traceback
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -33,6 +33,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from Benchmarks.PretendAutocast import autocast_as_cuda
 
 KINDS = ("kernels", "pinned copies", "pageable copies", "waits")
 
@@ -44,8 +46,6 @@ class _Backend(backend_registration._DummyBackendModule):
 
 backend_registration._setup_privateuseone_for_python_backend("pretend", backend_module=_Backend())
 PRETEND = torch.device("pretend", 0)
-_NOT_IN_LISTS = torch.library.Library("_", "IMPL")  # kept alive: operations that autocast leaves as they are
-_NOT_IN_LISTS.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 
 
 def _operations(names):
@@ -62,6 +62,8 @@ WAITS = _operations(
     "_local_scalar_dense item is_nonzero equal nonzero argwhere masked_select bincount histc "
     "_unique2? unique_dim unique_consecutive repeat_interleave"
 )
+# Operations that the CPU is slow at in bfloat16: done in float32 and rounded, as on a GPU, which sums in float32.
+PRODUCTS = _operations("convolution convolution_backward mm addmm bmm baddbmm")
 INDEXING = _operations("_unsafe_index index index_put_? _index_put_impl_ _unsafe_index_put")
 
 
@@ -140,7 +142,7 @@ class PretendCuda(TorchDispatchMode):
         """Count an event under the innermost line of the program; a backward pass has none."""
         for frame, number in traceback.walk_stack(None):
             file = frame.f_code.co_filename
-            if file.startswith(self.root) and "site-packages" not in file and file != __file__:
+            if file.startswith(self.root) and "site-packages" not in file and "Benchmarks/Pretend" not in file:
                 self.lines[kind][f"{file[len(self.root) + 1 :]}:{number}", what] += 1
                 return
         self.lines[kind]["(backward)", what] += 1
@@ -157,16 +159,22 @@ class PretendCuda(TorchDispatchMode):
         if not there and target != PRETEND:
             return func(*args, **kwargs)  # on the CPU
         composite = torch._C.DispatchKey.CompositeImplicitAutograd
-        whole = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), composite)
-        if whole and torch.is_inference_mode_enabled():  # elsewhere autograd has taken the operation apart before
-            return func._op_dk(composite, *args, **kwargs)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), composite):
+            # autograd takes these operations apart, but not for tensors that were made in inference mode
+            super().__enter__()  # what it is made of comes here, too
+            try:
+                return func._op_dk(composite, *args, **kwargs)
+            finally:
+                super().__exit__(None, None, None)
         name = str(func)
         self.check(func, name, args, kwargs, tensors)
 
         # Do it on the CPU.
         numbers = [_to_numbers(leaf) for leaf in leaves]
-        cpu_args, cpu_kwargs = tree_unflatten(numbers, spec)
+        rounded = PRODUCTS.match(name) and torch.bfloat16 in [tensor.dtype for tensor in tensors]
+        cpu_args, cpu_kwargs = tree_unflatten(_to_dtype(numbers, torch.float32) if rounded else numbers, spec)
         out = func(*cpu_args, **cpu_kwargs)
+        out = _to_dtype(out, torch.bfloat16) if rounded else out
 
         # Count it: a copy to the device, a copy to the host, or a kernel.
         in_place = name.startswith("aten.copy_")
@@ -221,7 +229,7 @@ class PretendCuda(TorchDispatchMode):
         PretendCuda.active = self
         self.stack = contextlib.ExitStack()
         self.stack.enter_context(mock.patch.multiple(torch.cuda, **_answers(self)))
-        self.stack.enter_context(_autocast())
+        self.stack.enter_context(autocast_as_cuda())
         # torch.tensor(x, device="cuda") is then made on the CPU and sent, as CUDA does
         self.stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
         torch._C._set_only_lift_cpu_tensors(True)
@@ -237,6 +245,10 @@ def _to_numbers(leaf):
     if isinstance(leaf, torch.device) and leaf == PRETEND:
         return torch.device("cpu")
     return leaf.numbers if isinstance(leaf, DeviceTensor) else leaf
+
+
+def _to_dtype(nest, dtype):
+    return tree_map(lambda leaf: leaf.to(dtype) if isinstance(leaf, torch.Tensor) else leaf, nest)
 
 
 class _Translate(TorchFunctionMode):
@@ -290,61 +302,3 @@ def _answers(gpu):
         "synchronize": lambda device=None: gpu.note("waits", "synchronize"),
         "Event": lambda **_: _Event(),
     }
-
-
-def _cuda_lists():
-    """Return [(policy, operation, overload)] of CUDA's autocast, read from the header that torch brings."""
-    header = (Path(torch.__file__).parent / "include/ATen/autocast_mode.h").read_text()
-    rows = []
-    for policy in ("LOWER_PRECISION_FP", "FP32", "FP32_SET_OPT_DTYPE", "PROMOTE"):
-        body = re.search(rf"define AT_FORALL_{policy}\(_\)((?:.*\\\n)+.*)", header)[1]
-        rows += [(policy, *names) for names in re.findall(r"_\((\w+)(?:, (\w+))?\)", body)]
-    return rows
-
-
-@contextlib.contextmanager
-def _autocast():
-    """Make torch.autocast("cuda") cast on the pretend device what it casts on CUDA."""
-    library = torch.library.Library("aten", "IMPL")
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
-    weights = {}  # {id of a weight: (the weight, its cast)}, each cast once, until the outermost autocast ends
-    clear = torch.clear_autocast_cache
-
-    class Autocast(torch.amp.autocast_mode.autocast):
-        def __init__(self, device_type, *args, **kwargs):
-            super().__init__("pretend" if device_type == "cuda" else device_type, *args, **kwargs)
-
-    def clear_both():
-        weights.clear()
-        clear()
-
-    def eligible(x):
-        return isinstance(x, DeviceTensor) and x.is_floating_point() and x.dtype != torch.float64
-
-    def cast(x, dtype):
-        if not eligible(x) or x.dtype == dtype:
-            return x
-        if dtype == torch.float32 or not (x.requires_grad and x.is_leaf and torch.is_autocast_cache_enabled()):
-            return x.to(dtype)
-        if id(x) not in weights:
-            weights[id(x)] = x, x.to(dtype)
-        return weights[id(x)][1]
-
-    def kernel(policy, op, *args, **kwargs):
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            leaves = tree_flatten((args, kwargs))[0]
-            wide = policy == "PROMOTE" and any(eligible(x) and x.dtype == torch.float32 for x in leaves)
-            dtype = torch.float32 if wide or policy.startswith("FP32") else torch.get_autocast_dtype("pretend")
-            args, kwargs = tree_map(lambda x: cast(x, dtype), (args, kwargs))
-            return op(*args, **kwargs)
-
-    for policy, name, overload in _cuda_lists():
-        overload = "" if overload in ("deprecated", "input") else overload
-        with contextlib.suppress(AttributeError, RuntimeError):  # an overload that torch has no operation for
-            op = getattr(getattr(torch.ops.aten, name), overload or "default")
-            library.impl(f"{name}.{overload}".rstrip("."), partial(kernel, policy, op), "AutocastPrivateUse1")
-    try:
-        with mock.patch.multiple(torch, autocast=Autocast, clear_autocast_cache=clear_both):
-            yield
-    finally:
-        library._destroy()
