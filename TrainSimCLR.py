@@ -563,6 +563,11 @@ def check_memory(args, row, world, device):
 
 def check_images(args, row, n, world, device):
     """Adjust flags that were not given to the n training images. Raises UserError if given flags do not fit them."""
+    # the rate of a long run
+    for name, value in row.long_recipe_for(device.type, args.epochs).items():
+        if name not in args.given:
+            Flags.fit(args, name, value, f"the recipe of {row.name} for {Data.LONG} epochs and more")
+
     # a batch of at most half of the images, with a learning rate for it
     if n < args.bs or (n < 2 * args.bs and "bs" not in args.given):
         before = args.bs

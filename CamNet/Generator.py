@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import weight_norm
 
 from CamNet.Codes import make_keys, normals
 from CamNet.Corruptions import Corruption
@@ -73,11 +72,30 @@ class State(NamedTuple):
     styles: tuple = ()  # (B, w_dim) of each level so far
 
 
+class WeightNorm(nn.Module):
+    """Weight norm (Salimans and Kingma 2016, arXiv:1602.07868): each output's weight v is scaled to the length g.
+
+    As torch's parametrizations.weight_norm, to the same bits, but fit to be compiled: torch 2.14 takes the gradient
+    that arrives at a compiled torch._weight_norm for contiguous, and gives a wrong one where it is channels_last.
+    """
+
+    def forward(self, g, v):
+        """Return the weight (out, in, 3, 3) for g (out, 1, 1, 1) and v (out, in, 3, 3)."""
+        if torch.compiler.is_compiling():
+            return v * (g / torch.linalg.vector_norm(v, dim=(1, 2, 3), keepdim=True))
+        return torch._weight_norm(v, g, 0)
+
+    def right_inverse(self, weight):
+        """Return (g, v) of a weight."""
+        return torch.norm_except_dim(weight, 2, 0), weight
+
+
 def _conv(inputs, outputs):
-    """Return a 3x3 convolution with weight norm (Salimans and Kingma 2016, arXiv:1602.07868) and zero bias."""
+    """Return a 3x3 convolution with weight norm and zero bias."""
     conv = nn.Conv2d(inputs, outputs, 3, padding=1)
     nn.init.zeros_(conv.bias)
-    return weight_norm(conv)
+    parametrize.register_parametrization(conv, "weight", WeightNorm(), unsafe=True)
+    return conv
 
 
 def _freeze(layer, dtype):

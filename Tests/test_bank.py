@@ -147,6 +147,13 @@ def test_read_refuses_what_does_not_fit(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_batches_are_larger_on_cuda_and_smaller_for_large_images():
+    assert Bank.batch_size("cpu", 32) == Bank.batch_size("cpu", 8) == 256
+    assert Bank.batch_size("cuda", 32) == Bank.batch_size(torch.device("cuda", 1), 32) == 2048
+    assert Bank.batch_size("cuda", 64) == 512
+    assert Bank.batch_size("cuda", 128) == 256
+
+
 @pytest.mark.parametrize("storage", ["memory", "map"])
 def test_take_picks_rows_and_columns(tmp_path, storage):
     images = np.random.default_rng(0).integers(0, 256, (7, 4, 3, 8, 8), dtype=np.uint8)

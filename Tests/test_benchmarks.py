@@ -1,4 +1,4 @@
-"""Benchmarks/Speed.py, run in a process of its own; Search.py, Redrawn.py and Soak.py in this one."""
+"""Benchmarks/Speed.py, run in a process of its own; Gpu.py, Search.py, Redrawn.py and Soak.py in this one."""
 
 import contextlib
 import functools
@@ -13,11 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import one_line
 
 import TrainCamNet
 import Utils
-from Benchmarks import Forks, Redrawn, Search, Soak, Speed, Tables
+from Benchmarks import Forks, Gpu, Redrawn, Search, Soak, Speed, Tables
 from CamNet.Bank import read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -230,6 +231,92 @@ def test_search_takes_the_newest_generator(models, tmp_path, monkeypatch):
     (tmp_path / "Models").unlink()
     with pytest.raises(Utils.UserError, match=r"run python TrainCamNet\.py"):
         Search.Bench(Search.get_args([]), Utils.pick_device("cpu"))
+
+
+# ---------------------------------------------------------------------------------------------------- Gpu
+
+
+def test_every_part_runs_on_a_cpu_in_small(tmp_path, capfd):
+    out = tmp_path / "gpu.json"
+    assert Gpu.main(Gpu.get_args(["--device", "cpu", "--quick", "--out", str(out)])) == 0
+    content = json.loads(out.read_text())
+    rows = {row.pop("part"): row for row in content["rows"]}
+    assert list(rows) == list(Gpu.PARTS)
+    assert not [name for name, row in rows.items() if "error" in row]
+    for row in rows.values():
+        assert all(value >= 0 for name, value in row.items() if name.endswith(("_ms", "_s", "_s_per_1000", "seconds")))
+    assert rows["copies"]["pageable_16_kib_waits"] in (True, False)
+    assert {"step_ms", "epoch_s", "compiled_step_ms", "deterministic_step_ms"} <= rows["simclr"].keys()
+    assert rows["simclr"]["deterministic_same_bits"] is True
+    assert {"step_ms", "mapped_ms", "mapped_farthest_ms"} <= rows["isicle"].keys()
+    assert {"step_of_4_ms", "step_of_8_ms", "compiled_step_of_4_ms", "graphs_step_of_4_ms"} <= rows["camnet"].keys()
+    assert {"chunk_1024_s_per_1000", "chunk_4096_s_per_1000"} <= rows["search"].keys()
+    assert {"batches_of_4_s_per_1000", "batches_of_8_s_per_1000"} <= rows["bank"].keys()
+    assert rows["tests"]["exit_code"] == 0
+    assert " passed in " in rows["tests"]["summary"]
+    assert content["command"].startswith("python -m Benchmarks.Gpu")
+    assert content["device"].startswith("cpu")
+    assert content["torch"] and content["revision"]
+    assert f"bank: batches_of_8_s_per_1000: {rows['bank']['batches_of_8_s_per_1000']}" in capfd.readouterr().out
+
+
+def fails(bench):
+    yield "before", 1
+    raise RuntimeError("CUDA error:\nlaunch failure")
+
+
+def hangs(bench):
+    yield "before", 2
+    time.sleep(60)
+
+
+def dies(bench):
+    yield "before", 3
+    os._exit(3)
+
+
+def works(bench):
+    yield "value", 4
+
+
+def test_a_part_that_fails_leaves_its_error_and_the_others_go_on(tmp_path, monkeypatch, capfd):
+    parts = {"fails": (fails, 60), "hangs": (hangs, 1), "dies": (dies, 60), "works": (works, 60)}
+    monkeypatch.setattr(Gpu, "PARTS", parts)
+    out = tmp_path / "gpu.json"
+    args = Gpu.get_args(["--device", "cpu", "--quick", "--out", str(out)])
+    assert Gpu.main(args) == 1
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["part"], row.get("before")) for row in rows] == [
+        ("fails", 1),
+        ("hangs", 2),
+        ("dies", 3),
+        ("works", None),
+    ]
+    errors = [
+        "RuntimeError: CUDA error: launch failure",
+        "took more than 1 s",
+        "its process ended with exit code 3",
+        None,
+    ]
+    assert [row.get("error") for row in rows] == errors
+    assert rows[3]["value"] == 4
+    args.minutes = 0.0
+    assert Gpu.main(args) == 1
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["error"] for row in rows} == {"not begun: --minutes 0 were over"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_without_a_gpu_it_says_so():
+    with pytest.raises(Utils.UserError, match="no GPU here"):
+        Gpu.main(Gpu.get_args([]))
+
+
+def test_a_cpu_never_writes_the_results_of_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(Gpu, "PARTS", {"works": (works, 60)})
+    monkeypatch.setattr(Utils, "ROOT", tmp_path)
+    assert Gpu.main(Gpu.get_args(["--device", "cpu"])) == 0
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------- Redrawn

@@ -621,6 +621,33 @@ def test_sample_draws_nothing_and_makes_no_graph():
     assert torch.equal(generator.sample(condition, KEYS), first)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("net", ["tiny", "small"])
+def test_a_frozen_copy_gives_the_same_bits_without_weight_norm(net, bf16):
+    generator, condition = build(net=net)
+    stir(generator)
+    before = copy.deepcopy(generator.state_dict())
+    codes = generator.codes(KEYS)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        frozen = generator.frozen()
+        for image, its_image in zip(generator(condition, codes), frozen(condition, codes), strict=True):
+            assert torch.equal(image, its_image)
+        with torch.profiler.profile() as profile:
+            frozen(condition, codes)
+    operations = {event.key for event in profile.key_averages()}
+    assert "aten::conv2d" in operations
+    assert "aten::_weight_norm" not in operations
+    layers = [module for module in frozen.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    assert {parameter.dtype for layer in layers for parameter in layer.parameters()} == {dtype}
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+    # the generator itself is as it was
+    assert generator.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
+    generator(condition, codes)[-1].sum().backward()
+
+
 def test_bfloat16_is_near():
     generator, condition = build()
     exact = generator.sample(condition, KEYS)

@@ -177,6 +177,24 @@ def test_training_sees_the_distances_that_the_search_found(corrupt):
     assert value.item() == pytest.approx(found.distances.sum().item() / 5, abs=1e-5)  # levels summed, images averaged
 
 
+def test_compiled_gradients_are_those_of_eager_mode():
+    """torch._weight_norm, compiled, gave wrong gradients in channels_last: see `Generator.WeightNorm`."""
+    at = task(size=8)
+    at.generator.to(memory_format=torch.channels_last)
+    other = copy.deepcopy(at.generator)
+    keys = make_keys(at.keys[:, None], torch.arange(1))
+    value = loss(at.generator, at.distance, at.condition, at.wanted, keys)
+    value.backward()
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, dynamic=False, backend="aot_eager")
+    its_value = compiled(other, at.distance, at.condition, at.wanted, keys)
+    its_value.backward()
+    torch.testing.assert_close(its_value, value)
+    for (name, mine), theirs in zip(at.generator.named_parameters(), other.parameters(), strict=True):
+        error = (mine.grad - theirs.grad).norm()
+        assert error <= 1e-4 * mine.grad.norm() + 1e-9, name
+
+
 def test_the_gradient_reaches_the_chosen_codes_only():
     at = task(2)
     counts = (5, 4)

@@ -28,12 +28,15 @@ from helpers import (
     wait_for,
 )
 from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import Data
 import TrainCamNet
 import Utils
 from CamNet import IMLE, Measures
 from CamNet.Corruptions import Corruption
+from Images import Shapes
+from Images.Split import Split
 
 FLAGS = (
     "--size 16 --net tiny --corrupt gray+down2 --distance pixels --m 4,4 --period 16 --visits 2 --periods 3 --bs 8 "
@@ -116,6 +119,48 @@ def unfinished(whole, flags, tmp_path):
         return flags(folder.parent), folder
 
     return make
+
+
+# ---------------------------------------------------------------------------------------------------- speed
+
+
+def small_trainer(*more):
+    """A trainer of 10 images of 8 pixels in batches of 4, 4 and 2, and the losses of its first period."""
+    args = TrainCamNet.get_args([*FLAGS.split(), "--period", "10", "--bs", "4", "--visits", "3", *ALONE, *more])
+    labels = torch.arange(20) % 10
+    split = Split(Shapes.draw(labels, 8, torch.Generator().manual_seed(0)), labels, Shapes.CLASSES)
+    generator = TrainCamNet.build_generator(args, 8)
+    trainer = TrainCamNet.Trainer(args, split, generator, TrainCamNet.Distances.Pixels(), [4], torch.device("cpu"))
+    period = trainer.prepare(SimpleNamespace(signal=None), "", quiet=True)
+    parts = list(trainer.parts(10))
+    assert [len(part) for part in parts] == 3 * [4, 4, 2]
+    return trainer, torch.stack([trainer.update(period, part) for part in parts])
+
+
+def test_the_compiled_step_is_one_graph_compiled_once_with_the_same_loss(monkeypatch):
+    eager, losses = small_trainer("--precision", "fp32")
+    assert eager.loss is IMLE.loss
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
+    compiled, its_losses = small_trainer("--precision", "fp32", "--compile", "yes")
+    assert compiled.loss is not IMLE.loss
+    assert graphs.frame_count == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch.testing.assert_close(its_losses, losses, rtol=1e-3, atol=0)
+    assert compiled.net.state_dict().keys() == eager.net.state_dict().keys()
+
+
+def test_search_is_in_larger_chunks_on_cuda():
+    assert TrainCamNet.build_parser("shapes", "cpu").get_default("chunk") == 1024
+    assert TrainCamNet.build_parser("shapes", "cuda").get_default("chunk") == 4096
+    on_cpu = partial(TrainCamNet.searched_at_once, device=torch.device("cpu"))
+    on_cuda = partial(TrainCamNet.searched_at_once, device=torch.device("cuda"))
+    assert on_cpu([64, 32, 16], 1024) == on_cpu([1], 1024) == 64
+    assert on_cuda([64, 32, 16], 4096) == 256
+    assert on_cuda([1], 4096) == 4096
+    assert on_cuda([64], 16) == 64
 
 
 # ---------------------------------------------------------------------------------------------------- a whole run

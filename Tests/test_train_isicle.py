@@ -245,6 +245,24 @@ def test_farthest_takes_the_least_alike():
     assert columns.tolist() == [[0], [1]]
 
 
+def test_pick_farthest_reads_the_bank_once():
+    bank = bank_of([[10, 20, 30, 250], [200, 5, 190, 195]])
+    restored = source(pick="farthest")
+    restored.encoder = Angle()
+    reads = []
+
+    def take(rows, columns):
+        reads.append(columns.shape)
+        return bank.take(rows, columns)
+
+    restored.bank = SimpleNamespace(k=bank.k, take=take)
+    first, second = restored(torch.arange(2), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), 0)
+    assert reads == [(2, 4)]
+    columns = TrainISICLE.farthest(bank.take(torch.arange(2), torch.arange(4).expand(2, -1)), 2, None, Angle())
+    expected = bank.take(torch.arange(2), columns)
+    assert torch.equal(torch.stack([first, second], dim=1), expected)
+
+
 def test_pick_farthest_asks_the_encoder_that_is_trained(quick, models, cli, monkeypatch):
     asked = []
     farthest = TrainISICLE.farthest

@@ -652,4 +652,26 @@ def test_data_set_and_device_choose_the_defaults():
     assert TrainSimCLR.get_args(cpu).epochs == 15
     assert TrainSimCLR.get_args([*cpu, "--data=cifar10"]).epochs == 100
     assert TrainSimCLR.get_args([*cpu, "--data", "cifar10", "--epochs", "7"]).epochs == 7
-    assert TrainSimCLR.build_parser("cifar10", "cuda").get_default("epochs") == 500
+    assert TrainSimCLR.build_parser("cifar10", "cuda").get_default("epochs") == 100
+    assert TrainSimCLR.build_parser("stl10", "cuda").get_default("epochs") == 500
+
+
+@pytest.mark.parametrize(
+    ("flags", "lr"),
+    [("", 0.12), ("--epochs 499", 0.12), ("--epochs 500", 0.06), ("--epochs 1000", 0.06), ("--epochs 500 --lr 1", 1)],
+)
+def test_long_runs_on_a_gpu_have_a_lower_rate(flags, lr, capsys):
+    argv = ["--data", "cifar10", *flags.split()]
+    parser = TrainSimCLR.build_parser("cifar10", "cuda")
+    args = parser.parse_args(argv)
+    args.given = Flags.given_flags(parser, argv)
+    TrainSimCLR.check_images(args, Data.get_row("cifar10"), 50_000, 1, torch.device("cuda"))
+    assert args.lr == lr
+    notice = "--lr 0.12 becomes 0.06: the recipe of cifar10 for 500 epochs and more"
+    assert (notice in capsys.readouterr().out) == (lr == 0.06)
+
+
+def test_long_runs_on_a_cpu_keep_their_rate():
+    args = TrainSimCLR.get_args(["--data", "cifar10", "--epochs", "1000", "--device", "cpu"])
+    TrainSimCLR.check_images(args, Data.get_row("cifar10"), 50_000, 1, torch.device("cpu"))
+    assert args.lr == 1.2
