@@ -100,15 +100,17 @@ def _conv(inputs, outputs):
 
 def _freeze(layer, dtype):
     """Give a convolution or linear layer its present weights as plain parameters of a type, without weight norm."""
-    weight = layer.weight.detach().to(dtype)
+    weight = layer.weight.detach().to(dtype, copy=True)
+    bias = layer.bias.detach().to(dtype, copy=True)
     if parametrize.is_parametrized(layer):
         # torch's remove_parametrizations would also change the layers that this one is a copy of
         del layer.parametrizations
         layer.__class__ = nn.Conv2d
-    if weight.ndim == 4 and weight.device.type == "cuda":  # elsewhere contiguous, as weight norm made it: the same bits
+    is_cuda = weight.device.type == "cuda"
+    if weight.ndim == 4 and is_cuda and dtype != torch.float32:  # else as weight norm makes it, to give the same bits
         weight = weight.contiguous(memory_format=torch.channels_last)
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+    layer.bias = nn.Parameter(bias, requires_grad=False)
 
 
 class DenseBlock(nn.Module):
@@ -280,11 +282,11 @@ class Generator(nn.Module):
         Its convolutions have plain weights, so that weight norm is not computed in every forward pass. Call it inside
         the autocast that the copy is used in: its weights have the type that autocast would cast them to.
         """
-        frozen = copy.deepcopy(self).requires_grad_(False)
+        frozen = copy.deepcopy(self, {id(parameter): parameter for parameter in self.parameters()})
         weight = self.levels[0].mapping.first.weight
         dtype = (weight[:1] @ weight[:1].T).dtype  # what autocast computes matrix products in
         for module in list(frozen.modules()):
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
+            if isinstance(module, (nn.Conv2d, nn.Linear)):  # all layers with parameters
                 _freeze(module, dtype)
         return frozen
 

@@ -642,7 +642,9 @@ def test_a_frozen_copy_gives_the_same_bits_without_weight_norm(net, bf16):
     assert {parameter.dtype for layer in layers for parameter in layer.parameters()} == {dtype}
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
-    # the generator itself is as it was
+    # the generator itself is as it was, and shares nothing with the copy
+    mine = {parameter.data_ptr() for parameter in generator.parameters()}
+    assert not mine & {parameter.data_ptr() for parameter in frozen.parameters()}
     assert generator.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
     generator(condition, codes)[-1].sum().backward()
