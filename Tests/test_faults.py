@@ -839,6 +839,7 @@ def small_shm(size):
     """Return a function for Child: give it a /dev/shm of its own, of this size."""
 
     def prepare():
+        Images.Decode.notice_full_shm.cache_clear()  # another test may have printed it
         new_mounts = 0x20000  # CLONE_NEWNS of unshare(2)
         assert ctypes.CDLL(None).unshare(new_mounts) == 0
         subprocess.run(["mount", "--make-rprivate", "/"], check=True)
