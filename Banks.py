@@ -79,7 +79,7 @@ class BankSchedule:
         with Utils.as_user_error(), Utils.locked(file.with_name(f".{file.name}.lock"), f"filling {file}"):
             made = fill(file, self.generator, self.split, k, seed, self.device, self.autocast, quiet=Utils.quiet())
         outcome = f"made in {time.perf_counter() - started:.0f} s" if made else "found"
-        print(f"bank: {file}, {outcome}", flush=True)
+        print(f"bank: {Utils.shown(file)}, {outcome}", flush=True)
 
     def estimate(self, seed, most=64):
         """Return the seconds that the filling will take, estimated from a few images."""
@@ -119,7 +119,7 @@ def newest_generator(args, split, asked):
     for file in Path(args.models_dir).glob("TrainCamNet-*/generator.json"):
         flags = (Utils.read_json(file.parent / "args.json") or {}).get("args")
         data = (Utils.read_json(file) or {}).get("data_fingerprint")
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a folder of other content
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # a folder of other content
             if data == split.fingerprint() and not differences(flags, args, asked):
                 found.append((file.stat().st_mtime, file.parent))
     for _, folder in sorted(found, reverse=True):
@@ -159,12 +159,14 @@ def load_generator(file, args, split, asked):
         different = differences(state["args"], args, asked)
     except KeyError as error:
         raise Utils.UserError(f"--generator {file}: of another version: it lacks {error}: train a new one") from error
+    except (TypeError, AttributeError) as error:
+        raise Utils.UserError(f"--generator {file}: its flags are damaged ({error}): train a new one") from error
     if different:
         raise Utils.UserError(f"--generator {file}: trained for {', '.join(different)}: give another, or none")
     say(f"generator: {Utils.shown(file)}")
     if state.get("data_fingerprint") != split.fingerprint():
         say(f"warning: this generator was trained on other images ({Utils.shown(state['args']['data'])})")
-    measures = Utils.read_json(file.parent / "generator.json", READ)
+    measures = Utils.read_json(file.parent / "generator.json", READ, unfit)
     reason = unfit(measures) if measures else None
     if reason:
         say(f"warning: this generator is not fit for positives: {reason}")

@@ -297,12 +297,13 @@ def scores_table(result):
     """Return the scores of `evaluate` as text."""
     pairs = result.get("pairs", {})
     shown = result | pairs
-    lines = [f"epoch {result['epoch']}, split {result['split']}, {result['n_test']} images"]
+    lines = [f"epoch {result['epoch']:d}, split {Utils.shown(result['split'])}, {result['n_test']:d} images"]
     for name, title in ROWS.items():
         if name in shown:
             lines.append(f"{title:44}{100 * shown[name]:6.2f} %")
     if pairs:
-        values = [f"{name.replace('_', ' ')} {value:.2f}" for name, value in pairs.items() if name not in ROWS]
+        others = {Utils.shown(name).replace("_", " "): value for name, value in pairs.items() if name not in ROWS}
+        values = [f"{name} {value:.2f}" for name, value in others.items()]
         lines.append(f"pairs: {', '.join(values)}")
     return "\n".join(lines)
 
@@ -345,6 +346,9 @@ def main(args):
     run = argparse.Namespace(**flags)
     if args.data:  # a folder's images are resized to what the encoder has seen; a named data set has its own size
         run.size = None if args.data in Data.DATASETS else run.image_size
+    elif run.data not in Data.DATASETS and not Path(run.data).is_dir():
+        place = Utils.shown(run.data)
+        raise Utils.UserError(f"{file}: its images were in {place}, which is not there: give their new place by --data")
 
     # the encoder, as it was before training and as it is
     device = Utils.pick_device(args.device)
@@ -369,10 +373,10 @@ def main(args):
         result["finetune"] = fine_tune(encoder, splits, device, crop, args.finetune)
     result["data"] = Utils.shown(run.data)
     result["protocol"] = PROTOCOL | {"labels": args.labels, "finetune_epochs": args.finetune}
-    print(f"{file}\n{scores_table(result)}")  # before it is written: the disk may be full
+    print(f"{Utils.shown(file)}\n{scores_table(result)}")  # before it is written: the disk may be full
     out = Path(args.out) if args.out else file.parent / file_name(args, result)
     Utils.write_json(out, result)
-    print(f"written to {out}")
+    print(f"written to {Utils.shown(out)}")
     return 0
 
 

@@ -184,7 +184,8 @@ def provenance(device):
 
 def farewell(folder):
     """Print where the files of a finished run are."""
-    print(f"checkpoints, pictures, logs: {folder}\nTensorBoard: tensorboard --logdir {folder.parent}")
+    print(f"checkpoints, pictures, logs: {Utils.shown(folder)}")
+    print(f"TensorBoard: tensorboard --logdir {Utils.shown(folder.parent)}")
 
 
 def read_metrics(folder):
@@ -309,7 +310,7 @@ class Run:
 
     def interrupted(self, checkpoint):
         """Print that a signal stopped the run."""
-        print(f"interrupted: saved {checkpoint}; --resume auto continues", flush=True)
+        print(f"interrupted: saved {Utils.shown(checkpoint)}; --resume auto continues", flush=True)
 
     def close(self):
         """Write what TensorBoard still holds in memory."""

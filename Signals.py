@@ -90,7 +90,7 @@ def _is_own_script():
 
 
 if _is_own_script():  # not where another program, such as pytest, imports this file
-    for each in EXIT_CODES:
-        signal.signal(each, _exit)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # of torchrun
         end_with_parent()
+    for each in EXIT_CODES:
+        signal.signal(each, _exit)

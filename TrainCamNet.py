@@ -512,11 +512,12 @@ def is_complete(args, folder, checkpoint):
             f"{folder.parent}"
         )
     is_trained = checkpoint is not None and checkpoint.stem == str(args.periods)
-    return is_trained and Utils.read_json(folder / "generator.json", (*READ, "fit")) is not None
+    return is_trained and Utils.read_json(folder / "generator.json", (*READ, "fit"), fitness_table) is not None
 
 
 def show_result(folder, result):
     """Print the measures of a generator, warn if it is not fit for positives, and say where everything is."""
+    result = {name: Utils.shown(value) if isinstance(value, str) else value for name, value in result.items()}
     print(fitness_table(result))
     reason = unfit(result)
     if reason:
@@ -547,10 +548,12 @@ def describe(args, trainer, folder):
     sides = " -> ".join(str(side) for side in (net.sides[0] // 2, *net.sides))
     searched = ",".join(str(trainer.search.count(level)) for level in range(len(net.sides)))
     images = f"codes of {trainer.visited} images searched, {searched} on each level"
-    print(f"{args.data}: {len(trainer.rows)} images of {trainer.split.size} px, on {trainer.device} in {precision}")
+    data = Utils.shown(args.data)
+    print(f"{data}: {len(trainer.rows)} images of {trainer.split.size} px, on {trainer.device} in {precision}")
     print(f"{args.net} generator: {count_parameters(net):,} weights, {sides} px, undoes {net.corruption.spec}")
     print(f"{args.periods} periods: {images}, then {trainer.steps_per_period} steps of {args.bs} images")
-    print(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {folder}", flush=True)
+    place = Utils.shown(folder)
+    print(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {place}", flush=True)
 
 
 def main(args):
@@ -569,7 +572,7 @@ def main(args):
     with Runs.claimed(folder), warnings_in_one_line():
         checkpoint = Runs.checkpoint_for(args, folder)
         if is_complete(args, folder, checkpoint):
-            print(f"this run is complete: measures from {folder / 'generator.json'}")
+            print(f"this run is complete: measures from {Utils.shown(folder / 'generator.json')}")
             show_result(folder, Utils.read_json(folder / "generator.json"))
             return 0
 

@@ -284,7 +284,7 @@ def train_generator(args, split, words, asked):
         found = Banks.newest_generator(args, split, asked)
         if found:  # another process has trained it meanwhile
             return found
-        print(f"no generator for {args.data} yet: {command}", flush=True)
+        print(Utils.shown(f"no generator for {args.data} yet: {command}"), flush=True)
         TrainCamNet.main(TrainCamNet.get_args(argv))  # a signal that ends the training also ends the program
         return Banks.newest_generator(args, split, asked)
 

@@ -501,9 +501,9 @@ def finish_run(trainer, run, splits, again):
 
     # a complete run that was resumed
     file = run.folder / "evaluation.json"
-    result = Utils.read_json(file, Evaluate.SAVED) or {}
+    result = Utils.read_json(file, Evaluate.SAVED, Evaluate.scores_table) or {}
     if again and result.get("split") == splits.eval and "knn" in logged:
-        print(f"this run is complete: scores from {file}\n{Evaluate.scores_table(result)}")
+        print(f"this run is complete: scores from {Utils.shown(file)}\n{Evaluate.scores_table(result)}")
         return result
 
     # scores
@@ -615,7 +615,8 @@ def describe(args, row, trainer, folder):
     print(f"{encoder}: {count_parameters(net.encoder):,} weights, head {count_parameters(net.head):,}")
     print(f"views: {trainer.augmentation}")
     print(f"{steps} of {args.bs} images x {len(trainer.positives)} views, {optimizer}")
-    print(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {folder}", flush=True)
+    place = Utils.shown(folder)
+    print(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {place}", flush=True)
 
 
 def main(args, make_positives=None, script=Path(__file__).stem, build_parser=build_parser):

@@ -260,7 +260,7 @@ def write_atomically(file, write):
             os.fsync(handle.fileno())
         scratch.replace(file)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or "not all of it could be written"
         raise UserError(f"cannot write {file}: {reason}: free space there, or name another folder") from error
     finally:
         with contextlib.suppress(OSError):
@@ -294,16 +294,20 @@ def is_alive(process):
     return True
 
 
-def read_json(file, names=()):
+def read_json(file, names=(), use=None):
     """Return the content of a JSON file that `write_json` wrote, an object; None if it is missing or damaged.
 
-    names: keys that it must have.
+    names: keys that it must have. use: a function of the content, which fails if values are of another type.
     """
     try:
         content = json.loads(Path(file).read_text())
-    except (OSError, ValueError):
+        if not isinstance(content, dict) or not content.keys() >= set(names):
+            return None
+        if use:
+            use(content)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
-    return content if isinstance(content, dict) and content.keys() >= set(names) else None
+    return content
 
 
 def write_json(file, content):
@@ -355,7 +359,7 @@ def _acquire(file, work, wait):
             if not wait:
                 handle.close()
                 raise UserError(f"another process ({holder}) is {work}: wait for it, or stop it")
-            print(f"waiting: another process ({holder}) is {work}", flush=True)
+            print(f"waiting: another process ({holder}) is {shown(work)}", flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
         # the previous holder may have removed the file after it was opened here
         with contextlib.suppress(FileNotFoundError):
@@ -473,7 +477,7 @@ def newest_checkpoint(folder):
             check_run(path, load_(path))
             return path
         except UserError as error:
-            print(f"passed over: {error}")
+            print(f"passed over: {shown(str(error))}")
     return None
 
 

@@ -1,10 +1,12 @@
 """Tiny runs of the training scripts in forks of this process, and what they write, without times: for Soak.py."""
 
+import functools
 import hashlib
 import json
 import os
 import shlex
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -107,6 +109,23 @@ class Child:
     def output(self):
         """Return all that it has written on its standard output and error."""
         return self.log.read_text(errors="replace")
+
+
+def start_ranks(script, argv, folder, world=2):
+    """Start a script in several processes that form a group, as torchrun does; return their `Child`s by rank.
+
+    folder: for the files of their lines.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = []
+    for rank in range(world):
+        environment = place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        prepare = functools.partial(os.environ.update, environment)
+        ranks.append(Child(script, argv, Path(folder) / f"rank{rank}.log", prepare))
+    return ranks
 
 
 def is_one_line(text):

@@ -1,15 +1,17 @@
 """Image files of any kind as uint8 tensors of one size, singly or in batches by worker processes."""
 
+import contextlib
 import errno
 import functools
 import signal
+import sys
 import threading
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from torch.utils.data import DataLoader, get_worker_info
 
 from Distributed import notice
@@ -31,6 +33,7 @@ FORMATS = {
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 warnings.filterwarnings("ignore", module="PIL")  # mostly about EXIF blocks; what makes a file bad raises an error
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes of a text or colour profile: beyond Pillow's 1 MiB the pixels are refused
 
 # transpositions by the value of the EXIF tag less 2
 TURNS = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
@@ -155,9 +158,15 @@ def _hand_over(item):
     return indices, images, bad
 
 
-@functools.cache  # said once
-def _say_that_shared_memory_is_full():
-    notice(f"/dev/shm is full, so that images are read more slowly: {MORE_SHM}, or pass --n_workers 0")
+@contextlib.contextmanager
+def _silent_destructors():
+    """Let errors of destructors go unsaid: that of torch's loader fails where its constructor has failed."""
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _items(loader):
@@ -175,10 +184,18 @@ def _items(loader):
         if not loader.num_workers:
             raise
         reason = shown(str(error).strip().splitlines()[-1])
+        with _silent_destructors():
+            error.__traceback__ = None  # the last that knows of a loader that could not be made whole
     # raised here, and not above, so that nothing holds the torch error's frames: the other workers end first
     items = None
     remedy = f"there is too little memory for --n_workers {loader.num_workers}: pass fewer, or --n_workers 0"
     raise UserError(f"a process that decodes images failed ({reason}): likely {remedy}; {MORE_SHM}")
+
+
+@functools.cache
+def notice_full_shm():
+    """Print once that images are read in another way than through shared memory."""
+    notice(f"/dev/shm is full, so that images are read more slowly: {MORE_SHM}, or pass --n_workers 0")
 
 
 class Files:
@@ -219,7 +236,7 @@ class Files:
         )
         for indices, images, bad in _items(loader):
             if isinstance(images, np.ndarray):
-                _say_that_shared_memory_is_full()
+                notice_full_shm()
                 images = torch.from_numpy(images)
                 if pin_memory:
                     images = images.pin_memory()

@@ -2,9 +2,7 @@
 
 import os
 import signal
-import socket
 import sys
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -89,25 +87,6 @@ def fork(tmp_path):
     yield start_child
     for child in children:
         child.kill()
-
-
-@pytest.fixture
-def ranks(fork):
-    """(script, argv, world) -> the children that are its processes, as torchrun starts them, the first one's first."""
-
-    def start_ranks(script, argv, world=2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        children = []
-        for rank in range(world):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment = {name: str(value) for name, value in place.items()}
-            children.append(fork(script, argv, partial(os.environ.update, environment)))
-        return children
-
-    return start_ranks
 
 
 def pytest_ignore_collect(collection_path, config):

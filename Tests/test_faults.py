@@ -3,6 +3,7 @@
 Most runs are forks of this process or are made in it: see Benchmarks/Forks.py. `make soak` does the same at length.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -12,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,13 +20,16 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import TORCHRUN, content, count_lines, finish, lines, one_error, only_run, start, wait_for
+from helpers import content, count_lines, finish, lines, one_error, only_run, start, wait_for
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torch.utils.tensorboard import SummaryWriter
 
 import Banks
 import CamNet.Bank
 import Data
 import Evaluate
+import Export
+import Images.Cache
 import Images.Decode
 import Reports
 import Runs
@@ -34,7 +37,7 @@ import TrainCamNet
 import TrainISICLE
 import TrainSimCLR
 import Utils
-from Benchmarks.Forks import Child, draw_images, flags_of, is_one_line, problem_of, state_of
+from Benchmarks.Forks import Child, draw_images, flags_of, is_one_line, problem_of, start_ranks, state_of
 from CamNet.Generator import Generator
 
 SCRIPTS = {"TrainSimCLR": TrainSimCLR, "TrainISICLE": TrainISICLE, "TrainCamNet": TrainCamNet}
@@ -115,29 +118,41 @@ def test_a_run_that_another_process_works_on_is_left_alone(copied, cli, script):
 
 
 def test_ranks_end_with_their_launcher(data, tmp_path):
-    argv = flags_of("TrainSimCLR", data, tmp_path, "--epochs", "2000", "--save_iter", "0", "--eval_iter", "0")
-    launcher = start(*TORCHRUN, "TrainSimCLR.py", *argv)
-    end = time.monotonic() + 120
-    while not count_lines(tmp_path, "*/metrics.jsonl") and time.monotonic() < end:
-        time.sleep(0.05)
-    ranks = children_of(launcher.pid)
+    more = ["--epochs", "2000", "--save_iter", "0", "--eval_iter", "0"]
+    argv = flags_of("TrainSimCLR", data, tmp_path / "models", *more)
+    launcher = os.fork()
+    if launcher == 0:
+        start_ranks(TrainSimCLR, argv, tmp_path)
+        time.sleep(300)
+        os._exit(0)
+    end = time.monotonic() + 60
+    while not count_lines(tmp_path, "models/*/metrics.jsonl") and time.monotonic() < end:
+        time.sleep(0.01)
+    ranks = children_of(launcher)
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
     assert len(ranks) == 2
-    launcher.kill()
     end = time.monotonic() + 15
-    while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < end:
-        time.sleep(0.05)
-    running = [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
-    for rank in running:
+    while any(map(runs, ranks)) and time.monotonic() < end:
+        time.sleep(0.01)
+    left = [rank for rank in ranks if runs(rank)]
+    for rank in left:
         os.kill(rank, signal.SIGKILL)
-    assert not running
-    finish(launcher)
-    with Utils.locked(only_run(tmp_path) / ".lock", "testing", wait=False):
+    assert not left
+    with Utils.locked(only_run(tmp_path / "models") / ".lock", "testing", wait=False):
         pass
 
 
 def children_of(process):
     """Return the processes that a process has started."""
     return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def runs(process):
+    """Return whether a process, no child of this one, has not ended; one that is not waited for has."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------- damage
@@ -246,6 +261,41 @@ def test_damaged_side_files_are_made_again(copied, cli, name, text):
     assert json.loads((run.folder / "args.json").read_text())["args"]["seed"] == 0
 
 
+@pytest.mark.parametrize(
+    "name, file, key",
+    [
+        ("TrainSimCLR", "evaluation.json", "knn"),
+        ("TrainSimCLR", "evaluation.json", "epoch"),
+        ("TrainSimCLR", "evaluation.json", "pairs"),
+        ("TrainCamNet", "generator.json", "best_of_16"),
+        ("TrainCamNet", "generator.json", "peak_memory_bytes"),
+    ],
+)
+def test_side_files_with_values_of_another_type_are_made_again(copied, cli, name, file, key):
+    run = copied(name)
+    note = run.folder / file
+    note.write_text(json.dumps(json.loads(note.read_text()) | {key: "\x1b[2J"}))
+    done = cli(run.argv, SCRIPTS[name])
+    assert done.code == 0, done.err
+    check_same(run)
+
+
+def test_names_reach_the_terminal_escaped(copied, tmp_path, cli):
+    run = copied("TrainSimCLR")
+    models_dir = run.models_dir.rename(tmp_path / "a\x1b[2J\nb")
+    folder = only_run(models_dir)
+    argv = [*run.argv, "--models_dir", models_dir]
+    ends = [cli([folder, "--device", "cpu"], Evaluate), cli([*argv, "--resume", "auto"])]
+    (folder / "3.pt").write_bytes(b"")
+    ends.append(cli([folder / "3.pt", "--device", "cpu"], Evaluate))
+    ends.append(cli([*argv, "--resume", "auto"]))
+    ends.append(cli([*argv, "--suffix", "other"]))
+    assert [done.code for done in ends] == [0, 0, 2, 0, 0]
+    for done in ends:
+        assert "a\\x1b[2J\\nb" in done.out + done.err
+        assert all(line.isprintable() for line in (done.out + done.err).splitlines())
+
+
 def test_damaged_lines_of_metrics_are_dropped(copied, cli):
     run = copied("TrainSimCLR")
     metrics = run.folder / "metrics.jsonl"
@@ -335,20 +385,17 @@ def test_scratch_files_of_killed_processes_are_removed(copied, cli):
 # ---------------------------------------------------------------------------------------------------- the data
 
 
-@pytest.fixture
-def own_data(data, tmp_path):
-    """A copy of the images, in a place of its own."""
-    return shutil.copytree(data, tmp_path / "own")
+@contextlib.contextmanager
+def moved(data, place):
+    """Let the images lie in another place for a while; give that place."""
+    data.rename(place)
+    try:
+        yield place
+    finally:
+        place.rename(data)
 
 
-def unfinished(name, data, models_dir, cli):
-    """Make a run and remove its last checkpoint; return (its folder, flags that resume it)."""
-    argv = flags_of(name, data, models_dir)
-    assert cli(argv, SCRIPTS[name]).code == 0
-    (folder,) = models_dir.glob(f"{name}-*")
-    last = 2 if name == "TrainCamNet" else 3
-    (folder / f"{last}.pt").unlink()
-    return folder, [*argv, "--resume", "auto"]
+LAST = {"TrainSimCLR": "3.pt", "TrainCamNet": "2.pt"}  # checkpoints of finished runs
 
 
 CHANGES = {
@@ -358,19 +405,21 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", ["TrainSimCLR", "TrainCamNet"])
-def test_data_that_has_changed_is_refused(own_data, tmp_path, cli, name):
-    folder, argv = unfinished(name, own_data, tmp_path / "models", cli)
-    before = content(folder)
-    (first, *_) = sorted(own_data.glob("train/*/000.png"))
+@pytest.mark.parametrize("name", LAST)
+def test_data_that_has_changed_is_refused(copied, data, cli, name):
+    run = copied(name, LAST[name])
+    before = content(run.folder)
+    (first, *_) = sorted(data.glob("train/*/000.png"))
+    kept = first.read_bytes()
     for change in CHANGES.values():
-        kept = first.read_bytes()
         change(first)
-        one_error(cli(argv, SCRIPTS[name]), f"--data {own_data}", "images", "--suffix")
-        one_error(cli(["--resume", folder / "1.pt", "--device", "cpu"], SCRIPTS[name]), f"--data {own_data}")
-        first.write_bytes(kept)
-        first.with_name("zzz.png").unlink(missing_ok=True)
-    assert content(folder) == before
+        try:
+            one_error(cli(run.argv, SCRIPTS[name]), f"--data {data}", "images", "--suffix")
+            one_error(cli(["--resume", run.folder / "1.pt", "--device", "cpu"], SCRIPTS[name]), f"--data {data}")
+        finally:
+            first.write_bytes(kept)
+            first.with_name("zzz.png").unlink(missing_ok=True)
+    assert content(run.folder) == before
 
 
 def weights_of(state):
@@ -379,16 +428,22 @@ def weights_of(state):
 
 
 @pytest.mark.parametrize("how", ["auto", "file"])
-@pytest.mark.parametrize("name", ["TrainSimCLR", "TrainCamNet"])
-def test_data_that_has_moved_is_accepted(own_data, finished, tmp_path, cli, name, how):
-    folder, argv = unfinished(name, own_data, tmp_path / "models", cli)
-    moved = own_data.rename(tmp_path / "moved")
-    words = argv if how == "auto" else ["--resume", folder / "1.pt", "--device", "cpu"]
-    done = cli([*words, "--data", moved], SCRIPTS[name])
+@pytest.mark.parametrize("name", LAST)
+def test_data_that_has_moved_is_accepted(copied, data, tmp_path, cli, name, how):
+    run = copied(name, LAST[name])
+    words = run.argv if how == "auto" else ["--resume", run.folder / "1.pt", "--device", "cpu"]
+    with moved(data, tmp_path / "moved") as place:
+        done = cli([*words, "--data", place], SCRIPTS[name])
     assert done.code == 0, done.err
     assert "continuing at step" in done.out
-    expected = weights_of(finished(name).state)
-    assert weights_of(state_of(tmp_path / "models")) == expected
+    assert weights_of(state_of(run.models_dir)) == weights_of(run.state)
+
+
+def test_evaluation_asks_for_the_new_place_of_data_that_have_moved(copied, data, tmp_path, cli):
+    argv = [copied("TrainSimCLR").folder, "--device", "cpu"]
+    with moved(data, tmp_path / "moved") as place:
+        one_error(cli(argv, Evaluate), f"its images were in {data}", "--data")
+        assert cli([*argv, "--data", place], Evaluate).code == 0
 
 
 # ---------------------------------------------------------------------------------------------------- kills
@@ -470,6 +525,29 @@ def catches_signals(process):
     return all(caught >> (number - 1) & 1 for number in CODES)
 
 
+LAUNCHER = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "TrainSimCLR.py"])
+time.sleep(60)
+"""
+
+
+def test_a_rank_whose_launcher_dies_during_its_imports_ends(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # of torchrun
+    launcher = start("-c", LAUNCHER)
+    while not children_of(launcher.pid):
+        time.sleep(0.001)
+    (rank,) = children_of(launcher.pid)
+    while not catches_signals(rank):
+        time.sleep(0.001)
+    launcher.kill()
+    end = time.monotonic() + 10
+    while runs(rank) and time.monotonic() < end:
+        time.sleep(0.001)
+    assert not runs(rank)
+    assert "nothing had begun yet" in finish(launcher).err
+
+
 @pytest.mark.parametrize(
     "script, number",
     [
@@ -534,16 +612,16 @@ def test_a_signal_ends_a_script_wherever_it_is(data, finished, tmp_path, fork, c
 
 
 @pytest.mark.parametrize("number", CODES, ids=["SIGTERM", "SIGINT"])
-def test_a_signal_to_one_rank_ends_all_whatever_is_logged(data, tmp_path, ranks, number):
+def test_a_signal_to_one_rank_ends_all_whatever_is_logged(data, tmp_path, number):
     models_dir = tmp_path / "models"
     argv = flags_of("TrainSimCLR", data, models_dir, "--epochs", "5000", "--eval_iter", "0", "--log_iter", "100000")
-    both = ranks(TrainSimCLR, argv)
-    wait_for(lambda: count_lines(models_dir, "*/metrics.jsonl"), both[0])
-    both[1].send(number)
+    ranks = start_ranks(TrainSimCLR, argv, tmp_path)
+    wait_for(lambda: count_lines(models_dir, "*/metrics.jsonl"), ranks[0])
+    ranks[1].send(number)
     sent = time.monotonic()
-    assert [rank.wait(30) for rank in both] == [0, CODES[number]], both[0].output() + both[1].output()
+    assert [rank.wait(30) for rank in ranks] == [0, CODES[number]], ranks[0].output() + ranks[1].output()
     assert time.monotonic() - sent < 5
-    assert both[0].output().count("interrupted: saved") == 1
+    assert ranks[0].output().count("interrupted: saved") == 1
     assert Utils.newest_checkpoint(only_run(models_dir))
 
 
@@ -694,41 +772,78 @@ def test_a_checkpoint_of_another_version_has_the_usual_flags(copied, cli):
     assert "is of another version: it lacks" in done.out
 
 
-def test_a_worker_that_is_killed_is_one_line(data, tmp_path, cli, monkeypatch):
+STREAMED = ["--storage", "stream", "--n_workers", "1"]
+WITH_WORKERS = {
+    "decoding": (TrainSimCLR, ["--n_workers", "1"]),
+    "training": (TrainSimCLR, STREAMED),
+    "training a generator": (TrainCamNet, STREAMED),
+    "evaluation": (Evaluate, STREAMED),
+    "features": (Export, ["--n_workers", "1"]),
+}
+
+
+@pytest.mark.parametrize("work", WITH_WORKERS)
+def test_a_worker_that_is_killed_is_one_line(copied, data, tmp_path, cli, monkeypatch, work):
+    script, more = WITH_WORKERS[work]
+    if script is Evaluate:
+        argv = [copied("TrainSimCLR").folder, "--device", "cpu", *more]
+    elif script is Export:
+        argv = [copied("TrainSimCLR").folder, "--features", data, "--out", tmp_path / "features.csv", *more]
+    else:
+        argv = flags_of(script.__name__, data, tmp_path / "models", *more)
     parent = os.getpid()
     decode = Images.Decode.decode
+    is_checked = work == "decoding"  # streamed files are decoded at the start, to find those that are bad
 
     def killed(*args):
-        if os.getpid() != parent:
+        if os.getpid() != parent and is_checked:
             os.kill(os.getpid(), signal.SIGKILL)
         return decode(*args)
 
+    def check(cache, skip_bad):
+        nonlocal is_checked
+        is_checked = True
+        return {}
+
     monkeypatch.setattr(Images.Decode, "decode", killed)
-    argv = flags_of("TrainSimCLR", data, tmp_path / "models", "--storage", "stream", "--n_workers", "1")
-    argv += ["--data_dir", str(tmp_path / "cache")]
-    one_error(cli(argv), "--n_workers 0")
+    monkeypatch.setattr(Images.Cache.Cache, "find_bad", check)
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))  # looks more often
+    one_error(cli([*argv, "--data_dir", tmp_path / "cache"], script), "--n_workers 0", "--shm-size")
+    assert not (tmp_path / "features.csv").exists()
 
 
-def small_shared_memory(kib):
-    """Give this process a /dev/shm of its own, of this size."""
-    new_mount_namespace = 0x20000  # CLONE_NEWNS of unshare(2)
-    assert ctypes.CDLL(None).unshare(new_mount_namespace) == 0
-    for command in ("mount --make-rprivate /", f"mount -t tmpfs -o size={kib}k tmpfs /dev/shm"):
-        subprocess.run(command.split(), check=True)
+def small_shm(size):
+    """Return a function for Child: give it a /dev/shm of its own, of this size."""
+
+    def prepare():
+        Images.Decode.notice_full_shm.cache_clear()  # another test may have printed it
+        new_mounts = 0x20000  # CLONE_NEWNS of unshare(2)
+        assert ctypes.CDLL(None).unshare(new_mounts) == 0
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "/dev/shm"], check=True)
+
+    return prepare
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounts, as root on Linux")
-@pytest.mark.parametrize("storage", ["memory", "stream"])
-@pytest.mark.parametrize("kib, code", [(16, 2), (128, 0)])  # too little for the workers' locks; for images of 64 pixels
-def test_too_little_shared_memory_is_one_line(data, tmp_path, fork, storage, kib, code):
-    argv = flags_of("TrainSimCLR", data, tmp_path / "models", "--n_workers", "2", "--storage", storage)
-    argv += ["--data_dir", str(tmp_path / "cache"), "--size", "64"]
-    child = fork(TrainSimCLR, argv, partial(small_shared_memory, kib))
+def can_mount():
+    """Return whether this user may mount file systems, in a place that only one process sees."""
+    words = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
+    return shutil.which("unshare") is not None and subprocess.run(words, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs root")
+@pytest.mark.parametrize("size, code", [("4k", 2), ("48k", 0)])
+def test_shared_memory_that_is_too_small(data, finished, tmp_path, fork, size, code):
+    more = ["--n_workers", "1", "--data_dir", tmp_path / "cache"]
+    argv = flags_of("TrainSimCLR", data, tmp_path / "models", *more)
+    child = fork(TrainSimCLR, argv, small_shm(size))
     assert child.wait() == code, child.output()
-    assert ("error: " in child.output()) == (code == 2)
-    assert child.output().count("images are read more slowly") <= 1
-    assert "docker run --shm-size=1g" in child.output()
     assert "Traceback" not in child.output()
+    assert child.output().count("docker run --shm-size") == child.output().count("--n_workers 0") == 1
+    if code == 2:
+        assert is_one_line(child.output())
+    else:
+        assert problem_of(state_of(tmp_path / "models"), finished("TrainSimCLR").state) == ""
 
 
 @pytest.mark.parametrize("name", ["TrainSimCLR", "TrainCamNet"])

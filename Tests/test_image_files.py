@@ -564,12 +564,13 @@ def test_without_shared_memory_images_take_another_way(load, tmp_path, monkeypat
 
     expected = load(data_dir=tmp_path / "before")
     monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
-    Decode._say_that_shared_memory_is_full.cache_clear()
+    Decode.notice_full_shm.cache_clear()
     split = load(storage=storage, n_workers=2)
     line, *others = capsys.readouterr().err.splitlines()
     assert "docker run --shm-size=1g" in line and not others
     for indices, images in split.batches(BATCHES):
         assert torch.equal(images, expected.images[indices])
+    assert capsys.readouterr().err == ""  # once is enough
 
 
 def test_workers_that_cannot_be_started(load, monkeypatch):

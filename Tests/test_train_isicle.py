@@ -30,6 +30,7 @@ import TrainCamNet
 import TrainISICLE
 import TrainSimCLR
 import Utils
+from Benchmarks.Forks import start_ranks
 from CamNet import Bank
 from CamNet.Corruptions import Corruption
 from Images.Split import Split
@@ -326,9 +327,9 @@ def test_refresh_makes_a_new_bank_every_e_epochs(quick, models, cli):
     assert bank.stem.endswith("-1")
 
 
-def test_several_processes_change_the_bank_together(quick, models, ranks):
+def test_several_processes_change_the_bank_together(quick, models, tmp_path):
     argv = quick(models, "--num_codes", "2", "--refresh", "1", "--eval_iter", "1", "--epochs", "2", "--bs", "48")
-    first, second = ranks(TrainISICLE, [*argv, "--suffix", "two", "--no-baselines"])
+    first, second = start_ranks(TrainISICLE, [*argv, "--suffix", "two", "--no-baselines"], tmp_path)
     assert (first.wait(), second.wait()) == (0, 0), first.output() + second.output()
     assert first.output().count("made in") == 2
     assert first.output().count("generator: ") == 1
