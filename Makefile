@@ -29,7 +29,7 @@ demo: .venv/.installed
 
 test: .venv/.installed-dev lint
 	@echo "== tests: a few minutes on two cores; those that need a GPU or real images say why they are skipped"
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 soak: .venv/.installed-dev
 	@echo "== attacks on the training scripts: about an hour on two cores"
