@@ -68,7 +68,7 @@ def test_test_installs_both_and_runs_ruff_and_pytest(make):
     assert code == 0
     assert [line.split()[-1] for line in installed(asked)] == ["requirements.txt", "requirements-dev.txt"]
     assert all("-c constraints.txt" in line for line in installed(asked))
-    assert asked[-3:] == ["check .", "format --check .", "-m pytest -n 2 --dist loadfile"]
+    assert asked[-3:] == ["check .", "format --check .", "-m pytest -n 2 --dist worksteal"]
     assert installed(make("test")[0]) == []
 
 
