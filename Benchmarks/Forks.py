@@ -8,6 +8,7 @@ import shlex
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.utils import save_image
+from tqdm import tqdm
 
 import Utils
 from CamNet.Bank import fingerprint
@@ -64,6 +66,7 @@ class Child:
 
     def _become(self, script, argv, prepare):
         code = 1
+        tqdm.set_lock(threading.RLock())  # tqdm's own one is shared by forks: one that is killed could hold it for ever
         try:
             sys.stdout = sys.stderr = self.log.open("w", buffering=1)
             os.dup2(sys.stdout.fileno(), 1)
