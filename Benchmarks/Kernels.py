@@ -100,8 +100,7 @@ def isicle_trainer(bs, device, words=(), on_device=True):
 
 
 def _trainer(args, positives, device):
-    args.small_stem = True
-    args.image_size = SIZE
+    TrainSimCLR.check_flags(args, world=1)
     torch.manual_seed(0)
     trainer = TrainSimCLR.Trainer(args, noise_split(2 * args.bs, device), positives, device)
     trainer.net.train()

@@ -1,6 +1,6 @@
 """Attack the training scripts many times, and count what they survive: kills, full disks, damage, two starts at once.
 
-    python -m Benchmarks.Soak                     # about 300 tries, half an hour on two cores; Results/soak.json
+    python -m Benchmarks.Soak                     # about 300 tries; Results/soak.json
     python -m Benchmarks.Soak --quick             # a tenth of them
     python -m Benchmarks.Soak --only torchrun     # the kinds with that word
 

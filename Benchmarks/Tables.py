@@ -175,21 +175,6 @@ def compute_of(row):
     return row["encoder_macs"] / 1e12, row["generator_macs"] / 1e12
 
 
-def is_views_control(arm):
-    """Return whether an arm is in the table of real views only: four, eight, or three for ISICLE's total compute."""
-    return arm.startswith(("simclr_full_4_views", "simclr_full_8_views", "simclr_full_extra_view_equal"))
-
-
-def main_arms_table(records):
-    """Return `arms_table` without the arms that only `views_table` shows."""
-    return arms_table([row for row in records if not is_views_control(row["arm"])])
-
-
-def views_table(records):
-    """Return `arms_table` of the arms with real views and colour jitter, and of ISICLE's default."""
-    return arms_table([row for row in records if row["arm"].startswith(("simclr_full", "isicle_full"))])
-
-
 def arms_table(records):
     """Return a table: a row per arm, mean ± standard deviation over its seeds, and what it took."""
     rows = []
@@ -289,8 +274,7 @@ MAKERS = {
     "output": output_block,
     "generator": generator_block,
     "search": search_table,
-    "arms": main_arms_table,
-    "views": views_table,
+    "arms": arms_table,
     "choice": choice_table,
     "soak": soak_table,
     "kernels": kernels_table,
