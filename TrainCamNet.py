@@ -39,7 +39,6 @@ from CamNet.Measures import AT_ONCE, READ, SHOWN, HeldOut, fitness_table, unfit
 from Flags import bounded
 from Optimizers import learning_rate
 
-LONG = 2000  # steps of a run that is worth the minutes that torch.compile takes
 HELD_OUT = 256  # images that the generator is measured on, at most a tenth of the data
 CHUNK = 1024  # candidates in a forward pass of the search
 CUDA_CHUNK = 4096  # on CUDA, where most of the time of a smaller one is launching kernels
@@ -70,7 +69,7 @@ def build_parser(data="shapes", device_type="cpu"):
     run = Flags.add_run_group(parser, "periods")
     sample = "periods between pictures; 0: only at the end"
     run.add_argument("--sample_iter", type=bounded(int, 0), default=5, metavar="P", help=sample)
-    compiled = f"torch.compile of the training step; auto: on CUDA, in runs of {LONG:,} steps or more"
+    compiled = f"torch.compile of the training step; auto: on CUDA, in runs of {Utils.COMPILED_FROM:,} steps or more"
     run.add_argument("--compile", choices=["auto", "yes", "no"], default="auto", help=compiled)
     parser.set_defaults(**Data.get_row(data).generator_recipe_for(device_type))
     return parser
@@ -201,8 +200,7 @@ class Trainer:
 
         # speed
         self.bf16 = Utils.set_precision(args.precision, device)
-        is_long = device.type == "cuda" and self.steps >= LONG
-        is_compiled = args.compile == "yes" or (args.compile == "auto" and is_long)
+        is_compiled = Utils.is_compiled(args.compile, self.steps, device)
         self.loss = torch.compile(IMLE.loss, dynamic=False) if is_compiled else IMLE.loss
 
         # for the log

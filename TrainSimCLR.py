@@ -132,7 +132,7 @@ def add_run_flags(group):
     add("--eval_iter", type=bounded(int, 0), default=10, metavar="E", help="epochs between scores; 0: only at the end")
     baselines = "at the end, also score raw pixels, the untrained encoder, and a probe on augmented images"
     add("--baselines", action=argparse.BooleanOptionalAction, default=True, help=baselines)
-    compiled = "torch.compile; auto: on CUDA, in runs of 2,000 steps or more"
+    compiled = f"torch.compile; auto: on CUDA, in runs of {Utils.COMPILED_FROM:,} steps or more"
     add("--compile", choices=["auto", "yes", "no"], default="auto", help=compiled)
 
 
@@ -211,9 +211,7 @@ class Trainer:
 
         # speed
         self.bf16 = Utils.set_precision(args.precision, device)
-        is_long = device.type == "cuda" and self.steps >= 2000
-        compiled = args.compile == "yes" or (args.compile == "auto" and is_long)
-        self.forward = Distributed.wrap(self.net, device, compiled)
+        self.forward = Distributed.wrap(self.net, device, Utils.is_compiled(args.compile, self.steps, device))
 
     @property
     def epoch(self):

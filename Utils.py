@@ -178,6 +178,14 @@ def set_threads():
         torch.set_num_threads(usable_cores())
 
 
+COMPILED_FROM = 2000  # steps of a run on CUDA that is worth the minutes that torch.compile takes
+
+
+def is_compiled(choice, steps, device):
+    """Return whether a run of that many steps is compiled: --compile yes, or auto where it is worth it."""
+    return choice == "yes" or (choice == "auto" and device.type == "cuda" and steps >= COMPILED_FROM)
+
+
 def set_precision(name, device):
     """Return whether --precision `name` means bf16 on the device, and set whether cuDNN uses tf32."""
     torch.backends.cudnn.allow_tf32 = name != "fp32"
