@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import Data
+import Runs
 import Utils
 from CamNet.Bank import Bank, fill, fingerprint, read, restore
 from CamNet.Corruptions import Corruption
@@ -117,7 +118,7 @@ def newest_generator(args, split, asked):
     """Return the checkpoint of the newest finished run of TrainCamNet.py that `find_generator` looks for, or None."""
     found = []
     for file in Path(args.models_dir).glob("TrainCamNet-*/generator.json"):
-        flags = (Utils.read_json(file.parent / "args.json") or {}).get("args")
+        flags = Runs.stored_flags(file.parent)
         data = (Utils.read_json(file) or {}).get("data_fingerprint")
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # a folder of other content
             if data == split.fingerprint() and not differences(flags, args, asked):
@@ -156,7 +157,7 @@ def load_generator(file, args, split, asked):
     if not {"config", "generator", "args"} <= state.keys():
         raise Utils.UserError(f"--generator {file}: it holds no generator: give a run of TrainCamNet.py")
     try:
-        different = differences(state["args"], args, asked)
+        different = differences(Utils.current_flags(state["args"]), args, asked)
     except KeyError as error:
         raise Utils.UserError(f"--generator {file}: of another version: it lacks {error}: train a new one") from error
     except (TypeError, AttributeError) as error:

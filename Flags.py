@@ -203,6 +203,7 @@ def parse(argv, build_parser):
     parser = build_parser(early.data or stored["data"], device_type)
     defaults = parser.parse_args([])
     note_version(early.resume, stored, vars(defaults))
+    stored = Utils.current_flags(stored)
     kept = {key: stored[key] for key in vars(defaults) if key in stored and key not in ("device", "resume")}
     parser.set_defaults(**kept)
     args = parser.parse_args(argv)
@@ -229,10 +230,14 @@ def given_flags(parser, argv):
 
 
 def note_version(file, stored, defaults):
-    """Print which flags a checkpoint of another version lacks; their defaults are used."""
-    missing = [f"--{key} {value}" for key, value in defaults.items() if key not in stored and key not in RUN_FLAGS]
-    if missing:
-        say(f"{Utils.shown(file)} is of another version: it lacks {', '.join(missing)}: these defaults are used")
+    """Print which flags a checkpoint of another version lacks, whose defaults are used, or which it calls otherwise."""
+    current = Utils.current_flags(stored)
+    missing = [f"--{key} {value}" for key, value in defaults.items() if key not in current and key not in RUN_FLAGS]
+    renamed = [f"--{before} is --{now} {stored[before]}" for before, now in Utils.RENAMED.items() if before in stored]
+    notes = [f"it lacks {', '.join(missing)}: these defaults are used"] if missing else []
+    notes += [f"its {', '.join(renamed)} now"] if renamed else []
+    if notes:
+        say(f"{Utils.shown(file)} is of another version: {'; '.join(notes)}")
 
 
 def fit(args, name, value, reason):

@@ -93,19 +93,19 @@ def add_generator_flags(group):
 
 
 def counts(text):
-    """Check --m: integers of at least 1, joined by commas."""
+    """Check --candidates: integers of at least 1, joined by commas."""
     return ",".join(str(bounded(int, 1)(part)) for part in text.split(","))
 
 
 def codes_per_level(args):
-    """Return --m as a list."""
-    return [int(count) for count in args.m.split(",")]
+    """Return --candidates as a list."""
+    return [int(count) for count in args.candidates.split(",")]
 
 
 def add_search_flags(group, device_type):
     add = group.add_argument
-    m = "codes tried per level, coarse to fine, for example 64,32,16; further levels use the last number"
-    add("--m", type=counts, metavar="M,..", help=m)
+    tried = "codes tried per level, coarse to fine, for example 64,32,16; further levels use the last number"
+    add("--candidates", type=counts, metavar="M,..", help=tried)
     period = "images per period: their codes are searched, then trained on"
     add("--period", type=bounded(int, 1), metavar="N", help=period)
     add("--keep_previous", action="store_true", help="keep an image's previous codes if none nearer are found")
@@ -465,7 +465,7 @@ def build(args, device):
     counts = codes_per_level(args)
     images = searched_at_once(counts, args.chunk, device)
     keys = 4 * 8 * images * max(counts)  # int64, and what they are made from
-    Utils.check_room(keys, device, f"--m {args.m}: the codes of {images} images")
+    Utils.check_room(keys, device, f"--candidates {args.candidates}: the codes of {images} images")
     with Utils.as_user_error():
         generator = build_generator(args, row.size)  # before the images are read, which can take long
         if args.distance != "pixels":

@@ -513,6 +513,18 @@ def all_finite(values):
     return not checks or bool(torch.stack(checks).all())
 
 
+RENAMED = {"m": "candidates"}  # flags of older versions: their names now
+
+
+def current_flags(stored):
+    """Return the flags that a checkpoint or args.json holds, {name: value}, under the names that they have now."""
+    flags = {RENAMED.get(name, name): value for name, value in stored.items()}
+    if "camnet" in flags:  # a command line
+        for before, now in RENAMED.items():
+            flags["camnet"] = re.sub(rf"--{before}\b", f"--{now}", str(flags["camnet"]))
+    return flags
+
+
 def plain(args):
     """Return the flags as plain types, as checkpoints and args.json hold them."""
     values = {}

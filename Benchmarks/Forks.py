@@ -25,7 +25,7 @@ from Images import Shapes
 CLASSES = 3
 COMMON = "--size 16 --bs 8 --log_iter 1 --save_iter 1 --n_workers 0 --device cpu"
 ENCODER = "--backbone resnet8 --epochs 3 --n_ramp 1 --lr 0.1 --proj_hidden 32 --blur_p 0 --eval_iter 1 --no-baselines"
-CAMNET = "--net tiny --corrupt gray --distance pixels --m 4,4 --period 16 --periods 2 --visits 2"
+CAMNET = "--net tiny --corrupt gray --distance pixels --candidates 4,4 --period 16 --periods 2 --visits 2"
 BANK = f"--num_codes 2 --camnet '{CAMNET} --bs 8 --log_iter 1 --save_iter 1'"
 FLAGS = {"TrainSimCLR": ENCODER, "TrainISICLE": f"{ENCODER} {BANK}", "TrainCamNet": CAMNET}
 LONG = {"TrainSimCLR": "--epochs 2000", "TrainISICLE": "--epochs 2000", "TrainCamNet": "--periods 2000"}

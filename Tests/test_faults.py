@@ -700,7 +700,7 @@ SENSELESS = {
     "TrainSimCLR --proj_dim 1000000000": "--proj_dim 1000000000",
     "TrainSimCLR --proj_hidden 1000000000": "--proj_hidden 1000000000",
     f"TrainSimCLR --proj_hidden {HUGE}": "--proj_hidden",
-    "TrainCamNet --m 100000000": "--m",
+    "TrainCamNet --candidates 100000000": "--candidates",
     f"TrainCamNet --chunk {HUGE}": "--chunk",
     f"TrainISICLE --num_codes {HUGE}": "--num_codes",
     "TrainISICLE --num_codes 1000000000": "--num_codes",

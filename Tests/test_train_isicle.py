@@ -35,7 +35,9 @@ from CamNet import Bank
 from CamNet.Corruptions import Corruption
 from Images.Split import Split
 
-GENERATOR = "--net tiny --corrupt gray+down2 --distance pixels --m 4,2 --period 16 --visits 2 --periods 1 --bs 8"
+GENERATOR = (
+    "--net tiny --corrupt gray+down2 --distance pixels --candidates 4,2 --period 16 --visits 2 --periods 1 --bs 8"
+)
 
 
 @pytest.fixture
@@ -445,7 +447,7 @@ def test_a_generator_is_trained_where_there_is_none(monkeypatch, split, tree, tm
 
 
 def test_a_dry_run_says_what_it_takes_and_writes_nothing(quick, tmp_path, cli):
-    small = "--net tiny --distance pixels --m 4,2 --period 16 --visits 2 --bs 8"
+    small = "--net tiny --distance pixels --candidates 4,2 --period 16 --visits 2 --bs 8"
     done = cli(quick(tmp_path / "m", "--dry_run", "--camnet", small))
     assert (done.code, done.err) == (0, "")
     assert "generator: about" in done.out
@@ -467,7 +469,10 @@ def slow_bank():
     Bank.fill.__kwdefaults__["bs"] = 16
 
 
-TRAINED = ("--camnet", "--net tiny --distance pixels --m 4,2 --period 16 --visits 2 --periods 3 --bs 8 --save_iter 1")
+TRAINED = (
+    "--camnet",
+    "--net tiny --distance pixels --candidates 4,2 --period 16 --visits 2 --periods 3 --bs 8 --save_iter 1",
+)
 
 
 def test_killed_in_any_stage_the_next_start_goes_on(quick, tmp_path, cli, fork):
