@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -105,10 +106,10 @@ def find_generator(args, split, asked):
     split: the train split; asked: {flag of TrainCamNet.py: value} that the generator must have been trained with.
     """
     if not args.generator:
-        return newest_generator(args, split, asked)
+        return first_rank_only(lambda: newest_generator(args, split, asked))
     file = Path(args.generator)
     if file.is_dir():
-        file = Utils.newest_checkpoint(file)
+        file = first_rank_only(partial(Utils.newest_checkpoint, file))
     if file is None:
         raise Utils.UserError(f"--generator {args.generator}: no checkpoint there: give a run of TrainCamNet.py")
     return file

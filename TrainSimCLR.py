@@ -659,7 +659,6 @@ def try_out(args, row, folder, trainer):
     if trainer.pace.seconds is not None:  # otherwise the whole run is shorter than the measurement
         print(estimate(trainer))
     print("dry run: nothing was written")
-    Distributed.stop()
     return 0
 
 
@@ -694,7 +693,6 @@ def pretrain(args, row, folder, splits, trainer):
             metadata = encoder_metadata(trainer.net.encoder, args, trainer.epoch, result)
             save_encoder(folder / "encoder.pt", trainer.net.encoder, metadata)
             Runs.farewell(folder)
-    Distributed.stop()
     return interruption.exit_code if stopped else 0
 
 

@@ -50,6 +50,7 @@ def run_script(main, get_args):
         sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be valid text
     try:
         code = main(get_args())
+        Distributed.stop()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
@@ -341,6 +342,18 @@ def locked(file, work, wait=True):
         finally:
             with contextlib.suppress(OSError):
                 Path(file).unlink()
+
+
+@contextlib.contextmanager
+def locked_by_first(file, work):
+    """Hold a lock for all processes of a run: the first of them has it, see `locked`."""
+    with contextlib.ExitStack() as stack:
+
+        def lock():
+            stack.enter_context(locked(file, work))
+
+        Distributed.first_rank_only(lock)
+        yield
 
 
 def remove_unlocked(file):

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from helpers import TORCHRUN, count_lines, losses, only_run, signal_when, start
 from torch import nn
 
 import Distributed
+import TrainCamNet
 import TrainSimCLR
 from Backbones import ContrastiveNet, build_encoder, build_head
 from Benchmarks.Forks import start_ranks
+from Images import Shapes
 from Images.Split import Split
 from Losses import multi_positive, nt_xent
 
@@ -111,6 +114,92 @@ def test_chunks_in_several_processes_are_those_of_one(tmp_path):
             torch.testing.assert_close(other_state[name], state[name], rtol=1e-4, atol=1e-5, msg=name)
         for name, gradient in gradients.items():
             assert (other_gradients[name] - gradient).norm() < 1e-3 * gradient.norm(), name
+
+
+SEARCH = (
+    "--net tiny --corrupt gray --distance pixels --period 30 --visits 2 --bs 4 --precision fp32 --lr 0 --device cpu"
+)
+
+
+def small_generator(*more):
+    """A Trainer of 30 images of 8 pixels, of which 3 are held out; it searches 4 at once."""
+    args = TrainCamNet.get_args([*SEARCH.split(), *more])
+    labels = torch.arange(30) % 10
+    split = Split(Shapes.draw(labels, 8, torch.Generator().manual_seed(0)), labels, Shapes.CLASSES)
+    parts = (split, TrainCamNet.build_generator(args, 8), TrainCamNet.Distances.Pixels(), [6])
+    trainer = TrainCamNet.Trainer(args, *parts, torch.device("cpu"))
+    trainer.searched_at_once = 4
+    return trainer
+
+
+def searched(rank, world):
+    """The codes of two periods of the same images: the second keeps those that it does not improve."""
+    trainer = small_generator("--keep_previous", "--reject", "0.05")
+    found = []
+    for step in (0, trainer.steps_per_period):
+        trainer.step = step
+        period = trainer.prepare(SimpleNamespace(signal=None), "", quiet=True)
+        assert torch.equal(trainer.chosen[trainer.rows_of(trainer.period)], period.keys)
+        found.append(trainer.chosen.clone())
+    return found, period.distances
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_search_finds_the_same_codes_in_any_number_of_processes(world, tmp_path):
+    codes, distances = searched(0, 1)
+    assert [int((each != TrainCamNet.IMLE.NONE).all(dim=1).sum()) for each in codes] == [27, 27]
+    assert 0 < (codes[0] != codes[1]).all(dim=1).sum() < 27
+    for other_codes, other_distances in processes(world, searched, tmp_path):
+        assert all(torch.equal(one, other) for one, other in zip(codes, other_codes))
+        assert other_distances == distances
+
+
+def generator_steps(rank, world):
+    """(loss, gradients) of a step of four images and of the last one, of three; the weights and their average."""
+    trainer = small_generator()
+    period = trainer.prepare(SimpleNamespace(signal=None), "", quiet=True)
+    steps = []
+    for part in list(trainer.parts(27))[5:7]:
+        loss = trainer.update(period, part)
+        steps.append((loss, {name: each.grad.clone() for name, each in trainer.net.named_parameters()}))
+    return steps, trainer.net.state_dict(), trainer.ema.state_dict(), trainer.total
+
+
+def test_a_step_of_the_generator_is_that_of_one_process(tmp_path):
+    steps, net, ema, total = generator_steps(0, 1)
+    assert all(gradient.abs().sum() > 0 for _, gradients in steps for gradient in gradients.values())
+    for other_steps, other_net, other_ema, other_total in processes(4, generator_steps, tmp_path):
+        torch.testing.assert_close(other_total, total, rtol=1e-5, atol=0)
+        assert all(torch.equal(other_net[name], net[name]) for name in net)  # the rate is 0
+        assert all(torch.equal(other_ema[name], ema[name]) for name in ema)
+        for (loss, gradients), (other_loss, other_gradients) in zip(steps, other_steps):
+            torch.testing.assert_close(other_loss, loss, rtol=1e-5, atol=0)
+            for name, gradient in gradients.items():
+                assert (other_gradients[name] - gradient).norm() < 1e-4 * gradient.norm() + 1e-9, name
+                assert other_gradients[name].stride() == gradient.stride()
+
+
+def compiled_batches(rank, world):
+    """The numbers of images that the compiled loss is given in a period: batches of four, a last one of three."""
+    sizes = []
+
+    def stand_in(function, dynamic):
+        def compiled(net, distance, condition, wanted, keys):
+            sizes.append(len(keys))
+            return function(net, distance, condition, wanted, keys)
+
+        return compiled
+
+    torch.compile = stand_in  # in this process alone
+    trainer = small_generator("--compile", "yes", "--visits", "1")
+    period = trainer.prepare(SimpleNamespace(signal=None), "", quiet=True)
+    for part in trainer.parts(27):
+        trainer.update(period, part)
+    return sizes
+
+
+def test_the_compiler_sees_one_shape_in_each_process(tmp_path):
+    assert processes(3, compiled_batches, tmp_path) == [6 * [2], 6 * [1], 6 * [1]]
 
 
 def share(rank, world):

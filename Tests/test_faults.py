@@ -611,11 +611,15 @@ def test_a_signal_ends_a_script_wherever_it_is(data, finished, tmp_path, fork, c
     assert problem_of(state_of(tmp_path / "models"), finished(name).state) == ""
 
 
+LONG = {"TrainSimCLR": ("--epochs", "5000", "--eval_iter", "0"), "TrainCamNet": ("--periods", "5000")}
+
+
 @pytest.mark.parametrize("number", CODES, ids=["SIGTERM", "SIGINT"])
-def test_a_signal_to_one_rank_ends_all_whatever_is_logged(data, tmp_path, number):
+@pytest.mark.parametrize("name", LONG)
+def test_a_signal_to_one_rank_ends_all_whatever_is_logged(data, tmp_path, name, number):
     models_dir = tmp_path / "models"
-    argv = flags_of("TrainSimCLR", data, models_dir, "--epochs", "5000", "--eval_iter", "0", "--log_iter", "100000")
-    ranks = start_ranks(TrainSimCLR, argv, tmp_path)
+    argv = flags_of(name, data, models_dir, *LONG[name], "--log_iter", "100000")
+    ranks = start_ranks(SCRIPTS[name], argv, tmp_path)
     wait_for(lambda: count_lines(models_dir, "*/metrics.jsonl"), ranks[0])
     ranks[1].send(number)
     sent = time.monotonic()

@@ -33,6 +33,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import Data
 import TrainCamNet
 import Utils
+from Benchmarks.Forks import start_ranks
 from CamNet import IMLE, Measures
 from CamNet.Corruptions import Corruption
 from Images import Shapes
@@ -276,6 +277,40 @@ def test_every_image_takes_part_as_often_and_held_out_ones_never(flags, tmp_path
         assert torch.cat(parts).bincount().tolist() == [2] * 16  # --visits
         trainer.step += 3
         assert [part.tolist() for part in trainer.parts(16)] == [part.tolist() for part in parts[3:]]
+
+
+# ---------------------------------------------------------------------------------------------------- two processes
+
+
+def test_two_processes_train_the_generator_of_one(flags, whole, tmp_path):
+    ranks = start_ranks(TrainCamNet, flags(tmp_path), tmp_path)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output() + ranks[1].output()
+    assert ranks[1].output() == ""
+    (folder,) = tmp_path.glob("TrainCamNet-*")
+    assert folder.name == whole.folder.name
+    assert len(ranks[0].output().splitlines()) == len(whole.out.splitlines())
+    for name in ("", "single_code"):
+        one, two = (each / name for each in (whole.folder, folder))
+        assert len(list(two.glob("*tfevents*"))) == 1
+        assert [line["step"] for line in lines(two)] == [line["step"] for line in lines(one)]
+        for line, other in zip(numbers(one), numbers(two)):
+            assert other == pytest.approx(line, rel=0.02, abs=1e-6)
+        chosen = [torch.load(each / "1.pt", weights_only=True)["chosen"] for each in (one, two)]
+        assert torch.equal(*chosen)  # later codes depend on the weights, which differ by rounding
+    for name, value in measures(whole.folder).items():
+        expected = pytest.approx(value, rel=0.05, abs=1e-6) if isinstance(value, float) else value
+        assert measures(folder)[name] == expected
+
+
+def test_a_run_of_two_processes_goes_on_in_one(flags, whole, tmp_path, cli):
+    argv = flags(tmp_path / "models", *ALONE)
+    ranks = start_ranks(TrainCamNet, argv, tmp_path)
+    wait_for(lambda: count_lines(tmp_path, "models/*/metrics.jsonl") >= STEPS + 3, ranks[0])
+    ranks[1].kill()
+    assert ranks[0].wait() == 2
+    one_error(SimpleNamespace(code=2, err=ranks[0].output()), "another process of this run has ended")
+    assert cli([*argv, "--resume", "auto"]).code == 0
+    assert measures(only_run(tmp_path / "models")).keys() < measures(whole.folder).keys()
 
 
 # ---------------------------------------------------------------------------------------------------- a second start

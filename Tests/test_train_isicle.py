@@ -440,10 +440,6 @@ def test_a_generator_is_trained_where_there_is_none(monkeypatch, split, tree, tm
     other = TrainISICLE.get_args([*argv, "--camnet", "--periods 8"])
     _, flags = TrainISICLE.generator_flags(other)
     assert Banks.find_generator(other, split, flags) is None
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused = (other, split, *TrainISICLE.generator_flags(other))
-    command = f"first run python TrainCamNet.py --data={tree}"
-    one_line(lambda: TrainISICLE.train_generator(*refused), "torchrun", command, "--periods 8")
 
 
 def test_a_dry_run_says_what_it_takes_and_writes_nothing(quick, tmp_path, cli):
