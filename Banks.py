@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import Data
+import Distributed
 import Runs
 import Utils
 from CamNet.Bank import Bank, fill, fingerprint, read, restore
@@ -32,6 +33,7 @@ class BankSchedule:
         Utils.load_parts(checkpoint, state, generator=self.generator)
         self.fingerprint = fingerprint(self.generator.state_dict())[:8]
         self.bf16 = Utils.set_precision(args.precision, device)
+        self.processes = Distributed.count()
         self.index = None  # of the current bank
         self.bank = None
 
@@ -54,7 +56,7 @@ class BankSchedule:
         index = min(epoch, last) // self.args.refresh if self.args.refresh else 0
         if index == self.index:
             return self.bank
-        first_rank_only(lambda: self.make(index))
+        self.make(index)
         if self.index is not None:
             first_rank_only(lambda: self.remove(self.index))
         try:
@@ -71,17 +73,32 @@ class BankSchedule:
         file = self.file(index)
         k = self.args.num_codes
         seed = Utils.derived_seed(self.args.seed, index)
-        if not file.exists():
-            gib = len(self.split) * k * 3 * self.split.size**2 / 2**30
-            seconds = self.estimate(seed)
-            print(
-                f"bank: {k} restorations of {len(self.split)} images, {gib:.2f} GiB, about {seconds:.0f} s", flush=True
-            )
+        first_rank_only(lambda: self.announce(index, seed))
         started = time.perf_counter()
-        with Utils.as_user_error(), Utils.locked(file.with_name(f".{file.name}.lock"), f"filling {file}"):
-            made = fill(file, self.generator, self.split, k, seed, self.device, self.autocast, quiet=Utils.quiet())
+        lock = file.with_name(f".{file.name}.lock")
+        with Utils.as_user_error(), Utils.locked_by_first(lock, f"filling {file}"):
+            made = fill(
+                file,
+                self.generator,
+                self.split,
+                k,
+                seed,
+                self.device,
+                self.autocast,
+                quiet=Utils.quiet() or not Distributed.is_first(),
+                first_only=first_rank_only,
+                spread=Distributed.spread,
+            )
         outcome = f"made in {time.perf_counter() - started:.0f} s" if made else "found"
-        print(f"bank: {Utils.shown(file)}, {outcome}", flush=True)
+        say(f"bank: {Utils.shown(file)}, {outcome}")
+
+    def announce(self, index, seed):
+        """Print the size of a bank that is not there yet, and how long the filling takes."""
+        if self.file(index).exists():
+            return
+        gib = len(self.split) * self.args.num_codes * 3 * self.split.size**2 / 2**30
+        size = f"{self.args.num_codes} restorations of {len(self.split)} images, {gib:.2f} GiB"
+        print(f"bank: {size}, about {self.estimate(seed):.0f} s", flush=True)
 
     def estimate(self, seed, most=64):
         """Return the seconds that the filling will take, estimated from a few images."""
@@ -91,7 +108,7 @@ class BankSchedule:
             started = time.perf_counter()
             restore(self.generator, images, rows, 1, seed, self.autocast).cpu()
             seconds = time.perf_counter() - started
-        return seconds * self.args.num_codes * len(self.split) / len(rows)
+        return seconds * self.args.num_codes * len(self.split) / len(rows) / self.processes
 
     def remove(self, index):
         """Remove a bank that is not used any more."""

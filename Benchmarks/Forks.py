@@ -114,10 +114,10 @@ class Child:
         return self.log.read_text(errors="replace")
 
 
-def start_ranks(script, argv, folder, world=2):
+def start_ranks(script, argv, folder, world=2, prepare=None):
     """Start a script in several processes that form a group, as torchrun does; return their `Child`s by rank.
 
-    folder: for the files of their lines.
+    folder: for the files of their lines. prepare: called in each of them first.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -126,9 +126,15 @@ def start_ranks(script, argv, folder, world=2):
     ranks = []
     for rank in range(world):
         environment = place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        prepare = functools.partial(os.environ.update, environment)
-        ranks.append(Child(script, argv, Path(folder) / f"rank{rank}.log", prepare))
+        begin = functools.partial(_begin_rank, environment, prepare)
+        ranks.append(Child(script, argv, Path(folder) / f"rank{rank}.log", begin))
     return ranks
+
+
+def _begin_rank(environment, prepare):
+    os.environ.update(environment)
+    if prepare:
+        prepare()
 
 
 def is_one_line(text):
