@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import shutil
 import signal
 import socket
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,12 +14,15 @@ import torch
 import torch.multiprocessing as mp
 from helpers import TORCHRUN, count_lines, losses, only_run, signal_when, start
 from torch import nn
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import Distributed
 import TrainCamNet
+import TrainISICLE
 import TrainSimCLR
+import Utils
 from Backbones import ContrastiveNet, build_encoder, build_head
-from Benchmarks.Forks import start_ranks
+from Benchmarks.Forks import draw_images, flags_of, problem_of, start_ranks, state_of
 from Images import Shapes
 from Images.Split import Split
 from Losses import multi_positive, nt_xent
@@ -32,12 +37,16 @@ def _process(rank, world, port, work, file):
     Distributed.stop()
 
 
-def processes(world, work, tmp_path):
-    """[what work(rank, world) returns in each of `world` processes]."""
+def free_port():
+    """A port of this machine that no process uses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(_process, (world, port, work, tmp_path / "rank"), world, start_method="fork")
+        return free.getsockname()[1]
+
+
+def processes(world, work, tmp_path):
+    """[what work(rank, world) returns in each of `world` processes]."""
+    mp.start_processes(_process, (world, free_port(), work, tmp_path / "rank"), world, start_method="fork")
     return [torch.load(f"{tmp_path / 'rank'}{rank}") for rank in range(world)]
 
 
@@ -246,6 +255,43 @@ def test_a_run_in_two_processes_has_the_losses_of_one(quick, tmp_path, cli):
     assert deviation < 1e-3
     assert len(list(folder.glob("events.*"))) == 1  # from one process
     assert len(json.loads((folder / "args.json").read_text())["starts"]) == 1
+
+
+def begin(argv):
+    """A process of a launcher: run TrainISICLE.py with these flags."""
+    sys.argv = ["TrainISICLE.py", *argv]
+    with pytest.raises(SystemExit) as caught:
+        Utils.run_script(TrainISICLE.main, lambda: TrainISICLE.get_args(argv))
+    return caught.value.code
+
+
+EPOCH = ("--epochs", "1", "--n_ramp", "0")
+
+
+def launch(machine, port, data, models_dir):
+    """A machine: what `torchrun --nnodes 2 --rdzv_backend c10d` does, with a process that is forked."""
+    config = LaunchConfig(
+        min_nodes=2,
+        max_nodes=2,
+        nproc_per_node=1,
+        run_id="test",
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"127.0.0.1:{port}",
+        start_method="fork",
+    )
+    argv = flags_of("TrainISICLE", data, models_dir, *EPOCH, "--data_dir", models_dir / f"cache{machine}")
+    assert list(elastic_launch(config, begin)(argv).values()) == [0]
+
+
+def test_two_machines_end_in_the_bits_of_one(tmp_path):
+    data = draw_images(tmp_path / "data")
+    mp.start_processes(launch, (free_port(), data, tmp_path / "two"), 2, start_method="fork")
+    assert all(any((tmp_path / "two" / f"cache{machine}" / ".cache").iterdir()) for machine in range(2))
+    ranks = start_ranks(TrainISICLE, flags_of("TrainISICLE", data, tmp_path / "one", *EPOCH), tmp_path)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output() + ranks[1].output()
+    for cache in (tmp_path / "two").glob("cache*"):
+        shutil.rmtree(cache)
+    assert problem_of(state_of(tmp_path / "two"), state_of(tmp_path / "one")) == ""
 
 
 def test_a_mistake_is_reported_once(quick, tmp_path):
