@@ -85,7 +85,7 @@ class BankSchedule:
                 seed,
                 self.device,
                 self.autocast,
-                quiet=Utils.quiet() or not Distributed.is_first(),
+                quiet=Utils.quiet(),
                 first_only=first_rank_only,
                 spread=Distributed.spread,
             )

@@ -130,6 +130,15 @@ def any_process(flag):
     return count.item() > 0
 
 
+def is_same(value):
+    """Return whether a value, anything that can be pickled, is equal in all processes."""
+    if not is_joined():
+        return True
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_host_group())
+    return all(each == value for each in values)
+
+
 @functools.cache
 def _host_group():
     """Return a group of all processes that communicates on the CPU."""

@@ -11,7 +11,7 @@ import torch
 import Data
 import Utils
 from Backbones import build_encoder, load_weights
-from Distributed import say
+from Distributed import is_same, say
 from Images.Folders import DATA_DIR
 
 LARGEST_SEED = 2**32 - 1  # other seeds are made from it by multiplication
@@ -267,6 +267,7 @@ def file_options(args, device):
 def splits_for(args, device):
     """Return the `Data.Splits` of a run's flags, on `device`."""
     splits = Data.get_data_splits(args.data, args.eval, file_options(args, device))
+    check_machines(args, splits.train, splits.test)
     train = splits.train.to(device)
     test = train if splits.eval == "cv" else splits.test.to(device)
     return Data.Splits(train, test, splits.eval)
@@ -274,7 +275,16 @@ def splits_for(args, device):
 
 def train_split_for(args, device):
     """Return the train split of a run's flags, on `device`: the only images that a generator sees."""
-    return Data.get_train_split(args.data, file_options(args, device)).to(device)
+    split = Data.get_train_split(args.data, file_options(args, device))
+    check_machines(args, split)
+    return split.to(device)
+
+
+def check_machines(args, *splits):
+    """Raise UserError unless all processes of a run, which can be on several machines, have the same images."""
+    if not is_same([split.fingerprint() for split in splits]):
+        place = Utils.shown(args.data)
+        raise Utils.UserError(f"--data {place}: the processes have different images: give every machine the same files")
 
 
 def augmentation_for(args, aug=None):

@@ -226,7 +226,7 @@ class Run:
         self.folder = Path(folder)
         self.writes = writes
         self.started = time.perf_counter()
-        self.quiet = Utils.quiet() or not writes
+        self.quiet = Utils.quiet()
         self.before = 0.0  # seconds of earlier starts
         if not writes:
             return

@@ -445,7 +445,8 @@ def finish_epoch(trainer, run, splits, loss, interruption):
             trainer.save(run.folder)
         scores = {}
         if not is_last:
-            scores = interruption.cut_short(lambda: score_epoch(trainer, run, splits)) or {}
+            with Distributed.alone():
+                scores = interruption.cut_short(lambda: score_epoch(trainer, run, splits)) or {}
         text = "".join(f"  {name} {100 * value:.2f} %" for name, value in scores.items())
         tqdm.write(f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  {run.clock():.0f} s{text}")
     Distributed.barrier()
@@ -675,7 +676,8 @@ def pretrain(args, row, folder, splits, trainer):
         if run.writes:
             describe(args, row, trainer, folder)
         if run.writes and unscored:
-            score_epoch(trainer, run, splits)
+            with Distributed.alone():
+                score_epoch(trainer, run, splits)
 
         # train
         stopped = False
@@ -689,7 +691,8 @@ def pretrain(args, row, folder, splits, trainer):
 
         # score
         if run.writes and not stopped:
-            result = finish_run(trainer, run, splits, again=first_step == trainer.step)
+            with Distributed.alone():
+                result = finish_run(trainer, run, splits, again=first_step == trainer.step)
             metadata = encoder_metadata(trainer.net.encoder, args, trainer.epoch, result)
             save_encoder(folder / "encoder.pt", trainer.net.encoder, metadata)
             Runs.farewell(folder)

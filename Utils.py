@@ -121,8 +121,8 @@ def _escaped(character):
 
 
 def quiet():
-    """Return whether to hide progress bars: standard error is no terminal."""
-    return not sys.stderr.isatty()
+    """Return whether to hide progress bars: standard error is no terminal, or another process shows them."""
+    return not (sys.stderr.isatty() and Distributed.is_first())
 
 
 def derived_seed(seed, index):

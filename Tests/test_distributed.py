@@ -17,6 +17,9 @@ from torch import nn
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import Distributed
+import Evaluate
+import Export
+import Flags
 import TrainCamNet
 import TrainISICLE
 import TrainSimCLR
@@ -233,6 +236,25 @@ def test_without_torchrun_nothing_is_distributed():
     assert Distributed.any_process(True) is True
 
 
+def refusals(rank, world):
+    """What is said of the same images in all processes, and of others in each."""
+    said = []
+    for brightness in (7, rank):
+        split = Split(
+            torch.full((2, 3, 8, 8), brightness, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), ["one"]
+        )
+        try:
+            Flags.check_machines(SimpleNamespace(data="photos"), split)
+        except Utils.UserError as error:
+            said.append(str(error))
+    return said
+
+
+def test_machines_with_other_images_are_refused(tmp_path):
+    for said in processes(2, refusals, tmp_path):
+        assert said == ["--data photos: the processes have different images: give every machine the same files"]
+
+
 # ---------------------------------------------------------------------------------------------------- whole runs
 
 
@@ -255,6 +277,28 @@ def test_a_run_in_two_processes_has_the_losses_of_one(quick, tmp_path, cli):
     assert deviation < 1e-3
     assert len(list(folder.glob("events.*"))) == 1  # from one process
     assert len(json.loads((folder / "args.json").read_text())["starts"]) == 1
+
+
+@pytest.mark.parametrize("more", [["--finetune", "1"], ["--eval", "cv"]])
+def test_the_scores_of_three_processes_are_those_of_one(whole, tmp_path, cli, monkeypatch, more):
+    monkeypatch.setattr(Evaluate.extract.__wrapped__, "__defaults__", (None, None, 50))  # images in a batch
+    argv = [whole.folder, *more, "--device", "cpu", "--n_workers", "0", "--out"]
+    ranks = start_ranks(Evaluate, [*argv, tmp_path / "three.json"], tmp_path, world=3)
+    assert [rank.wait() for rank in ranks] == [0, 0, 0], ranks[0].output() + ranks[1].output()
+    assert [rank.output() for rank in ranks[1:]] == ["", ""]
+    assert cli([*argv, tmp_path / "one.json"], Evaluate).code == 0
+    assert (tmp_path / "three.json").read_text() == (tmp_path / "one.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["features.npz", "features.csv"])
+def test_the_features_of_three_processes_are_those_of_one(whole, tree, tmp_path, cli, name):
+    argv = [whole.folder, "--features", tree, "--device", "cpu", "--n_workers", "0", "--bs", "50", "--out"]
+    ranks = start_ranks(Export, [*argv, tmp_path / name], tmp_path, world=3)
+    assert [rank.wait() for rank in ranks] == [0, 0, 0], ranks[0].output() + ranks[1].output()
+    assert [rank.output() for rank in ranks[1:]] == ["", ""]
+    content = (tmp_path / name).read_bytes()
+    assert cli([*argv, tmp_path / name], Export).code == 0
+    assert (tmp_path / name).read_bytes() == content
 
 
 def begin(argv):
