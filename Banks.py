@@ -33,7 +33,6 @@ class BankSchedule:
         Utils.load_parts(checkpoint, state, generator=self.generator)
         self.fingerprint = fingerprint(self.generator.state_dict())[:8]
         self.bf16 = Utils.set_precision(args.precision, device)
-        self.processes = Distributed.count()
         self.index = None  # of the current bank
         self.bank = None
 
@@ -73,7 +72,8 @@ class BankSchedule:
         file = self.file(index)
         k = self.args.num_codes
         seed = Utils.derived_seed(self.args.seed, index)
-        first_rank_only(lambda: self.announce(index, seed))
+        processes = Distributed.count()
+        first_rank_only(lambda: self.announce(index, seed, processes))
         started = time.perf_counter()
         lock = file.with_name(f".{file.name}.lock")
         with Utils.as_user_error(), Utils.locked_by_first(lock, f"filling {file}"):
@@ -92,23 +92,23 @@ class BankSchedule:
         outcome = f"made in {time.perf_counter() - started:.0f} s" if made else "found"
         say(f"bank: {Utils.shown(file)}, {outcome}")
 
-    def announce(self, index, seed):
-        """Print the size of a bank that is not there yet, and how long the filling takes."""
+    def announce(self, index, seed, processes):
+        """Print the size of a bank that is not there yet, and how long so many processes take to fill it."""
         if self.file(index).exists():
             return
         gib = len(self.split) * self.args.num_codes * 3 * self.split.size**2 / 2**30
         size = f"{self.args.num_codes} restorations of {len(self.split)} images, {gib:.2f} GiB"
-        print(f"bank: {size}, about {self.estimate(seed):.0f} s", flush=True)
+        print(f"bank: {size}, about {self.estimate(seed) / processes:.0f} s", flush=True)
 
     def estimate(self, seed, most=64):
-        """Return the seconds that the filling will take, estimated from a few images."""
+        """Return the seconds that the filling takes in one process, estimated from a few images."""
         rows, images = next(iter(self.split.batches([torch.arange(min(most, len(self.split)))], self.device)))
         seconds = 0.0
         for _ in range(2):  # the first warms up
             started = time.perf_counter()
             restore(self.generator, images, rows, 1, seed, self.autocast).cpu()
             seconds = time.perf_counter() - started
-        return seconds * self.args.num_codes * len(self.split) / len(rows) / self.processes
+        return seconds * self.args.num_codes * len(self.split) / len(rows)
 
     def remove(self, index):
         """Remove a bank that is not used any more."""

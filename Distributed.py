@@ -111,13 +111,19 @@ def first_rank_only(work):
 
 
 def first_rank_first(work):
-    """Return work(). With several processes, the first calls it before the others do, as for a download."""
+    """Return work(). With several processes, the first calls it before the others do, as for a download.
+
+    Then the first of every other machine does, which can have a disk of its own.
+    """
 
     def discard_result():
         work()
 
     if is_joined():
         first_rank_only(discard_result)
+        if os.environ["LOCAL_RANK"] == "0" and not is_first():
+            work()
+        barrier()
     return work()
 
 
@@ -171,9 +177,9 @@ def reduce_gradients(loss, parameters, weight):
 def spread(parts, work, to_all=False):
     """Yield the results of `work` for all parts, in their order. The processes share the parts, whole ones.
 
-    parts: a list. work: a function of some of the parts that yields a tuple of tensors for each of them; with several
-    processes they come back on the CPU. to_all: every process is given the results; otherwise only the first, and the
-    others none.
+    parts: a sequence. work: a function of some of the parts that yields a tuple of tensors for each of them; with
+    several processes they come back on the CPU. to_all: every process is given the results; otherwise only the first,
+    and the others none.
     """
     if not is_joined():
         yield from work(parts)

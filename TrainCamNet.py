@@ -38,6 +38,7 @@ from CamNet.Codes import Purpose, make_keys, uniforms
 from CamNet.Corruptions import pyramid
 from CamNet.Generator import NETS, Generator
 from CamNet.Measures import AT_ONCE, READ, SHOWN, HeldOut, fitness_table, unfit
+from Distributed import say
 from Flags import bounded
 from Optimizers import learning_rate
 
@@ -482,7 +483,7 @@ def fit_distance(args):
     if args.distance == "pixels" or "distance" in args.given or args.lpips_weights:
         return
     if Distributed.any_process(not Distances.is_at_hand(args.distance)):
-        Distributed.say(
+        say(
             f"--distance {args.distance} becomes pixels: the weights of {args.distance} are not on this machine "
             f"(--distance {args.distance} downloads them)"
         )
@@ -597,7 +598,6 @@ def warnings_in_one_line():
 
 def describe(args, trainer, folder):
     """Print the settings of the run, with the values that are used."""
-    say = Distributed.say
     net = trainer.net
     precision = Utils.precision_name(args.precision, trainer.bf16)
     sides = " -> ".join(str(side) for side in (net.sides[0] // 2, *net.sides))
@@ -670,8 +670,8 @@ def try_out(args, trainer, folder):
     seconds = args.periods * search + trainer.steps * pace.seconds
     memory = Utils.peak_memory(trainer.device) / 2**30
     twice = ", and as much for the net of one code" if args.single_code else ""
-    Distributed.say(f"generator: about {Reports.duration(seconds)}{twice}; memory {memory:.1f} GiB")
-    Distributed.say("dry run: nothing was written")
+    say(f"generator: about {Reports.duration(seconds)}{twice}; memory {memory:.1f} GiB")
+    say("dry run: nothing was written")
 
 
 def run_stage(trainer, args, folder, title):
@@ -684,7 +684,7 @@ def run_stage(trainer, args, folder, title):
             Distributed.first_rank_only(lambda: run.interrupted(trainer.save(folder)))
         elif Distributed.any_process(interruption.signal is not None):
             stopped = True
-            Distributed.say("interrupted after the last period: all of it is saved; --resume auto continues")
+            say("interrupted after the last period: all of it is saved; --resume auto continues")
         if stopped:
             Distributed.stop()
             raise SystemExit(interruption.exit_code)

@@ -38,6 +38,7 @@ from Backbones import (
     kept_bytes,
     stem_text,
 )
+from Distributed import say
 from EncoderFiles import encoder_metadata, save_encoder
 from Flags import bounded
 from Optimizers import build_optimizer, learning_rate, parameter_groups, set_learning_rate
@@ -609,13 +610,12 @@ def describe(args, row, trainer, folder):
     optimizer = f"{args.opt}{' + LARS' if args.lars else ''}, lr {args.lr:g}"
     n = Reports.plural(len(trainer.train_split), "image")
     steps = Reports.plural(trainer.steps, "step")
-    print(f"{row.name}: {n} of {row.size} px, on {trainer.device} in {precision}")
+    say(f"{row.name}: {n} of {row.size} px, on {trainer.device} in {precision}")
     encoder = f"{args.backbone}, {stem}" if stem else args.backbone
-    print(f"{encoder}: {count_parameters(net.encoder):,} weights, head {count_parameters(net.head):,}")
-    print(f"views: {trainer.augmentation}")
-    print(f"{steps} of {args.bs} images x {len(trainer.positives)} views, {optimizer}")
-    place = Utils.shown(folder)
-    print(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {place}", flush=True)
+    say(f"{encoder}: {count_parameters(net.encoder):,} weights, head {count_parameters(net.head):,}")
+    say(f"views: {trainer.augmentation}")
+    say(f"{steps} of {args.bs} images x {len(trainer.positives)} views, {optimizer}")
+    say(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {Utils.shown(folder)}")
 
 
 def main(args, make_positives=None, script=Path(__file__).stem, build_parser=build_parser):
@@ -658,8 +658,8 @@ def try_out(args, row, folder, trainer):
             if trainer.pace.tick(trainer.step):
                 break
     if trainer.pace.seconds is not None:  # otherwise the whole run is shorter than the measurement
-        print(estimate(trainer))
-    print("dry run: nothing was written")
+        say(estimate(trainer))
+    say("dry run: nothing was written")
     return 0
 
 
@@ -673,8 +673,7 @@ def pretrain(args, row, folder, splits, trainer):
     resumed_step = first_step if args.resume else None
     run = Runs.Run(folder, args, trainer.device, resumed_step, writes=trainer.rank == 0)
     with contextlib.closing(run):
-        if run.writes:
-            describe(args, row, trainer, folder)
+        describe(args, row, trainer, folder)
         if run.writes and unscored:
             with Distributed.alone():
                 score_epoch(trainer, run, splits)

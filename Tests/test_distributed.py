@@ -1,5 +1,6 @@
 """Several processes against one: gradients, batch statistics, and whole runs under torchrun (gloo, on the CPU)."""
 
+import functools
 import json
 import math
 import os
@@ -228,6 +229,23 @@ def test_gather_keeps_the_order_and_any_process_hears_each(tmp_path):
         assert flags == [False, True, True]
 
 
+def download(file, rank, world):
+    """Two machines of two processes: each notes when it works."""
+    os.environ["LOCAL_RANK"] = str(rank % 2)
+
+    def work():
+        with file.open("a") as handle:
+            handle.write(str(rank))
+
+    Distributed.first_rank_first(work)
+
+
+def test_the_first_process_of_each_machine_downloads_before_the_others(tmp_path):
+    processes(4, functools.partial(download, tmp_path / "order"), tmp_path)
+    order = (tmp_path / "order").read_text()
+    assert (order[:2], sorted(order[2:])) == ("02", ["0", "1", "2", "3"])
+
+
 def test_without_torchrun_nothing_is_distributed():
     net, z = nn.Linear(1, 1), torch.ones(2, 3, 4)
     assert Distributed.start(torch.device("cpu")) == (0, 1, torch.device("cpu"))
@@ -290,15 +308,24 @@ def test_the_scores_of_three_processes_are_those_of_one(whole, tmp_path, cli, mo
     assert (tmp_path / "three.json").read_text() == (tmp_path / "one.json").read_text()
 
 
-@pytest.mark.parametrize("name", ["features.npz", "features.csv"])
-def test_the_features_of_three_processes_are_those_of_one(whole, tree, tmp_path, cli, name):
-    argv = [whole.folder, "--features", tree, "--device", "cpu", "--n_workers", "0", "--bs", "50", "--out"]
+@pytest.mark.parametrize("name, bs", [("features.npz", 50), ("features.csv", 200)])  # 5 parts, 2 parts
+def test_the_features_of_three_processes_are_those_of_one(whole, tree, tmp_path, cli, name, bs):
+    argv = [whole.folder, "--features", tree, "--device", "cpu", "--n_workers", "0", "--bs", bs, "--out"]
     ranks = start_ranks(Export, [*argv, tmp_path / name], tmp_path, world=3)
     assert [rank.wait() for rank in ranks] == [0, 0, 0], ranks[0].output() + ranks[1].output()
     assert [rank.output() for rank in ranks[1:]] == ["", ""]
     content = (tmp_path / name).read_bytes()
     assert cli([*argv, tmp_path / name], Export).code == 0
     assert (tmp_path / name).read_bytes() == content
+
+
+def test_a_dry_run_of_two_processes_is_told_once(tmp_path):
+    argv = flags_of("TrainISICLE", draw_images(tmp_path / "data"), tmp_path / "models", "--dry_run")
+    ranks = start_ranks(TrainISICLE, argv, tmp_path)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output() + ranks[1].output()
+    assert ranks[0].output().count("dry run: nothing was written") == 2  # of the generator, and of the encoder
+    assert ranks[1].output() == ""
+    assert not (tmp_path / "models").exists()
 
 
 def begin(argv):
