@@ -2,11 +2,14 @@
 
 import contextlib
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import Data
+import Distributed
+import Runs
 import Utils
 from CamNet.Bank import Bank, fill, fingerprint, read, restore
 from CamNet.Corruptions import Corruption
@@ -52,7 +55,7 @@ class BankSchedule:
         index = min(epoch, last) // self.args.refresh if self.args.refresh else 0
         if index == self.index:
             return self.bank
-        first_rank_only(lambda: self.make(index))
+        self.make(index)
         if self.index is not None:
             first_rank_only(lambda: self.remove(self.index))
         try:
@@ -69,20 +72,36 @@ class BankSchedule:
         file = self.file(index)
         k = self.args.num_codes
         seed = Utils.derived_seed(self.args.seed, index)
-        if not file.exists():
-            gib = len(self.split) * k * 3 * self.split.size**2 / 2**30
-            seconds = self.estimate(seed)
-            print(
-                f"bank: {k} restorations of {len(self.split)} images, {gib:.2f} GiB, about {seconds:.0f} s", flush=True
-            )
+        processes = Distributed.count()
+        first_rank_only(lambda: self.announce(index, seed, processes))
         started = time.perf_counter()
-        with Utils.as_user_error(), Utils.locked(file.with_name(f".{file.name}.lock"), f"filling {file}"):
-            made = fill(file, self.generator, self.split, k, seed, self.device, self.autocast, quiet=Utils.quiet())
+        lock = file.with_name(f".{file.name}.lock")
+        with Utils.as_user_error(), Utils.locked_by_first(lock, f"filling {file}"):
+            made = fill(
+                file,
+                self.generator,
+                self.split,
+                k,
+                seed,
+                self.device,
+                self.autocast,
+                quiet=Utils.quiet(),
+                first_only=first_rank_only,
+                spread=Distributed.spread,
+            )
         outcome = f"made in {time.perf_counter() - started:.0f} s" if made else "found"
-        print(f"bank: {Utils.shown(file)}, {outcome}", flush=True)
+        say(f"bank: {Utils.shown(file)}, {outcome}")
+
+    def announce(self, index, seed, processes):
+        """Print the size of a bank that is not there yet, and how long so many processes take to fill it."""
+        if self.file(index).exists():
+            return
+        gib = len(self.split) * self.args.num_codes * 3 * self.split.size**2 / 2**30
+        size = f"{self.args.num_codes} restorations of {len(self.split)} images, {gib:.2f} GiB"
+        print(f"bank: {size}, about {self.estimate(seed) / processes:.0f} s", flush=True)
 
     def estimate(self, seed, most=64):
-        """Return the seconds that the filling will take, estimated from a few images."""
+        """Return the seconds that the filling takes in one process, estimated from a few images."""
         rows, images = next(iter(self.split.batches([torch.arange(min(most, len(self.split)))], self.device)))
         seconds = 0.0
         for _ in range(2):  # the first warms up
@@ -104,10 +123,10 @@ def find_generator(args, split, asked):
     split: the train split; asked: {flag of TrainCamNet.py: value} that the generator must have been trained with.
     """
     if not args.generator:
-        return newest_generator(args, split, asked)
+        return first_rank_only(lambda: newest_generator(args, split, asked))
     file = Path(args.generator)
     if file.is_dir():
-        file = Utils.newest_checkpoint(file)
+        file = first_rank_only(partial(Utils.newest_checkpoint, file))
     if file is None:
         raise Utils.UserError(f"--generator {args.generator}: no checkpoint there: give a run of TrainCamNet.py")
     return file
@@ -117,7 +136,7 @@ def newest_generator(args, split, asked):
     """Return the checkpoint of the newest finished run of TrainCamNet.py that `find_generator` looks for, or None."""
     found = []
     for file in Path(args.models_dir).glob("TrainCamNet-*/generator.json"):
-        flags = (Utils.read_json(file.parent / "args.json") or {}).get("args")
+        flags = Runs.stored_flags(file.parent)
         data = (Utils.read_json(file) or {}).get("data_fingerprint")
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # a folder of other content
             if data == split.fingerprint() and not differences(flags, args, asked):
@@ -156,7 +175,7 @@ def load_generator(file, args, split, asked):
     if not {"config", "generator", "args"} <= state.keys():
         raise Utils.UserError(f"--generator {file}: it holds no generator: give a run of TrainCamNet.py")
     try:
-        different = differences(state["args"], args, asked)
+        different = differences(Utils.current_flags(state["args"]), args, asked)
     except KeyError as error:
         raise Utils.UserError(f"--generator {file}: of another version: it lacks {error}: train a new one") from error
     except (TypeError, AttributeError) as error:

@@ -32,6 +32,7 @@ GENERATOR_CURVES = {"best_of_4": ("distance, best of 4 samples", 1), "diversity_
 # Flags.RUN_FLAGS without eval and suffix, which tell runs apart. Copied, because importing Flags.py takes seconds.
 RUN_FLAGS = """device n_workers data_dir storage skip_bad models_dir resume log_iter eval_iter save_iter sample_iter
 baselines precision compile deterministic small_stem image_size given dry_run chunk lpips_weights bank_storage"""
+RENAMED = {"m": "candidates"}  # a copy of Utils.RENAMED
 
 
 class UserError(ValueError):
@@ -57,6 +58,7 @@ class Run:
         args = record.get("args") if isinstance(record.get("args"), dict) else {}
         if not args:
             self.problems.append("args.json holds no flags")
+        args = {RENAMED.get(name, name): value for name, value in args.items()}
         names = args.keys() - RUN_FLAGS.split()
         self.flags = {name: value for name, value in args.items() if name in names and value not in (None, "")}
         script = re.search("TrainSimCLR|TrainISICLE|TrainCamNet", f"{folder.name} {record.get('starts')}")

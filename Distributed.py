@@ -1,8 +1,9 @@
-"""Training in several processes (torchrun): the batch is split, the loss and the batch statistics are of the whole.
+"""Several processes as one (torchrun): they share a batch, or a list of parts, and the result is that of one process.
 
 Only this file asks which process this is, and how many there are.
 """
 
+import contextlib
 import datetime
 import functools
 import os
@@ -14,10 +15,7 @@ from torch import nn
 
 import Signals
 
-
-def is_launched():
-    """Return whether torchrun started several processes, whether or not they have joined their group yet."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+_is_alone = False  # inside `alone`
 
 
 def is_first():
@@ -26,8 +24,25 @@ def is_first():
 
 
 def is_joined():
-    """Return whether this process has joined a group, by `start`."""
-    return dist.is_available() and dist.is_initialized()
+    """Return whether this process has joined a group, by `start`, and works with it: not inside `alone`."""
+    return dist.is_available() and dist.is_initialized() and not _is_alone
+
+
+@contextlib.contextmanager
+def alone():
+    """A context in which this process works as if it were the only one, while the others do something else or wait."""
+    global _is_alone
+    before = _is_alone
+    _is_alone = True
+    try:
+        yield
+    finally:
+        _is_alone = before
+
+
+def count():
+    """Return how many processes work together."""
+    return dist.get_world_size() if is_joined() else 1
 
 
 def say(text):
@@ -83,7 +98,8 @@ def first_rank_only(work):
     answer = [None, None]  # result, error
     if dist.get_rank() == 0:
         try:
-            answer[0] = work()
+            with alone():
+                answer[0] = work()
         except Exception as error:
             answer[1] = error
     dist.broadcast_object_list(answer, src=0, group=group)
@@ -95,13 +111,19 @@ def first_rank_only(work):
 
 
 def first_rank_first(work):
-    """Return work(). With several processes, the first calls it before the others do, as for a download."""
+    """Return work(). With several processes, the first calls it before the others do, as for a download.
+
+    Then the first of every other machine does, which can have a disk of its own.
+    """
 
     def discard_result():
         work()
 
     if is_joined():
         first_rank_only(discard_result)
+        if os.environ["LOCAL_RANK"] == "0" and not is_first():
+            work()
+        barrier()
     return work()
 
 
@@ -114,10 +136,65 @@ def any_process(flag):
     return count.item() > 0
 
 
+def is_same(value):
+    """Return whether a value, anything that can be pickled, is equal in all processes."""
+    if not is_joined():
+        return True
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_host_group())
+    return all(each == value for each in values)
+
+
 @functools.cache
 def _host_group():
     """Return a group of all processes that communicates on the CPU."""
     return dist.new_group(backend="gloo")
+
+
+def share(rows):
+    """Return this process's share of the rows of a batch, a tensor (b, ...): as equal as possible, or none of them."""
+    return rows.tensor_split(dist.get_world_size())[dist.get_rank()] if is_joined() else rows
+
+
+def reduce_gradients(loss, parameters, weight):
+    """Return the loss of a whole batch, and give the parameters its gradients, from those of each process's share.
+
+    loss: the mean over the share, a tensor () without a graph. weight: the part of the batch that the share is; with 0,
+    loss and gradients do not count. Unlike DistributedDataParallel this allows shares of different sizes.
+    """
+    if not is_joined():
+        return loss
+    parameters = list(parameters)
+    gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+    flat = torch.cat([loss.view(1), *(gradient.flatten() for gradient in gradients)]).mul_(weight)
+    dist.all_reduce(flat)
+    loss, *parts = flat.split([1, *(gradient.numel() for gradient in gradients)])
+    for parameter, gradient, part in zip(parameters, gradients, parts):
+        parameter.grad = gradient.copy_(part.view(gradient.shape))  # in the gradient's own memory format
+    return loss.view(())
+
+
+def spread(parts, work, to_all=False):
+    """Yield the results of `work` for all parts, in their order. The processes share the parts, whole ones.
+
+    parts: a sequence. work: a function of some of the parts that yields a tuple of tensors for each of them; with
+    several processes they come back on the CPU. to_all: every process is given the results; otherwise only the first,
+    and the others none.
+    """
+    if not is_joined():
+        yield from work(parts)
+        return
+    rank = dist.get_rank()
+    world = dist.get_world_size()
+    own = iter(work(parts[rank::world]))
+    for start in range(0, len(parts), world):
+        results = [None] * world if to_all or rank == 0 else None
+        result = tuple(each.cpu() for each in next(own, ()))
+        if to_all:
+            dist.all_gather_object(results, result, group=_host_group())
+        else:
+            dist.gather_object(result, results, group=_host_group())
+        yield from (results or [])[: len(parts) - start]
 
 
 def gather(z):

@@ -2,6 +2,7 @@
 
     python Evaluate.py Models/RUN/40.pt                       # the file holds all that is needed
     python Evaluate.py Models/RUN --eval test --finetune 20   # the newest checkpoint of a run
+    torchrun --nproc_per_node=2 Evaluate.py Models/RUN        # the processes share the features
 
 Writes RUN/evaluation-EPOCH-SPLIT.json (fractions of 1, with the protocol) and prints the scores as a table. The run's
 own evaluation.json is not changed.
@@ -15,6 +16,7 @@ import contextlib
 import copy
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 import Data
+import Distributed
 import Flags
 import Utils
 from Augmentations import to_float
@@ -68,18 +71,26 @@ def embed(net, x):
 
 @torch.no_grad()
 def extract(encoder, split, device, views=None, rng=None, bs=512):
-    """Return features (N, F), float32 on `device`, of all images of a split.
+    """Return features (N, F), float32 on `device`, of all images of a split. Several processes share the batches.
 
     views: an `Augmentation`, drawn with `rng`, a torch.Generator; None: the images as they are.
     """
-    features = None
     parts = torch.arange(len(split)).split(bs)
-    for rows, images in tqdm(split.batches(parts, device), "features", len(parts), leave=False, disable=None):
-        x = views(images, rng) if views else to_float(images)
-        part = embed(encoder, x)
+    params = {}  # of each batch, by its first row: every process draws those of all
+    if views:
+        params = {int(rows[0]): views.draw(len(rows), split.size, split.size, rng) for rows in parts}
+
+    def embedded(own):
+        for rows, images in split.batches(own, device):
+            x = views.apply(images, params[int(rows[0])]) if views else to_float(images)
+            yield rows, embed(encoder, x)
+
+    features = None
+    results = Distributed.spread(parts, embedded, to_all=True)
+    for rows, part in tqdm(results, "features", len(parts), leave=False, disable=Utils.quiet()):
         if features is None:
-            features = part.new_zeros(len(split), part.shape[1])
-        features[rows.to(device)] = part
+            features = torch.zeros(len(split), part.shape[1], device=device)
+        features[rows.to(device)] = part.to(device)
     return features
 
 
@@ -332,9 +343,10 @@ def get_args(argv=None):
 def main(args):
     """Score one checkpoint; return the exit code."""
     # the checkpoint; the flags of its run, where this command does not give others
+    *_, device = Distributed.start(Utils.pick_device(args.device))
     file = Path(args.checkpoint)
     if file.is_dir():
-        file = Utils.newest_checkpoint(file)
+        file = Distributed.first_rank_only(partial(Utils.newest_checkpoint, file))
     if file is None:
         raise Utils.UserError(f"{args.checkpoint} holds no checkpoint: give a .pt file or another folder")
     state = Utils.load_(file)
@@ -351,7 +363,6 @@ def main(args):
         raise Utils.UserError(f"{file}: its images were in {place}, which is not there: give their new place by --data")
 
     # the encoder, as it was before training and as it is
-    device = Utils.pick_device(args.device)
     untrained = Flags.encoder_for(run).to(device, memory_format=torch.channels_last)
     encoder = Flags.encoder_for(run, with_init=False)
     Utils.load_parts(file, state, encoder=encoder)
@@ -370,13 +381,14 @@ def main(args):
     result = evaluate(encoder, untrained, splits, Flags.augmentation_for(run), device, state["epoch"])
     if args.finetune:
         crop = Flags.augmentation_for(run, aug="crop")
-        result["finetune"] = fine_tune(encoder, splits, device, crop, args.finetune)
+        tuned = partial(fine_tune, encoder, splits, device, crop, args.finetune)
+        result["finetune"] = Distributed.first_rank_only(tuned)
     result["data"] = Utils.shown(run.data)
     result["protocol"] = PROTOCOL | {"labels": args.labels, "finetune_epochs": args.finetune}
-    print(f"{Utils.shown(file)}\n{scores_table(result)}")  # before it is written: the disk may be full
+    Distributed.say(f"{Utils.shown(file)}\n{scores_table(result)}")  # before it is written: the disk may be full
     out = Path(args.out) if args.out else file.parent / file_name(args, result)
-    Utils.write_json(out, result)
-    print(f"written to {Utils.shown(out)}")
+    Distributed.first_rank_only(lambda: Utils.write_json(out, result))
+    Distributed.say(f"written to {Utils.shown(out)}")
     return 0
 
 
@@ -399,7 +411,8 @@ def usual_flags(file, stored):
     usual |= row.recipe_for("cuda")
     missing = [f"--{key} {value}" for key, value in usual.items() if key not in stored]
     if missing:
-        print(f"{Utils.shown(file)} is of another version: it lacks {', '.join(missing)}: these defaults are used")
+        lacks = f"it lacks {', '.join(missing)}: these defaults are used"
+        Distributed.say(f"{Utils.shown(file)} is of another version: {lacks}")
     return usual
 
 

@@ -4,6 +4,7 @@
     python Export.py Models/RUN --library timm                         # the same in timm, for ResNets
     python Export.py Models/RUN --out encoder.safetensors              # or .pt, .onnx: writes it and prints the code
     python Export.py Models/RUN --features FOLDER --out features.npz   # or .csv: one row of features for each image
+    torchrun --nproc_per_node=2 Export.py Models/RUN --features FOLDER --out features.npz   # the processes share them
 
 RUN is a run folder of TrainSimCLR.py or TrainISICLE.py, or a .pt file in it.
 """
@@ -27,10 +28,10 @@ import torch
 from tqdm import tqdm
 
 import Data
+import Distributed
 import Flags
 import Utils
 from Backbones import classifier_name, is_resnet, is_torchvision, model_options
-from Distributed import notice
 from EncoderFiles import load_encoder, plain_weights
 from Utils import UserError
 
@@ -71,16 +72,21 @@ def main(args):
     out = Path(args.out).expanduser() if args.out else None
     if out:
         check_out(out, TABLES if args.features else WEIGHTS)
+    *_, device = Distributed.start(Utils.pick_device(args.device))
     encoder = load_encoder(args.run)
     if args.features:
-        export_features(args, encoder, out)
-        return
+        export_features(args, encoder, out, device)
+    else:
+        Distributed.first_rank_only(lambda: export_encoder(args, encoder, out))
 
+
+def export_encoder(args, encoder, out):
+    """Print the code that loads the encoder; write the encoder where `out` is given."""
     code = loading_code(encoder.metadata, out or encoder.file, args.library, encoder.is_plain and not out)
     if out:
         check_is_no_checkpoint(out, encoder.file)
         write_encoder(out, encoder)
-        notice(f"written to {out}; this code loads it:\n")
+        Distributed.notice(f"written to {out}; this code loads it:\n")
     print(code)
 
 
@@ -198,7 +204,7 @@ def onnx_bytes(out, encoder, metadata):
     if n_bytes >= ONNX_BYTES:
         raise UserError(f"--out {out}: one ONNX file holds less than 2 GB, not {n_bytes:,} bytes: choose .safetensors")
     size = encoder.metadata["image_size"]
-    notice(f"tracing {encoder.metadata['backbone']} for ONNX")
+    Distributed.notice(f"tracing {encoder.metadata['backbone']} for ONNX")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -231,17 +237,21 @@ class Table(NamedTuple):
     classes: list  # their names
 
 
-def export_features(args, encoder, out):
-    """Write the features of --features DATA to `out`."""
-    device = Utils.pick_device(args.device)
+def export_features(args, encoder, out, device):
+    """Write the features of --features DATA to `out`. Several processes share the batches."""
     Utils.set_precision("fp32", device)
     size = args.size or encoder.metadata["image_size"]
     check_size(encoder, size)
     root, split = open_split(args, size)
-    print(f"{split.name}: {len(split)} images of {size} px, on {device}", flush=True)
+    Distributed.say(f"{split.name}: {len(split)} images of {size} px, on {device}")
     table = compute_features(encoder.net, split, root, device, args.bs)
+    Distributed.first_rank_only(lambda: write_table(out, table, encoder.metadata))
+
+
+def write_table(out, table, metadata):
+    """Write a `Table` to a file, by its ending."""
     write = write_npz if out.suffix == ".npz" else write_csv
-    Utils.write_atomically(out, lambda scratch: write(scratch, table, encoder.metadata))
+    Utils.write_atomically(out, lambda scratch: write(scratch, table, metadata))
     n, width = table.features.shape
     print(f"features ({n}, {width}) of {len(table.classes)} classes written to {out}")
 
@@ -277,16 +287,21 @@ def open_split(args, size):
 
 @torch.no_grad()
 def compute_features(net, split, root, device, bs):
-    """Return the `Table` of a split, computed in batches of bs images."""
+    """Return the `Table` of a split, computed in batches of bs images; only the first process has its features."""
     net = net.to(device, memory_format=torch.channels_last)
+
+    def embedded(own):
+        for _, images in split.batches(own, device):
+            images = (images.float() / 255).contiguous(memory_format=torch.channels_last)
+            yield (net(images).float().cpu(),)
+
     parts = []
     with tqdm(total=len(split), desc="features", unit="image", disable=Utils.quiet()) as bar:
-        for rows, images in split.batches(torch.arange(len(split)).split(bs), device):
-            images = (images.float() / 255).contiguous(memory_format=torch.channels_last)
-            parts.append(net(images).float().cpu())
-            bar.update(len(rows))
+        for (part,) in Distributed.spread(torch.arange(len(split)).split(bs), embedded):
+            parts.append(part)
+            bar.update(len(part))
     return Table(
-        features=torch.cat(parts).numpy(),
+        features=torch.cat(parts).numpy() if parts else None,
         paths=relative_paths(split, root),
         labels=split.labels.numpy(),
         classes=split.classes,

@@ -11,7 +11,7 @@ import torch
 import Data
 import Utils
 from Backbones import build_encoder, load_weights
-from Distributed import say
+from Distributed import count, is_same, say
 from Images.Folders import DATA_DIR
 
 LARGEST_SEED = 2**32 - 1  # other seeds are made from it by multiplication
@@ -209,9 +209,8 @@ def parse(argv, build_parser):
     parser = build_parser(early.data or stored["data"], device_type)
     defaults = parser.parse_args([])
     note_version(early.resume, stored, vars(defaults))
+    stored = Utils.current_flags(stored)
     kept = {key: stored[key] for key in vars(defaults) if key in stored and key not in ("device", "resume")}
-    if not isinstance(kept.get("compile", False), bool):  # of an older version: "auto", "yes" or "no"
-        kept["compile"] = kept["compile"] == "yes"
     parser.set_defaults(**kept)
     args = parser.parse_args(argv)
     args.given = sorted({*given_flags(parser, argv), *kept})  # what the first start said or fitted stays
@@ -237,10 +236,14 @@ def given_flags(parser, argv):
 
 
 def note_version(file, stored, defaults):
-    """Print which flags a checkpoint of another version lacks; their defaults are used."""
-    missing = [f"--{key} {value}" for key, value in defaults.items() if key not in stored and key not in RUN_FLAGS]
-    if missing:
-        say(f"{Utils.shown(file)} is of another version: it lacks {', '.join(missing)}: these defaults are used")
+    """Print which flags a checkpoint of another version lacks, whose defaults are used, or which it calls otherwise."""
+    current = Utils.current_flags(stored)
+    missing = [f"--{key} {value}" for key, value in defaults.items() if key not in current and key not in RUN_FLAGS]
+    renamed = [f"--{before} is --{now} {stored[before]}" for before, now in Utils.RENAMED.items() if before in stored]
+    notes = [f"it lacks {', '.join(missing)}: these defaults are used"] if missing else []
+    notes += [f"its {', '.join(renamed)} now"] if renamed else []
+    if notes:
+        say(f"{Utils.shown(file)} is of another version: {'; '.join(notes)}")
 
 
 def fit(args, name, value, reason):
@@ -270,6 +273,7 @@ def file_options(args, device):
 def splits_for(args, device):
     """Return the `Data.Splits` of a run's flags, on `device`."""
     splits = Data.get_data_splits(args.data, args.eval, file_options(args, device))
+    check_machines(args, splits.train, splits.test)
     train = splits.train.to(device)
     test = train if splits.eval == "cv" else splits.test.to(device)
     return Data.Splits(train, test, splits.eval)
@@ -277,7 +281,16 @@ def splits_for(args, device):
 
 def train_split_for(args, device):
     """Return the train split of a run's flags, on `device`: the only images that a generator sees."""
-    return Data.get_train_split(args.data, file_options(args, device)).to(device)
+    split = Data.get_train_split(args.data, file_options(args, device))
+    check_machines(args, split)
+    return split.to(device)
+
+
+def check_machines(args, *splits):
+    """Raise UserError unless all processes of a run, which can be on several machines, have the same images."""
+    if count() > 1 and not is_same([split.fingerprint() for split in splits]):
+        place = Utils.shown(args.data)
+        raise Utils.UserError(f"--data {place}: the processes have different images: give every machine the same files")
 
 
 def augmentation_for(args, aug=None):

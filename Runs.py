@@ -72,10 +72,15 @@ def find_run(args, script, data, hyper, usual):
     folder = models / run_name(script, data, hyper, usual, args.suffix)
     if args.resume and not folder.exists():
         for record in sorted(models.glob(f"{script}-*/args.json")):
-            stored = (Utils.read_json(record) or {}).get("args")
-            if isinstance(stored, dict) and _is_same(stored, args, hyper, usual):
+            if _is_same(stored_flags(record.parent), args, hyper, usual):
                 return record.parent
     return folder
+
+
+def stored_flags(folder):
+    """Return {flag: value} of a run's args.json, under their present names; {} if it is missing or damaged."""
+    flags = (Utils.read_json(Path(folder) / "args.json") or {}).get("args")
+    return Utils.current_flags(flags) if isinstance(flags, dict) else {}
 
 
 def _is_same(stored, args, hyper, usual):
@@ -221,7 +226,7 @@ class Run:
         self.folder = Path(folder)
         self.writes = writes
         self.started = time.perf_counter()
-        self.quiet = Utils.quiet() or not writes
+        self.quiet = Utils.quiet()
         self.before = 0.0  # seconds of earlier starts
         if not writes:
             return

@@ -3,6 +3,7 @@
     python TrainCamNet.py                                        # generated shapes: minutes on two cores
     python TrainCamNet.py --data cifar10 --net small             # LPIPS; --data PATH takes any folder of images
     python TrainCamNet.py --data Data/camnet_data/miniImagenet   # what Data/InvertDirStructure.py wrote
+    torchrun --nproc_per_node=2 TrainCamNet.py --data cifar10    # they share the search, and each batch
 
 Writes Models/RUN/: args.json, metrics.jsonl, TensorBoard events, PERIOD.pt, samples.png (rows: images; columns: x,
 c(x), samples), generator.json; and single_code/, the same net trained on one code per image, to compare with. A period:
@@ -19,6 +20,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,6 +39,7 @@ from CamNet.Codes import Purpose, make_keys, uniforms
 from CamNet.Corruptions import pyramid
 from CamNet.Generator import NETS, Generator
 from CamNet.Measures import AT_ONCE, READ, SHOWN, HeldOut, fitness_table, unfit
+from Distributed import say
 from Flags import bounded
 from Optimizers import learning_rate
 
@@ -51,9 +54,7 @@ SINGLE = "single_code"  # subfolder of a run: the same net, trained on one code 
 
 
 def get_args(argv=None):
-    """Parse the flags; the defaults are the generator's recipe of --data. Raises UserError under torchrun."""
-    if Distributed.is_launched():
-        raise Utils.UserError("torchrun: the generator is trained by one process: start it by python TrainCamNet.py")
+    """Parse the flags; the defaults are the generator's recipe of --data."""
     return Flags.parse(argv, build_parser)
 
 
@@ -92,19 +93,19 @@ def add_generator_flags(group):
 
 
 def counts(text):
-    """Check --m: integers of at least 1, joined by commas."""
+    """Check --candidates: integers of at least 1, joined by commas."""
     return ",".join(str(bounded(int, 1)(part)) for part in text.split(","))
 
 
 def codes_per_level(args):
-    """Return --m as a list."""
-    return [int(count) for count in args.m.split(",")]
+    """Return --candidates as a list."""
+    return [int(count) for count in args.candidates.split(",")]
 
 
 def add_search_flags(group, device_type):
     add = group.add_argument
-    m = "codes tried per level, coarse to fine, for example 64,32,16; further levels use the last number"
-    add("--m", type=counts, metavar="M,..", help=m)
+    tried = "codes tried per level, coarse to fine, for example 64,32,16; further levels use the last number"
+    add("--candidates", type=counts, metavar="M,..", help=tried)
     period = "images per period: their codes are searched, then trained on"
     add("--period", type=bounded(int, 1), metavar="N", help=period)
     add("--keep_previous", action="store_true", help="keep an image's previous codes if none nearer are found")
@@ -128,7 +129,7 @@ def add_optimisation_flags(group):
     add = group.add_argument
     add("--periods", type=bounded(int, 1), metavar="P", help="number of times that codes are searched, then trained on")
     add("--visits", type=bounded(int, 1), metavar="V", help="training steps on each image in a period")
-    add("--bs", type=bounded(int, 1), metavar="N", help="images per step")
+    add("--bs", type=bounded(int, 1), metavar="N", help="images per step, over all processes")
     add("--lr", type=bounded(float, 0), help="peak learning rate of Adam; then a cosine to 0")
     map_lr = "learning rate of the mapping networks, which make the styles: C times --lr (published: 0.01)"
     add("--map_lr", type=bounded(float, 0), default=0.1, metavar="C", help=map_lr)
@@ -201,7 +202,7 @@ class Trainer:
         self.bf16 = Utils.set_precision(args.precision, device)
         self.loss = torch.compile(IMLE.loss, dynamic=False) if args.compile else IMLE.loss
         self.graph = None
-        if Graphs.can_capture(args.cuda_graph, device, world=1):
+        if Graphs.can_capture(args.cuda_graph, device, Distributed.count()):
             self.graph = Graphs.GraphedLoss(self.loss_of, self.net.parameters())
 
         # for the log
@@ -287,35 +288,47 @@ class Trainer:
             period.keys = self.chosen[rows].to(self.device)
             return period
 
-        # search
-        parts = torch.arange(len(rows), device=self.device).split(self.searched_at_once)
-        net = self.frozen()
-        found = []
-        for part in tqdm(parts, f"{title}: search", leave=False, disable=quiet):
-            found.append(period.search(self, net, part, keys))
-            seconds = (time.perf_counter() - started) * len(parts)
-            if self.step == 0 and len(found) == 1 and seconds > 30:
-                tqdm.write(f"the search of a period takes about {Reports.duration(seconds)}")
-            if interruption.signal is not None:
-                return None
-        period.keys = torch.cat([each.keys for each in found])
-        period.distances = torch.cat([each.distances for each in found]).mean(dim=0).tolist()
+        if not self.search_codes(period, keys, interruption, title, quiet):
+            return None
         self.chosen[rows] = period.keys.cpu()
         self.total = torch.zeros_like(self.total)
         self.seconds["search"] += time.perf_counter() - started
         return period
 
+    def search_codes(self, period, keys, interruption, title, quiet):
+        """Search the codes of a period; return whether no signal interrupted it. The processes share its parts.
+
+        The result does not depend on how many they are: the parts, and so the shapes of all batches, are the same.
+        """
+        parts = torch.arange(len(keys), device=self.device).split(self.searched_at_once)
+        rounds = -(-len(parts) // Distributed.count())
+        started = time.perf_counter()
+        net = self.frozen()
+
+        def search(own):
+            for part in own:
+                yield period.search(self, net, part, keys)
+
+        found = []
+        results = Distributed.spread(parts, search, to_all=True)
+        for result in tqdm(results, f"{title}: search", len(parts), leave=False, disable=quiet):
+            found.append(IMLE.Found(*result))
+            seconds = (time.perf_counter() - started) * rounds
+            if self.step == 0 and len(found) == 1 and seconds > 30 and Distributed.is_first():
+                tqdm.write(f"the search of a period takes about {Reports.duration(seconds)}")
+            if Distributed.any_process(interruption.signal is not None):
+                return False
+        period.keys = torch.cat([each.keys for each in found]).to(self.device)
+        period.distances = torch.cat([each.distances for each in found]).mean(dim=0).tolist()
+        return True
+
     def update(self, period, part):
         """Take one step on these images of the period; return the loss without waiting for the device."""
-        # loss and gradients
-        wanted = [[each[part] for each in features] for features in period.wanted]
-        inputs = (period.condition[part], wanted, period.keys[part])
-        if self.graph and len(part) == self.bs:
-            (loss,) = self.graph(*inputs)
-        else:
-            (loss,) = self.loss_of(*inputs)
-            self.optimizer.zero_grad()
-            loss.backward()
+        # loss and gradients of this process's share, then those of the batch
+        own = Distributed.share(part)
+        self.optimizer.zero_grad()
+        loss = self.backward(period, own, is_full=len(part) == self.bs) if len(own) else self.total.new_zeros(())
+        loss = Distributed.reduce_gradients(loss, self.net.parameters(), len(own) / len(part))
 
         # a step of the optimizer
         lr = learning_rate(self.step, self.steps, min(self.args.n_ramp, self.steps // 2), self.args.lr)
@@ -323,20 +336,34 @@ class Trainer:
             group["lr"] = lr * group["scale"]
         self.optimizer.step()
         self.step += 1
-        self.total += loss.detach()
+        self.total += loss
 
         # the average of the weights; early on it forgets faster, otherwise the initial weights would dominate
         decay = min(self.args.ema, self.step / (self.step + 10))
         new = [parameter.detach() for parameter in self.net.parameters()]
         torch._foreach_lerp_(list(self.ema.parameters()), new, 1 - decay)
+        return loss
+
+    def backward(self, period, part, is_full):
+        """Set the gradients of these images of the period; return their loss, detached.
+
+        is_full: whether they are of a batch of the usual size. A shorter last one is neither compiled nor captured,
+        since these are for one shape.
+        """
+        wanted = [[each[part] for each in features] for features in period.wanted]
+        inputs = (period.condition[part], wanted, period.keys[part])
+        if self.graph and is_full:
+            (loss,) = self.graph(*inputs)
+        else:
+            (loss,) = self.loss_of(*inputs, is_full)
+            loss.backward()
         return loss.detach()
 
-    def loss_of(self, condition, wanted, keys):
-        """Return (loss,); see `IMLE.loss`. keys: int64 (b, L), of each level's code."""
-        # a shorter last batch is not compiled, so that the compiler sees one shape
-        loss = self.loss if len(keys) == self.bs else IMLE.loss
+    def loss_of(self, condition, wanted, keys, is_full=True):
+        """Return (loss,); see `IMLE.loss`. keys: int64 (b, L), of each level's code; is_full: as in `backward`."""
+        loss = self.loss if is_full else IMLE.loss
         with self.autocast():
-            # codes are made outside of what is compiled: Triton refuses 64-bit constants
+            # codes are made outside of what is compiled: Triton refuses their 64-bit constants
             return (loss(self.net, self.distance, condition, wanted, self.net.codes(keys)),)
 
     def parts(self, count):
@@ -398,9 +425,10 @@ def train(trainer, run, interruption, title):
         logged_at = searched
         logged_step = trainer.step
         parts = list(trainer.parts(len(period.condition)))
+        stopped = False
         for part in tqdm(parts, f"{bar}: train", leave=False, disable=run.quiet):
             loss = trainer.update(period, part)
-            if pace.tick(trainer.step):
+            if pace.tick(trainer.step) and run.writes:
                 seconds = pace.left(trainer.step) + (args.periods - 1 - trainer.period) * (searched - started)
                 memory = Utils.peak_memory(trainer.device) / 2**30
                 tqdm.write(f"{title}s: about {Reports.duration(seconds)} in all; memory {memory:.1f} GiB")
@@ -411,16 +439,18 @@ def train(trainer, run, interruption, title):
                 run.log(trainer.step, trainer.period, loss=value, lr=lr, views_per_second=round(speed, 1))
                 logged_at = time.perf_counter()
                 logged_step = trainer.step
-            if interruption.signal is not None:
+            stopped = Distributed.any_process(interruption.signal is not None)
+            if stopped:
                 break
 
         # weights that are not finite must not be saved
         finite = Utils.all_finite(trainer.ema.parameters())  # it has every NaN of the weights
         mean = check_loss(trainer, run, trainer.total / trainer.steps_per_period if finite else float("nan"))
         trainer.seconds["train"] += time.perf_counter() - searched
-        if interruption.signal is not None and trainer.step % trainer.steps_per_period:
+        if stopped and trainer.step % trainer.steps_per_period:
             return True
-        finish_period(trainer, run, title, mean, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        Distributed.first_rank_only(partial(finish_period, trainer, run, title, mean, seconds))
     return False
 
 
@@ -460,9 +490,10 @@ def finish_period(trainer, run, title, loss, seconds):
 
 def fit_distance(args):
     """Use the pixel distance if LPIPS would have to download its weights and the user did not ask for LPIPS."""
-    is_lpips = args.distance != "pixels"
-    if is_lpips and "distance" not in args.given and not args.lpips_weights and not Distances.is_at_hand(args.distance):
-        Distributed.say(
+    if args.distance == "pixels" or "distance" in args.given or args.lpips_weights:
+        return
+    if Distributed.any_process(not Distances.is_at_hand(args.distance)):
+        say(
             f"--distance {args.distance} becomes pixels: the weights of {args.distance} are not on this machine "
             f"(--distance {args.distance} downloads them)"
         )
@@ -476,12 +507,16 @@ def build(args, device):
     counts = codes_per_level(args)
     images = searched_at_once(counts, args.chunk, device)
     keys = 4 * 8 * images * max(counts)  # int64, and what they are made from
-    Utils.check_room(keys, device, f"--m {args.m}: the codes of {images} images")
+    Utils.check_room(keys, device, f"--candidates {args.candidates}: the codes of {images} images")
     with Utils.as_user_error():
         generator = build_generator(args, row.size)  # before the images are read, which can take long
         if args.distance != "pixels":
             Distances.check_side(args.distance, args.lpips_side, generator.sides[0])
-        distance = Distances.build_distance(args.distance, args.lpips_weights, args.lpips_side, args.alpha).to(device)
+
+        def load():
+            return Distances.build_distance(args.distance, args.lpips_weights, args.lpips_side, args.alpha)
+
+        distance = Distributed.first_rank_first(load).to(device)  # it can be a download
     split = Flags.train_split_for(args, device)
     if len(split) < 10:
         raise Utils.UserError(f"--data {args.data}: {len(split)} images: a generator needs 10 at the very least")
@@ -513,6 +548,19 @@ def measure(trainer, single):
     return result
 
 
+def find_state(args, folder):
+    """Return the checkpoints to continue from, of the run and of its net of one code, and whether all is complete.
+
+    Shows the measures of a complete run. Raises UserError if the run cannot continue.
+    """
+    checkpoint = Runs.checkpoint_for(args, folder)
+    if is_complete(args, folder, checkpoint):
+        print(f"this run is complete: measures from {Utils.shown(folder / 'generator.json')}")
+        show_result(folder, Utils.read_json(folder / "generator.json"))
+        return checkpoint, None, True
+    return checkpoint, Utils.newest_checkpoint(folder / SINGLE) if args.resume else None, False
+
+
 def is_complete(args, folder, checkpoint):
     """Return whether a run is complete. Raises UserError if it cannot continue from its checkpoint."""
     if folder.name == SINGLE:
@@ -522,6 +570,14 @@ def is_complete(args, folder, checkpoint):
         )
     is_trained = checkpoint is not None and checkpoint.stem == str(args.periods)
     return is_trained and Utils.read_json(folder / "generator.json", (*READ, "fit"), fitness_table) is not None
+
+
+def finish_run(folder, trainer, single):
+    """Measure the generator; print and write its measures. single: see `measure`."""
+    print("measuring", flush=True)
+    result = measure(trainer, single)
+    show_result(folder, result)  # before it is written: the disk may be full
+    Utils.write_json(folder / "generator.json", result)
 
 
 def show_result(folder, result):
@@ -558,16 +614,15 @@ def describe(args, trainer, folder):
     searched = ",".join(str(trainer.search.count(level)) for level in range(len(net.sides)))
     images = f"codes of {trainer.visited} images searched, {searched} on each level"
     data = Utils.shown(args.data)
-    print(f"{data}: {len(trainer.rows)} images of {trainer.split.size} px, on {trainer.device} in {precision}")
-    print(f"{args.net} generator: {count_parameters(net):,} weights, {sides} px, undoes {net.corruption.spec}")
-    print(f"{args.periods} periods: {images}, then {trainer.steps_per_period} steps of {args.bs} images")
-    place = Utils.shown(folder)
-    print(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {place}", flush=True)
+    say(f"{data}: {len(trainer.rows)} images of {trainer.split.size} px, on {trainer.device} in {precision}")
+    say(f"{args.net} generator: {count_parameters(net):,} weights, {sides} px, undoes {net.corruption.spec}")
+    say(f"{args.periods} periods: {images}, then {trainer.steps_per_period} steps of {args.bs} images")
+    say(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {Utils.shown(folder)}")
 
 
 def main(args):
     """Train, train the same net on one code, measure; return 0. A signal ends the program after saving."""
-    device = Utils.pick_device(args.device)
+    *_, device = Distributed.start(Utils.pick_device(args.device))
     torch.backends.cudnn.deterministic = args.deterministic
     row = Data.get_row(args.data, args.size)
     args.image_size = row.size
@@ -579,10 +634,8 @@ def main(args):
         try_out(args, Trainer(args, split, generator, distance, codes_per_level(args), device), folder)
         return 0
     with Runs.claimed(folder), warnings_in_one_line():
-        checkpoint = Runs.checkpoint_for(args, folder)
-        if is_complete(args, folder, checkpoint):
-            print(f"this run is complete: measures from {Utils.shown(folder / 'generator.json')}")
-            show_result(folder, Utils.read_json(folder / "generator.json"))
+        checkpoint, single_checkpoint, complete = Distributed.first_rank_only(lambda: find_state(args, folder))
+        if complete:
             return 0
 
         # images, and a trainer for each of the two trainings
@@ -593,7 +646,6 @@ def main(args):
         trainer = Trainer(args, split, generator, distance, codes_per_level(args), device)
         stages = [(trainer, folder, checkpoint, "period")]
         if single:
-            single_checkpoint = Utils.newest_checkpoint(folder / SINGLE) if args.resume else None
             stages.append((single, folder / SINGLE, single_checkpoint, "one code, period"))
 
         # train
@@ -604,11 +656,7 @@ def main(args):
                 describe(args, trainer, folder)
             run_stage(stage, args, stage_folder, title)
 
-        # measure
-        print("measuring", flush=True)
-        result = measure(trainer, single)
-        show_result(folder, result)  # before it is written: the disk may be full
-        Utils.write_json(folder / "generator.json", result)
+        Distributed.first_rank_only(lambda: finish_run(folder, trainer, single))
         return 0
 
 
@@ -624,7 +672,7 @@ def try_out(args, trainer, folder):
     started = time.perf_counter()
     period.keys = period.search(trainer, trainer.frozen(), everything, keys).keys
     period.keys.cpu()  # waits for the device
-    search = (time.perf_counter() - started) * trainer.visited / len(rows)
+    search = (time.perf_counter() - started) * trainer.visited / len(rows) / Distributed.count()
 
     pace = Reports.Pace(0, trainer.steps, trainer.device)
     while not pace.tick(trainer.step):
@@ -632,19 +680,23 @@ def try_out(args, trainer, folder):
     seconds = args.periods * search + trainer.steps * pace.seconds
     memory = Utils.peak_memory(trainer.device) / 2**30
     twice = ", and as much for the net of one code" if args.single_code else ""
-    print(f"generator: about {Reports.duration(seconds)}{twice}; memory {memory:.1f} GiB")
-    print("dry run: nothing was written")
+    say(f"generator: about {Reports.duration(seconds)}{twice}; memory {memory:.1f} GiB")
+    say("dry run: nothing was written")
 
 
 def run_stage(trainer, args, folder, title):
     """Train to the last period. After a signal: save, and end the program."""
-    run = Runs.Run(folder, args, trainer.device, resumed_step=trainer.step if args.resume else None)
+    resumed_step = trainer.step if args.resume else None
+    run = Runs.Run(folder, args, trainer.device, resumed_step, writes=Distributed.is_first())
     with contextlib.closing(run), Signals.Deferred() as interruption:
-        if train(trainer, run, interruption, title):
-            run.interrupted(trainer.save(folder))
-        elif interruption.signal is not None:
-            print("interrupted after the last period: all of it is saved; --resume auto continues", flush=True)
-        if interruption.signal is not None:
+        stopped = train(trainer, run, interruption, title)
+        if stopped:
+            Distributed.first_rank_only(lambda: run.interrupted(trainer.save(folder)))
+        elif Distributed.any_process(interruption.signal is not None):
+            stopped = True
+            say("interrupted after the last period: all of it is saved; --resume auto continues")
+        if stopped:
+            Distributed.stop()
             raise SystemExit(interruption.exit_code)
 
 

@@ -281,15 +281,13 @@ def train_generator(args, split, words, asked):
     """Train a generator by the recipe of the data, or continue one; return its checkpoint."""
     argv = [*generator_words(args, words), "--resume=auto"]
     command = shlex.join(["python", "TrainCamNet.py", *argv])
-    if Distributed.is_launched():
-        raise Utils.UserError(f"--generator: none for {args.data} yet; torchrun cannot train it: first run {command}")
-    with Utils.locked(generator_lock(args), f"training a generator for {args.data}"):
-        found = Banks.newest_generator(args, split, asked)
-        if found:  # another process has trained it meanwhile
+    with Utils.locked_by_first(generator_lock(args), f"training a generator for {args.data}"):
+        found = Banks.find_generator(args, split, asked)
+        if found:  # another run has trained it meanwhile
             return found
-        print(Utils.shown(f"no generator for {args.data} yet: {command}"), flush=True)
+        Distributed.say(Utils.shown(f"no generator for {args.data} yet: {command}"))
         TrainCamNet.main(TrainCamNet.get_args(argv))  # a signal that ends the training also ends the program
-        return Banks.newest_generator(args, split, asked)
+        return Banks.find_generator(args, split, asked)
 
 
 def check_flags(args):
@@ -350,7 +348,7 @@ def make_positives(args, splits, device):
         check_disk(args, split)
         if args.dry_run:
             return try_out_bank(args, split, device, source, words, asked)
-        Utils.remove_unlocked(generator_lock(args))
+        Distributed.first_rank_only(lambda: Utils.remove_unlocked(generator_lock(args)))
         checkpoint = Banks.find_generator(args, split, asked) or train_generator(args, split, words, asked)
         schedule = Banks.BankSchedule(args, split, device, checkpoint, asked)
         source.bank_of_epoch = schedule
@@ -363,7 +361,7 @@ def try_out_bank(args, split, device, source, words, asked):
     if not Banks.find_generator(args, split, asked):
         TrainCamNet.main(TrainCamNet.get_args([*generator_words(args, words), "--dry_run"]))
     gib = len(split) * args.num_codes * 3 * split.size**2 / 2**30
-    print(f"bank: {args.num_codes} restorations of {len(split):,} images, {gib:.2f} GiB")
+    Distributed.say(f"bank: {args.num_codes} restorations of {len(split):,} images, {gib:.2f} GiB")
     images = torch.cat([images for _, images in split.batches(torch.arange(len(split)).split(512), device)])
     source.bank = Bank(images[:, None].expand(-1, args.num_codes, -1, -1, -1), device, on_device=False)
     return source

@@ -39,6 +39,7 @@ from Backbones import (
     kept_bytes,
     stem_text,
 )
+from Distributed import say
 from EncoderFiles import encoder_metadata, save_encoder
 from Flags import bounded
 from Optimizers import build_optimizer, learning_rate, parameter_groups, set_learning_rate
@@ -469,7 +470,8 @@ def finish_epoch(trainer, run, splits, loss, interruption):
             trainer.save(run.folder)
         scores = {}
         if not is_last:
-            scores = interruption.cut_short(lambda: score_epoch(trainer, run, splits)) or {}
+            with Distributed.alone():
+                scores = interruption.cut_short(lambda: score_epoch(trainer, run, splits)) or {}
         text = "".join(f"  {name} {100 * value:.2f} %" for name, value in scores.items())
         tqdm.write(f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  {run.clock():.0f} s{text}")
     Distributed.barrier()
@@ -632,13 +634,12 @@ def describe(args, row, trainer, folder):
     optimizer = f"{args.opt}{' + LARS' if args.lars else ''}, lr {args.lr:g}"
     n = Reports.plural(len(trainer.train_split), "image")
     steps = Reports.plural(trainer.steps, "step")
-    print(f"{row.name}: {n} of {row.size} px, on {trainer.device} in {precision}")
+    say(f"{row.name}: {n} of {row.size} px, on {trainer.device} in {precision}")
     encoder = f"{args.backbone}, {stem}" if stem else args.backbone
-    print(f"{encoder}: {count_parameters(net.encoder):,} weights, head {count_parameters(net.head):,}")
-    print(f"views: {trainer.augmentation}")
-    print(f"{steps} of {args.bs} images x {len(trainer.positives)} views, {optimizer}")
-    place = Utils.shown(folder)
-    print(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {place}", flush=True)
+    say(f"{encoder}: {count_parameters(net.encoder):,} weights, head {count_parameters(net.head):,}")
+    say(f"views: {trainer.augmentation}")
+    say(f"{steps} of {args.bs} images x {len(trainer.positives)} views, {optimizer}")
+    say(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {Utils.shown(folder)}")
 
 
 def main(args, make_positives=None, script=Path(__file__).stem, build_parser=build_parser):
@@ -681,9 +682,8 @@ def try_out(args, row, folder, trainer):
             if trainer.pace.tick(trainer.step):
                 break
     if trainer.pace.seconds is not None:  # otherwise the whole run is shorter than the measurement
-        print(estimate(trainer))
-    print("dry run: nothing was written")
-    Distributed.stop()
+        say(estimate(trainer))
+    say("dry run: nothing was written")
     return 0
 
 
@@ -697,10 +697,10 @@ def pretrain(args, row, folder, splits, trainer):
     resumed_step = first_step if args.resume else None
     run = Runs.Run(folder, args, trainer.device, resumed_step, writes=trainer.rank == 0)
     with contextlib.closing(run):
-        if run.writes:
-            describe(args, row, trainer, folder)
+        describe(args, row, trainer, folder)
         if run.writes and unscored:
-            score_epoch(trainer, run, splits)
+            with Distributed.alone():
+                score_epoch(trainer, run, splits)
 
         # train
         stopped = False
@@ -714,11 +714,11 @@ def pretrain(args, row, folder, splits, trainer):
 
         # score
         if run.writes and not stopped:
-            result = finish_run(trainer, run, splits, again=first_step == trainer.step)
+            with Distributed.alone():
+                result = finish_run(trainer, run, splits, again=first_step == trainer.step)
             metadata = encoder_metadata(trainer.net.encoder, args, trainer.epoch, result)
             save_encoder(folder / "encoder.pt", trainer.net.encoder, metadata)
             Runs.farewell(folder)
-    Distributed.stop()
     return interruption.exit_code if stopped else 0
 
 

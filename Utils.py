@@ -50,6 +50,7 @@ def run_script(main, get_args):
         sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be valid text
     try:
         code = main(get_args())
+        Distributed.stop()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
@@ -120,8 +121,8 @@ def _escaped(character):
 
 
 def quiet():
-    """Return whether to hide progress bars: standard error is no terminal."""
-    return not sys.stderr.isatty()
+    """Return whether to hide progress bars: standard error is no terminal, or another process shows them."""
+    return not (sys.stderr.isatty() and Distributed.is_first())
 
 
 def derived_seed(seed, index):
@@ -350,6 +351,18 @@ def locked(file, work, wait=True):
                 Path(file).unlink()
 
 
+@contextlib.contextmanager
+def locked_by_first(file, work):
+    """Hold a lock for all processes of a run: the first of them has it, see `locked`."""
+    with contextlib.ExitStack() as stack:
+
+        def lock():
+            stack.enter_context(locked(file, work))
+
+        Distributed.first_rank_only(lock)
+        yield
+
+
 def remove_unlocked(file):
     """Remove the file of a lock that a killed process has left behind."""
     if Path(file).exists():
@@ -518,6 +531,20 @@ def all_finite(values):
         value.isfinite().all() for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()
     ]
     return not checks or bool(torch.stack(checks).all())
+
+
+RENAMED = {"m": "candidates"}  # flags of older versions: their names now
+
+
+def current_flags(stored):
+    """Return the flags that a checkpoint or args.json holds, {name: value}, as this version has them."""
+    flags = {RENAMED.get(name, name): value for name, value in stored.items()}
+    if flags.get("compile") in ("auto", "yes", "no"):  # it was a choice
+        flags["compile"] = flags["compile"] == "yes"
+    if "camnet" in flags:  # a command line
+        for before, now in RENAMED.items():
+            flags["camnet"] = re.sub(rf"--{before}\b", f"--{now}", str(flags["camnet"]))
+    return flags
 
 
 def plain(args):

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import Data
 import Flags
+import Runs
 import Utils
 from Benchmarks.Collect import generator_flags
 from Benchmarks.Compute import encoder_macs, generator_macs
@@ -194,7 +195,7 @@ def generator_record(flags, folder):
     record = {"generator": folder.name, "generator_flags": generator_flags(folder)}
     if flags.pair == "corrupted":  # only its corruption was used
         return record
-    theirs = argparse.Namespace(**json.loads((folder / "args.json").read_text())["args"])
+    theirs = argparse.Namespace(**Runs.stored_flags(folder))
     banks = -(-flags.epochs // flags.refresh) if flags.refresh else 1
     n = len(Data.get_train_split(flags.data, Flags.file_options(flags, "cpu")))
     seconds = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import Data
 import Flags
+import Runs
 import Utils
 from Benchmarks import Tables
 
 FILES = ("README.md", "Results/README.md")
 FLAGS = ("data", "backbone", "aug", "num_views", "pair", "bs", "epochs", "seed")
-GENERATOR_FLAGS = ("data", "net", "m", "period", "visits", "periods", "bs", "seed")
+GENERATOR_FLAGS = ("data", "net", "candidates", "period", "visits", "periods", "bs", "seed")
 STARTED = ("command", "revision", "device", "torch", "torchvision", "python")
 
 
@@ -45,24 +46,24 @@ def collect(folder):
         raise Utils.UserError(f"{folder} holds no evaluation.json or generator.json: give the folder of a finished run")
     file = found[0]
     is_generator = file.stem == "generator"
-    args = json.loads((folder / "args.json").read_text())
-    start = args["starts"][0]
+    flags = Runs.stored_flags(folder)
+    starts = json.loads((folder / "args.json").read_text())["starts"]
 
     # what was learnt, and how long it took up to the last epoch's scores
     record = {}
     for name in GENERATOR_FLAGS if is_generator else FLAGS:
-        if name in args["args"]:
-            record[name] = args["args"][name]
+        if name in flags:
+            record[name] = flags[name]
     logs = [folder / "metrics.jsonl", folder / "single_code" / "metrics.jsonl"]
     last = [json.loads(log.read_text().splitlines()[-1]) for log in logs if log.exists()]
     record["steps"] = last[0]["step"]
     record["minutes"] = round(sum(line["seconds"] for line in last) / 60, 1)
-    record["starts"] = len(args["starts"])
+    record["starts"] = len(starts)
     for name in STARTED:
-        record[name] = start[name]
+        record[name] = starts[0][name]
 
     # the flags that decide the result, those of its generator, and the jitter that a generator is compared with
-    record["flags"] = Flags.hyper_parameters(argparse.Namespace(**args["args"]))
+    record["flags"] = Flags.hyper_parameters(argparse.Namespace(**flags))
     if record["flags"].get("generator"):
         record["generator_flags"] = generator_flags(record["flags"]["generator"])
     if is_generator:
@@ -74,8 +75,7 @@ def collect(folder):
 def generator_flags(place):
     """Return the flags that decide the result of a run of TrainCamNet.py; place: its folder or a checkpoint in it."""
     folder = Path(place) if Path(place).is_dir() else Path(place).parent
-    args = json.loads((folder / "args.json").read_text())["args"]
-    return Flags.hyper_parameters(argparse.Namespace(**args))
+    return Flags.hyper_parameters(argparse.Namespace(**Runs.stored_flags(folder)))
 
 
 def newest_generator(models):

@@ -51,7 +51,7 @@ def generator_macs(flags, n, k, banks=1):
     features = [count_macs(distance.features, torch.rand(1, 3, side, side)) for side in net.sides]
 
     # search: each candidate runs its own level alone
-    search = Search([int(count) for count in flags.m.split(",")])
+    search = Search(TrainCamNet.codes_per_level(flags))
     searched = 0
     for level in range(len(codes)):
         searched += search.count(level) * (upto[level + 1] - upto[level] + features[level])

@@ -25,7 +25,7 @@ from Images import Shapes
 CLASSES = 3
 COMMON = "--size 16 --bs 8 --log_iter 1 --save_iter 1 --n_workers 0 --device cpu"
 ENCODER = "--backbone resnet8 --epochs 3 --n_ramp 1 --lr 0.1 --proj_hidden 32 --blur_p 0 --eval_iter 1 --no-baselines"
-CAMNET = "--net tiny --corrupt gray --distance pixels --m 4,4 --period 16 --periods 2 --visits 2"
+CAMNET = "--net tiny --corrupt gray --distance pixels --candidates 4,4 --period 16 --periods 2 --visits 2"
 BANK = f"--num_codes 2 --camnet '{CAMNET} --bs 8 --log_iter 1 --save_iter 1'"
 FLAGS = {"TrainSimCLR": ENCODER, "TrainISICLE": f"{ENCODER} {BANK}", "TrainCamNet": CAMNET}
 LONG = {"TrainSimCLR": "--epochs 2000", "TrainISICLE": "--epochs 2000", "TrainCamNet": "--periods 2000"}
@@ -114,10 +114,10 @@ class Child:
         return self.log.read_text(errors="replace")
 
 
-def start_ranks(script, argv, folder, world=2):
+def start_ranks(script, argv, folder, world=2, prepare=None):
     """Start a script in several processes that form a group, as torchrun does; return their `Child`s by rank.
 
-    folder: for the files of their lines.
+    folder: for the files of their lines. prepare: called in each of them first.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -126,9 +126,15 @@ def start_ranks(script, argv, folder, world=2):
     ranks = []
     for rank in range(world):
         environment = place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        prepare = functools.partial(os.environ.update, environment)
-        ranks.append(Child(script, argv, Path(folder) / f"rank{rank}.log", prepare))
+        begin = functools.partial(_begin_rank, environment, prepare)
+        ranks.append(Child(script, argv, Path(folder) / f"rank{rank}.log", begin))
     return ranks
+
+
+def _begin_rank(environment, prepare):
+    os.environ.update(environment)
+    if prepare:
+        prepare()
 
 
 def is_one_line(text):

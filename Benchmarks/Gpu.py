@@ -51,7 +51,7 @@ class Scale(NamedTuple):
     backbone: str
     bs: int
     net: str  # the generator
-    m: str  # codes per level
+    candidates: str  # codes tried per level
     batches: tuple  # of the generator's training
     banks: tuple  # of the filling of a bank
     searched: int  # images
@@ -233,7 +233,8 @@ def measure_isicle(bench):
 def camnet(bench, bs, count, words=""):
     """Return (the generator's Trainer, a Period of `count` images whose codes are random)."""
     distance = "squeeze" if bench.scale.size >= 32 and Distances.is_at_hand("squeeze") else "pixels"
-    words += f" --net {bench.scale.net} --corrupt gray+down2 --distance {distance} --m {bench.scale.m} --bs {bs}"
+    words += f" --net {bench.scale.net} --corrupt gray+down2 --distance {distance} --bs {bs}"
+    words += f" --candidates {bench.scale.candidates}"
     args = bench.flags(TrainCamNet, f"{words} --period {count} --no-single_code")
     generator = TrainCamNet.build_generator(args, bench.scale.size)
     measure = Distances.build_distance(distance, None, args.lpips_side, args.alpha).to(bench.device)

@@ -120,7 +120,7 @@ def count_step(gpu, step, trainer):
 def camnet_trainer(bs, device, words=()):
     """Return the trainer of TrainCamNet.py by the recipe of CIFAR-10 and flags `words`, with the pixel distance."""
     args = TrainCamNet.get_args(
-        [*CAMNET, "--bs", str(bs), "--period", str(2 * bs), "--m", "4", "--visits", "1", *words]
+        [*CAMNET, "--bs", str(bs), "--period", str(2 * bs), "--candidates", "4", "--visits", "1", *words]
     )
     generator = TrainCamNet.build_generator(args, SIZE)
     distance = build_distance(args.distance, None, 0, args.alpha).to(device)

@@ -90,7 +90,7 @@ class Bench:
         file = Utils.newest_checkpoint(run) if run.is_dir() else run
         if file is None:
             raise Utils.UserError(f"{run} holds no checkpoint: give the folder of a run of TrainCamNet.py")
-        stored = Utils.load_(file)["args"]
+        stored = Utils.current_flags(Utils.load_(file)["args"])
         if "net" not in stored:
             raise Utils.UserError(f"{file} holds no generator: give a run of TrainCamNet.py")
         print(f"generator: {file}", flush=True)
@@ -103,7 +103,7 @@ class Bench:
 
         # its trainer, with some images
         split, generator, distance = TrainCamNet.build(self.flags, device)
-        self.counts = [int(count) for count in self.flags.m.split(",")]
+        self.counts = TrainCamNet.codes_per_level(self.flags)
         self.trainer = TrainCamNet.Trainer(self.flags, split, generator, distance, self.counts, device)
         self.trainer.load(file)
         rows = torch.arange(min(args.images, len(split)))
@@ -231,7 +231,7 @@ def main(args):
         print(f"{row['part']:10}{row['variant']:28}{row['images_per_second']:10,.1f}{row['ratio']:11.2f}{same:>12}")
     made["images"] = len(bench.keys)
     made["rounds"] = args.rounds
-    names = ("data", "net", "corrupt", "distance", "m", "bs", "chunk")
+    names = ("data", "net", "corrupt", "distance", "candidates", "bs", "chunk")
     made["generator"] = {name: getattr(bench.flags, name) for name in names}
     made["rows"] = rows
     out = Path(args.out or Utils.ROOT / "Results" / f"search-{device.type}.json")

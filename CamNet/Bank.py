@@ -79,53 +79,59 @@ def checksum(images, crc=0, rows_at_once=256):
     return crc
 
 
-def fill(file, generator, split, k, seed, device, autocast=contextlib.nullcontext, *, bs=None, quiet=True):
+def alone(work):
+    """Return work(): `fill` in a single process."""
+    return work()
+
+
+def all_parts(parts, work):
+    """Yield the results of work(parts): `fill` in a single process."""
+    yield from work(parts)
+
+
+def fill(
+    file,
+    generator,
+    split,
+    k,
+    seed,
+    device,
+    autocast=contextlib.nullcontext,
+    *,
+    bs=None,
+    quiet=True,
+    first_only=alone,
+    spread=all_parts,
+):
     """Fill `file` with k restorations of every image of the split, or continue where an interrupted call stopped.
 
     The codes follow from seed, image and index alone. autocast: makes the context that the generator runs in. bs:
-    images in a forward pass; None: `batch_size` of the device.
+    images in a forward pass; None: `batch_size` of the device. first_only, spread: what lets several processes fill it
+    together, with the same bytes, see Distributed.py; only the first one touches the file.
     Returns whether there was work to do. ValueError if the file was made from something else (generator, corruption,
     k, seed or data), or if the disk is full.
     """
-    file = Path(file)
     shape = (len(split), k, 3, split.size, split.size)
     made_from = {"generator": fingerprint(generator.state_dict())} | generator.config
     made_from |= {"k": k, "seed": seed, "data": fingerprint_images(split), "shape": list(shape)}
-    if file.exists():
-        _check(file, made_from)
+    filling = _Filling(Path(file), shape, made_from)
+    done = first_only(filling.start)
+    if done is None:
         return False
-
-    bs = bs or batch_size(device, split.size)
     with autocast():
         generator = generator.frozen()
 
-    # fill the part, and note the progress: every 20 seconds, and when interrupted
-    part = file.with_name(file.name + ".part")
-    try:
-        images, done, crc = _open(part, shape, made_from)
-        saved = time.monotonic()
-        with tqdm(desc="bank", total=len(split), initial=done, unit="image", disable=quiet) as bar:
-            try:
-                for rows, x in split.batches(torch.arange(done, len(split)).split(bs), device):
-                    restored = restore(generator, x, rows, k, seed, autocast).cpu().numpy()
-                    images[rows.numpy()] = restored
-                    crc = checksum(restored, crc)
-                    done = int(rows[-1]) + 1
-                    bar.update(len(rows))
-                    if time.monotonic() - saved > SAVED_EVERY:
-                        _save_progress(images, part, made_from, done, crc)
-                        saved = time.monotonic()
-            except (KeyboardInterrupt, SystemExit):
-                _save_progress(images, part, made_from, done, crc)
-                raise
+    def restored(parts):
+        for rows, x in split.batches(parts, device):
+            yield rows, restore(generator, x, rows, k, seed, autocast).cpu()
 
-        # complete: give both files their names
-        images.flush()
-        _write_note(_note_of(file), made_from | {"crc": crc})
-        part.replace(file)
-        _note_of(part).unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write the bank {part}: {error}: free space there, then start again") from error
+    step = bs or batch_size(device, split.size)
+    parts = [torch.arange(start, min(start + step, len(split))) for start in range(done, len(split), step)]
+    with tqdm(desc="bank", total=len(split), initial=done, unit="image", disable=quiet) as bar, filling.kept():
+        for rows, images in spread(parts, restored):
+            filling.add(rows, images.numpy())
+            bar.update(len(rows))
+    first_only(filling.finish)
     return True
 
 
@@ -154,34 +160,100 @@ def to_uint8(images):
     return (255 * images.float()).round_().clamp_(0, 255).byte()
 
 
-def _open(part, shape, made_from):
-    """Return (the array in the file as a memory map, rows that are done, their checksum).
+class _Filling:
+    """A bank that is being filled: NAME.npy.part, and the note of its progress.
 
-    An interrupted filling continues if what it wrote is intact. Otherwise a new file is made, and all of its space is
-    allocated at once, so that a full disk is noticed now.
+    ValueError where the disk is full.
     """
-    note = _read_note(_note_of(part))
-    if part.exists() and note:
-        _check(part, made_from)
-        with contextlib.suppress(Exception):  # a damaged file can fail in any way: then a new one is made
-            images = np.lib.format.open_memmap(part, mode="r+")
-            done = int(note["done"])
-            if images.shape == shape and 0 <= done <= len(images) and checksum(images[:done]) == note["crc"]:
-                return images, done, note["crc"]
-    try:
-        images = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
-        with part.open("r+b") as handle:
-            os.posix_fallocate(handle.fileno(), 0, os.fstat(handle.fileno()).st_size)
-        _save_progress(images, part, made_from, 0, 0)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-    return images, 0, 0
 
+    def __init__(self, file, shape, made_from):
+        self.file = file
+        self.shape = shape
+        self.made_from = made_from
+        self.part = file.with_name(file.name + ".part")
+        self.images = None  # a memory map
+        self.done = 0  # rows
+        self.crc = 0  # their checksum
+        self.saved = time.monotonic()
 
-def _save_progress(images, part, made_from, done, crc):
-    images.flush()
-    _write_note(_note_of(part), made_from | {"done": done, "crc": crc})
+    def start(self):
+        """Open the file; return how many rows are done, or None where the bank is complete.
+
+        An interrupted filling continues if what it wrote is intact. Otherwise a new file is made, and all of its space
+        is allocated at once, so that a full disk is noticed now.
+        """
+        if self.file.exists():
+            _check(self.file, self.made_from)
+            return None
+        note = _read_note(_note_of(self.part))
+        if self.part.exists() and note:
+            _check(self.part, self.made_from)
+            with contextlib.suppress(Exception):  # a damaged file can fail in any way: then a new one is made
+                self._continue(note)
+        if self.images is None:
+            with self._disk_errors():
+                self._allocate()
+        return self.done
+
+    def _continue(self, note):
+        images = np.lib.format.open_memmap(self.part, mode="r+")
+        done = int(note["done"])
+        is_intact = images.shape == self.shape and 0 <= done <= len(images)
+        if is_intact and checksum(images[:done]) == note["crc"]:
+            self.images = images
+            self.done = done
+            self.crc = note["crc"]
+
+    def _allocate(self):
+        try:
+            self.images = np.lib.format.open_memmap(self.part, mode="w+", dtype=np.uint8, shape=self.shape)
+            with self.part.open("r+b") as handle:
+                os.posix_fallocate(handle.fileno(), 0, os.fstat(handle.fileno()).st_size)
+            self.save()
+        except OSError:
+            self.part.unlink(missing_ok=True)
+            raise
+
+    def add(self, rows, images):
+        """Write the next rows; note the progress every SAVED_EVERY seconds."""
+        self.images[rows.numpy()] = images
+        self.crc = checksum(images, self.crc)
+        self.done = int(rows[-1]) + 1
+        if time.monotonic() - self.saved > SAVED_EVERY:
+            self.save()
+
+    def save(self):
+        """Note the progress."""
+        self.images.flush()
+        _write_note(_note_of(self.part), self.made_from | {"done": self.done, "crc": self.crc})
+        self.saved = time.monotonic()
+
+    @contextlib.contextmanager
+    def kept(self):
+        """A context that notes the progress when it ends early: by a signal, or since another process has ended."""
+        with self._disk_errors():
+            try:
+                yield
+            except BaseException as error:
+                if self.images is not None and not isinstance(error, OSError):
+                    self.save()
+                raise
+
+    def finish(self):
+        """Give both files their names."""
+        with self._disk_errors():
+            self.images.flush()
+            _write_note(_note_of(self.file), self.made_from | {"crc": self.crc})
+            self.part.replace(self.file)
+            _note_of(self.part).unlink()
+
+    @contextlib.contextmanager
+    def _disk_errors(self):
+        try:
+            yield
+        except OSError as error:
+            message = f"cannot write the bank {self.part}: {error}: free space there, then start again"
+            raise ValueError(message) from error
 
 
 def _check(file, made_from):

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 KEYS = {"arm", "seed", "linear", "knn", "steps", "epochs", "encoder_macs", "generator_macs", "command", "minutes"}
 KEYS |= {"device", "flags"}
 CHOSEN = ["simclr_full", "simclr_full_equal_compute", "isicle_full"]  # one that waits for the two others
-GENERATOR = "--net tiny --distance pixels --m 4,2 --period 16 --visits 2 --periods 1 --bs 8 --no-single_code"
+GENERATOR = "--net tiny --distance pixels --candidates 4,2 --period 16 --visits 2 --periods 1 --bs 8 --no-single_code"
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_lines_of_the_runs_are_shown_as_they_come(done):
 def test_the_generator_of_a_run_is_recorded(done):
     rows = {row["arm"]: row for row in done[1]}
     assert rows["isicle_full"]["generator"].startswith("TrainCamNet-")
-    assert rows["isicle_full"]["generator_flags"].items() >= {"m": "4,2", "period": 16}.items()
+    assert rows["isicle_full"]["generator_flags"].items() >= {"candidates": "4,2", "period": 16}.items()
     assert rows["simclr_full"]["generator"] is None
     assert "generator_flags" not in rows["simclr_full"]
 
@@ -204,7 +204,7 @@ def test_generator_is_charged_for_search_training_and_bank():
     assert sample > 1e6
     assert macs(k=8, banks=3) == base + 3 * 240 * 8 * sample
     assert base > 16 * 2 * 3 * sample  # 16 images, trained on twice, forward and backward
-    more = macs("--m", "4,3") - base  # one candidate more on the finer level, the dearer one
+    more = macs("--candidates", "4,3") - base  # one candidate more on the finer level, the dearer one
     assert 16 * sample / 2 < more < 16 * sample
     assert macs("--periods", "2") == 2 * base
 

@@ -122,6 +122,29 @@ def test_killed_filling_goes_on_where_it_was(tmp_path, generator, split, monkeyp
     assert np.abs(np.load(file).astype(int) - np.load(tmp_path / "whole.npy")).max() <= 1  # batches round differently
 
 
+def test_a_filling_that_was_killed_at_its_very_end_is_finished(tmp_path, generator, split, monkeypatch):
+    file = tmp_path / "b.npy"
+    monkeypatch.setattr(Bank, "SAVED_EVERY", 0)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Bank.Path, "replace", interrupt_at(file.with_name("b.npy.part"), Bank.Path.replace))
+        fill(file, generator, split)
+    assert json.loads(file.with_name("b.npy.part.json").read_text())["done"] == len(split)
+    assert fill(file, generator, split)
+    fill(tmp_path / "whole.npy", generator, split)
+    assert file.read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+def interrupt_at(path, replace):
+    """Return Path.replace, interrupted at this path."""
+
+    def replace_others(self, target):
+        if self == path:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    return replace_others
+
+
 def test_full_disk_is_told_before_anything_is_made(tmp_path, generator, split, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

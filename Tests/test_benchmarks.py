@@ -187,7 +187,7 @@ def search(*argv):
 def models(tmp_path_factory):
     """A folder with a generator that was hardly trained."""
     folder = tmp_path_factory.mktemp("search")
-    tiny = "--size 16 --m 12,6 --period 16 --visits 2 --periods 1 --bs 8 --no-single_code --device cpu"
+    tiny = "--size 16 --candidates 12,6 --period 16 --visits 2 --periods 1 --bs 8 --no-single_code --device cpu"
     assert TrainCamNet.main(TrainCamNet.get_args([*tiny.split(), "--models_dir", str(folder)])) == 0
     return folder
 
@@ -219,8 +219,9 @@ def test_search_says_how_it_was_made(searched):
     assert content["command"].startswith("python -m Benchmarks.Search")
     assert content["revision"]
     assert content["images"] == 6
-    assert content["generator"]["m"] == "12,6"
-    assert "`python TrainCamNet.py --m 12,6 --bs 8`, then `python -m Benchmarks.Search" in Tables.search_table(content)
+    assert content["generator"]["candidates"] == "12,6"
+    command = "`python TrainCamNet.py --candidates 12,6 --bs 8`, then `python -m Benchmarks.Search"
+    assert command in Tables.search_table(content)
 
 
 def test_search_takes_the_newest_generator(models, tmp_path, monkeypatch):

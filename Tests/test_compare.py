@@ -14,6 +14,7 @@ from PIL import Image
 
 import Compare
 import Flags
+import Utils
 
 ROOT = Path(__file__).parents[1]
 FLAGS = {"data": "shapes", "backbone": "resnet8", "epochs": 4, "lr": 0.5, "seed": 0, "eval": "val", "device": "cpu"}
@@ -67,6 +68,7 @@ def error(capsys, *argv):
 
 def test_flags_of_no_interest_are_those_of_flags():
     assert set(Compare.RUN_FLAGS.split()) | {"eval", "suffix"} == Flags.RUN_FLAGS
+    assert Compare.RENAMED == Utils.RENAMED
 
 
 def test_best_first_with_the_flags_that_differ(tmp_path, capsys):

@@ -1,21 +1,33 @@
 """Several processes against one: gradients, batch statistics, and whole runs under torchrun (gloo, on the CPU)."""
 
+import functools
 import json
 import math
 import os
+import shutil
 import signal
 import socket
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from helpers import TORCHRUN, count_lines, losses, only_run, signal_when, start
 from torch import nn
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import Distributed
+import Evaluate
+import Export
+import Flags
+import TrainCamNet
+import TrainISICLE
 import TrainSimCLR
+import Utils
 from Backbones import ContrastiveNet, build_encoder, build_head
-from Benchmarks.Forks import start_ranks
+from Benchmarks.Forks import draw_images, flags_of, problem_of, start_ranks, state_of
+from Images import Shapes
 from Images.Split import Split
 from Losses import multi_positive, nt_xent
 
@@ -29,12 +41,16 @@ def _process(rank, world, port, work, file):
     Distributed.stop()
 
 
-def processes(world, work, tmp_path):
-    """[what work(rank, world) returns in each of `world` processes]."""
+def free_port():
+    """A port of this machine that no process uses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(_process, (world, port, work, tmp_path / "rank"), world, start_method="fork")
+        return free.getsockname()[1]
+
+
+def processes(world, work, tmp_path):
+    """[what work(rank, world) returns in each of `world` processes]."""
+    mp.start_processes(_process, (world, free_port(), work, tmp_path / "rank"), world, start_method="fork")
     return [torch.load(f"{tmp_path / 'rank'}{rank}") for rank in range(world)]
 
 
@@ -113,6 +129,92 @@ def test_chunks_in_several_processes_are_those_of_one(tmp_path):
             assert (other_gradients[name] - gradient).norm() < 1e-3 * gradient.norm(), name
 
 
+SEARCH = (
+    "--net tiny --corrupt gray --distance pixels --period 30 --visits 2 --bs 4 --precision fp32 --lr 0 --device cpu"
+)
+
+
+def small_generator(*more):
+    """A Trainer of 30 images of 8 pixels, of which 3 are held out; it searches 4 at once."""
+    args = TrainCamNet.get_args([*SEARCH.split(), *more])
+    labels = torch.arange(30) % 10
+    split = Split(Shapes.draw(labels, 8, torch.Generator().manual_seed(0)), labels, Shapes.CLASSES)
+    parts = (split, TrainCamNet.build_generator(args, 8), TrainCamNet.Distances.Pixels(), [6])
+    trainer = TrainCamNet.Trainer(args, *parts, torch.device("cpu"))
+    trainer.searched_at_once = 4
+    return trainer
+
+
+def searched(rank, world):
+    """The codes of two periods of the same images: the second keeps those that it does not improve."""
+    trainer = small_generator("--keep_previous", "--reject", "0.05")
+    found = []
+    for step in (0, trainer.steps_per_period):
+        trainer.step = step
+        period = trainer.prepare(SimpleNamespace(signal=None), "", quiet=True)
+        assert torch.equal(trainer.chosen[trainer.rows_of(trainer.period)], period.keys)
+        found.append(trainer.chosen.clone())
+    return found, period.distances
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_search_finds_the_same_codes_in_any_number_of_processes(world, tmp_path):
+    codes, distances = searched(0, 1)
+    assert [int((each != TrainCamNet.IMLE.NONE).all(dim=1).sum()) for each in codes] == [27, 27]
+    assert 0 < (codes[0] != codes[1]).all(dim=1).sum() < 27
+    for other_codes, other_distances in processes(world, searched, tmp_path):
+        assert all(torch.equal(one, other) for one, other in zip(codes, other_codes))
+        assert other_distances == distances
+
+
+def generator_steps(rank, world):
+    """(loss, gradients) of a step of four images and of the last one, of three; the weights and their average."""
+    trainer = small_generator()
+    period = trainer.prepare(SimpleNamespace(signal=None), "", quiet=True)
+    steps = []
+    for part in list(trainer.parts(27))[5:7]:
+        loss = trainer.update(period, part)
+        steps.append((loss, {name: each.grad.clone() for name, each in trainer.net.named_parameters()}))
+    return steps, trainer.net.state_dict(), trainer.ema.state_dict(), trainer.total
+
+
+def test_a_step_of_the_generator_is_that_of_one_process(tmp_path):
+    steps, net, ema, total = generator_steps(0, 1)
+    assert all(gradient.abs().sum() > 0 for _, gradients in steps for gradient in gradients.values())
+    for other_steps, other_net, other_ema, other_total in processes(4, generator_steps, tmp_path):
+        torch.testing.assert_close(other_total, total, rtol=1e-5, atol=0)
+        assert all(torch.equal(other_net[name], net[name]) for name in net)  # the rate is 0
+        assert all(torch.equal(other_ema[name], ema[name]) for name in ema)
+        for (loss, gradients), (other_loss, other_gradients) in zip(steps, other_steps):
+            torch.testing.assert_close(other_loss, loss, rtol=1e-5, atol=0)
+            for name, gradient in gradients.items():
+                assert (other_gradients[name] - gradient).norm() < 1e-4 * gradient.norm() + 1e-9, name
+                assert other_gradients[name].stride() == gradient.stride()
+
+
+def compiled_batches(rank, world):
+    """The numbers of images that the compiled loss is given in a period: batches of four, a last one of three."""
+    sizes = []
+
+    def stand_in(function, dynamic):
+        def compiled(net, distance, condition, wanted, keys):
+            sizes.append(len(keys))
+            return function(net, distance, condition, wanted, keys)
+
+        return compiled
+
+    torch.compile = stand_in  # in this process alone
+    trainer = small_generator("--compile", "yes", "--visits", "1")
+    period = trainer.prepare(SimpleNamespace(signal=None), "", quiet=True)
+    for part in trainer.parts(27):
+        trainer.update(period, part)
+    return sizes
+
+
+def test_the_compiler_sees_one_shape_in_each_process(tmp_path):
+    assert processes(3, compiled_batches, tmp_path) == [6 * [2], 6 * [1], 6 * [1]]
+
+
 def share(rank, world):
     """What gather and any_process give."""
     z = torch.arange(4.0).view(2, 2, 1)[:, rank : rank + 1]
@@ -127,12 +229,48 @@ def test_gather_keeps_the_order_and_any_process_hears_each(tmp_path):
         assert flags == [False, True, True]
 
 
+def download(file, rank, world):
+    """Two machines of two processes: each notes when it works."""
+    os.environ["LOCAL_RANK"] = str(rank % 2)
+
+    def work():
+        with file.open("a") as handle:
+            handle.write(str(rank))
+
+    Distributed.first_rank_first(work)
+
+
+def test_the_first_process_of_each_machine_downloads_before_the_others(tmp_path):
+    processes(4, functools.partial(download, tmp_path / "order"), tmp_path)
+    order = (tmp_path / "order").read_text()
+    assert (order[:2], sorted(order[2:])) == ("02", ["0", "1", "2", "3"])
+
+
 def test_without_torchrun_nothing_is_distributed():
     net, z = nn.Linear(1, 1), torch.ones(2, 3, 4)
     assert Distributed.start(torch.device("cpu")) == (0, 1, torch.device("cpu"))
     assert Distributed.wrap(net, torch.device("cpu")) is net
     assert Distributed.gather(z) is z
     assert Distributed.any_process(True) is True
+
+
+def refusals(rank, world):
+    """What is said of the same images in all processes, and of others in each."""
+    said = []
+    for brightness in (7, rank):
+        split = Split(
+            torch.full((2, 3, 8, 8), brightness, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), ["one"]
+        )
+        try:
+            Flags.check_machines(SimpleNamespace(data="photos"), split)
+        except Utils.UserError as error:
+            said.append(str(error))
+    return said
+
+
+def test_machines_with_other_images_are_refused(tmp_path):
+    for said in processes(2, refusals, tmp_path):
+        assert said == ["--data photos: the processes have different images: give every machine the same files"]
 
 
 # ---------------------------------------------------------------------------------------------------- whole runs
@@ -157,6 +295,74 @@ def test_a_run_in_two_processes_has_the_losses_of_one(quick, tmp_path, cli):
     assert deviation < 1e-3
     assert len(list(folder.glob("events.*"))) == 1  # from one process
     assert len(json.loads((folder / "args.json").read_text())["starts"]) == 1
+
+
+@pytest.mark.parametrize("more", [["--finetune", "1"], ["--eval", "cv"]])
+def test_the_scores_of_three_processes_are_those_of_one(whole, tmp_path, cli, monkeypatch, more):
+    monkeypatch.setattr(Evaluate.extract.__wrapped__, "__defaults__", (None, None, 50))  # images in a batch
+    argv = [whole.folder, *more, "--device", "cpu", "--n_workers", "0", "--out"]
+    ranks = start_ranks(Evaluate, [*argv, tmp_path / "three.json"], tmp_path, world=3)
+    assert [rank.wait() for rank in ranks] == [0, 0, 0], ranks[0].output() + ranks[1].output()
+    assert [rank.output() for rank in ranks[1:]] == ["", ""]
+    assert cli([*argv, tmp_path / "one.json"], Evaluate).code == 0
+    assert (tmp_path / "three.json").read_text() == (tmp_path / "one.json").read_text()
+
+
+@pytest.mark.parametrize("name, bs", [("features.npz", 50), ("features.csv", 200)])  # 5 parts, 2 parts
+def test_the_features_of_three_processes_are_those_of_one(whole, tree, tmp_path, cli, name, bs):
+    argv = [whole.folder, "--features", tree, "--device", "cpu", "--n_workers", "0", "--bs", bs, "--out"]
+    ranks = start_ranks(Export, [*argv, tmp_path / name], tmp_path, world=3)
+    assert [rank.wait() for rank in ranks] == [0, 0, 0], ranks[0].output() + ranks[1].output()
+    assert [rank.output() for rank in ranks[1:]] == ["", ""]
+    content = (tmp_path / name).read_bytes()
+    assert cli([*argv, tmp_path / name], Export).code == 0
+    assert (tmp_path / name).read_bytes() == content
+
+
+def test_a_dry_run_of_two_processes_is_told_once(tmp_path):
+    argv = flags_of("TrainISICLE", draw_images(tmp_path / "data"), tmp_path / "models", "--dry_run")
+    ranks = start_ranks(TrainISICLE, argv, tmp_path)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output() + ranks[1].output()
+    assert ranks[0].output().count("dry run: nothing was written") == 2  # of the generator, and of the encoder
+    assert ranks[1].output() == ""
+    assert not (tmp_path / "models").exists()
+
+
+def begin(argv):
+    """A process of a launcher: run TrainISICLE.py with these flags."""
+    sys.argv = ["TrainISICLE.py", *argv]
+    with pytest.raises(SystemExit) as caught:
+        Utils.run_script(TrainISICLE.main, lambda: TrainISICLE.get_args(argv))
+    return caught.value.code
+
+
+EPOCH = ("--epochs", "1", "--n_ramp", "0")
+
+
+def launch(machine, port, data, models_dir):
+    """A machine: what `torchrun --nnodes 2 --rdzv_backend c10d` does, with a process that is forked."""
+    config = LaunchConfig(
+        min_nodes=2,
+        max_nodes=2,
+        nproc_per_node=1,
+        run_id="test",
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"127.0.0.1:{port}",
+        start_method="fork",
+    )
+    argv = flags_of("TrainISICLE", data, models_dir, *EPOCH, "--data_dir", models_dir / f"cache{machine}")
+    assert list(elastic_launch(config, begin)(argv).values()) == [0]
+
+
+def test_two_machines_end_in_the_bits_of_one(tmp_path):
+    data = draw_images(tmp_path / "data")
+    mp.start_processes(launch, (free_port(), data, tmp_path / "two"), 2, start_method="fork")
+    assert all(any((tmp_path / "two" / f"cache{machine}" / ".cache").iterdir()) for machine in range(2))
+    ranks = start_ranks(TrainISICLE, flags_of("TrainISICLE", data, tmp_path / "one", *EPOCH), tmp_path)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output() + ranks[1].output()
+    for cache in (tmp_path / "two").glob("cache*"):
+        shutil.rmtree(cache)
+    assert problem_of(state_of(tmp_path / "two"), state_of(tmp_path / "one")) == ""
 
 
 def test_a_mistake_is_reported_once(quick, tmp_path):

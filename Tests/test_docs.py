@@ -18,8 +18,8 @@ DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
 SMALLER = {"N": 40, "PERIODS": 1, "EPOCHS": 2, "BATCH": 16}  # numbers of first_hour.md
 QUICK = {
     "TrainSimCLR": "--device cpu --n_workers 0 --bs 16",
-    "TrainISICLE": "--device cpu --n_workers 0 --bs 16 --camnet '--m 4 --bs 16'",
-    "TrainCamNet": "--device cpu --m 4 --bs 16",
+    "TrainISICLE": "--device cpu --n_workers 0 --bs 16 --camnet '--candidates 4 --bs 16'",
+    "TrainCamNet": "--device cpu --candidates 4 --bs 16",
 }
 REGISTRIES = ("Tests/test_data.py", "Tests/test_losses.py", "-k", "rows or recipe or every_form")
 

@@ -611,11 +611,15 @@ def test_a_signal_ends_a_script_wherever_it_is(data, finished, tmp_path, fork, c
     assert problem_of(state_of(tmp_path / "models"), finished(name).state) == ""
 
 
+LONG = {"TrainSimCLR": ("--epochs", "5000", "--eval_iter", "0"), "TrainCamNet": ("--periods", "5000")}
+
+
 @pytest.mark.parametrize("number", CODES, ids=["SIGTERM", "SIGINT"])
-def test_a_signal_to_one_rank_ends_all_whatever_is_logged(data, tmp_path, number):
+@pytest.mark.parametrize("name", LONG)
+def test_a_signal_to_one_rank_ends_all_whatever_is_logged(data, tmp_path, name, number):
     models_dir = tmp_path / "models"
-    argv = flags_of("TrainSimCLR", data, models_dir, "--epochs", "5000", "--eval_iter", "0", "--log_iter", "100000")
-    ranks = start_ranks(TrainSimCLR, argv, tmp_path)
+    argv = flags_of(name, data, models_dir, *LONG[name], "--log_iter", "100000")
+    ranks = start_ranks(SCRIPTS[name], argv, tmp_path)
     wait_for(lambda: count_lines(models_dir, "*/metrics.jsonl"), ranks[0])
     ranks[1].send(number)
     sent = time.monotonic()
@@ -700,7 +704,7 @@ SENSELESS = {
     "TrainSimCLR --proj_dim 1000000000": "--proj_dim 1000000000",
     "TrainSimCLR --proj_hidden 1000000000": "--proj_hidden 1000000000",
     f"TrainSimCLR --proj_hidden {HUGE}": "--proj_hidden",
-    "TrainCamNet --m 100000000": "--m",
+    "TrainCamNet --candidates 100000000": "--candidates",
     f"TrainCamNet --chunk {HUGE}": "--chunk",
     f"TrainISICLE --num_codes {HUGE}": "--num_codes",
     "TrainISICLE --num_codes 1000000000": "--num_codes",

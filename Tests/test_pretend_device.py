@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
 SIMCLR = "--backbone resnet8 --bs 8 --epochs 2 --proj_hidden 16 --precision fp32 --blur_p 0.5"
-CAMNET = "--m 4 --period 16 --visits 1 --bs 8 --precision fp32 --no-single_code"
+CAMNET = "--candidates 4 --period 16 --visits 1 --bs 8 --precision fp32 --no-single_code"
 
 
 @pytest.fixture

@@ -33,14 +33,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import Data
 import TrainCamNet
 import Utils
+from Benchmarks.Forks import start_ranks
 from CamNet import IMLE, Measures
 from CamNet.Corruptions import Corruption
 from Images import Shapes
 from Images.Split import Split
 
 FLAGS = (
-    "--size 16 --net tiny --corrupt gray+down2 --distance pixels --m 4,4 --period 16 --visits 2 --periods 3 --bs 8 "
-    "--lr 0.002 --ema 0.9 --n_ramp 2 --n_workers 0 --device cpu --log_iter 1 --sample_iter 2 --save_iter 1"
+    "--size 16 --net tiny --corrupt gray+down2 --distance pixels --candidates 4,4 --period 16 --visits 2 --periods 3 "
+    "--bs 8 --lr 0.002 --ema 0.9 --n_ramp 2 --n_workers 0 --device cpu --log_iter 1 --sample_iter 2 --save_iter 1"
 )
 STEPS = 4  # in a period: visits * period / bs
 ALONE = ("--no-single_code",)
@@ -187,7 +188,8 @@ def test_a_run_leaves_its_files(whole):
         assert names == sorted([*stage, *more])
         assert len(list(folder.glob("*tfevents*"))) == 1
         record = json.loads((folder / "args.json").read_text())
-        assert (record["args"]["m"], record["args"]["corrupt"], len(record["starts"])) == ("4,4", "gray+down2", 1)
+        flags = record["args"]
+        assert (flags["candidates"], flags["corrupt"], len(record["starts"])) == ("4,4", "gray+down2", 1)
         assert "TrainCamNet.py --data" in record["starts"][0]["command"]
         for period in (1, 2, 3):
             state = torch.load(folder / f"{period}.pt", weights_only=True)
@@ -275,6 +277,40 @@ def test_every_image_takes_part_as_often_and_held_out_ones_never(flags, tmp_path
         assert torch.cat(parts).bincount().tolist() == [2] * 16  # --visits
         trainer.step += 3
         assert [part.tolist() for part in trainer.parts(16)] == [part.tolist() for part in parts[3:]]
+
+
+# ---------------------------------------------------------------------------------------------------- two processes
+
+
+def test_two_processes_train_the_generator_of_one(flags, whole, tmp_path):
+    ranks = start_ranks(TrainCamNet, flags(tmp_path), tmp_path)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output() + ranks[1].output()
+    assert ranks[1].output() == ""
+    (folder,) = tmp_path.glob("TrainCamNet-*")
+    assert folder.name == whole.folder.name
+    assert len(ranks[0].output().splitlines()) == len(whole.out.splitlines())
+    for name in ("", "single_code"):
+        one, two = (each / name for each in (whole.folder, folder))
+        assert len(list(two.glob("*tfevents*"))) == 1
+        assert [line["step"] for line in lines(two)] == [line["step"] for line in lines(one)]
+        for line, other in zip(numbers(one), numbers(two)):
+            assert other == pytest.approx(line, rel=0.02, abs=1e-6)
+        chosen = [torch.load(each / "1.pt", weights_only=True)["chosen"] for each in (one, two)]
+        assert torch.equal(*chosen)  # later codes depend on the weights, which differ by rounding
+    for name, value in measures(whole.folder).items():
+        expected = pytest.approx(value, rel=0.05, abs=1e-6) if isinstance(value, float) else value
+        assert measures(folder)[name] == expected
+
+
+def test_a_run_of_two_processes_goes_on_in_one(flags, whole, tmp_path, cli):
+    argv = flags(tmp_path / "models", *ALONE)
+    ranks = start_ranks(TrainCamNet, argv, tmp_path)
+    wait_for(lambda: count_lines(tmp_path, "models/*/metrics.jsonl") >= STEPS + 3, ranks[0])
+    ranks[1].kill()
+    assert ranks[0].wait() == 2
+    one_error(SimpleNamespace(code=2, err=ranks[0].output()), "another process of this run has ended")
+    assert cli([*argv, "--resume", "auto"]).code == 0
+    assert measures(only_run(tmp_path / "models")).keys() < measures(whole.folder).keys()
 
 
 # ---------------------------------------------------------------------------------------------------- a second start
@@ -441,7 +477,7 @@ CONTRADICTING = {
     "--lr 0.1": ("--lr 0.1", "0.002"),
     "--size 32": ("--size 32", "16"),
     "--net small": ("--net small", "tiny"),
-    "--m 8,8": ("--m 8,8", "4,4"),
+    "--candidates 8,8": ("--candidates 8,8", "4,4"),
     "--no-single_code": ("--single_code False",),
 }
 
@@ -453,6 +489,28 @@ def test_resume_with_another_flag_is_refused(whole, cli, other):
     one_error(done, *CONTRADICTING[other])
     assert "--bs" not in done.err
     assert content(whole.folder) == before
+
+
+def test_the_old_name_of_a_flag_keeps_its_value(unfinished, cli, whole):
+    argv, folder = unfinished("generator.json")
+    record = json.loads((folder / "args.json").read_text())
+    record["args"]["m"] = record["args"].pop("candidates")
+    (folder / "args.json").write_text(json.dumps(record))
+    state = torch.load(folder / "3.pt", weights_only=True)
+    state["args"] = record["args"]
+    torch.save(state, folder / "3.pt")
+    old = folder.rename(folder.with_name("TrainCamNet-tiny-of_another_version"))
+    assert cli([*argv, "--resume", "auto"]).code == 0
+    assert only_run(old.parent) == old  # found by its flags
+    (old / "generator.json").unlink()
+    (old / "args.json").write_text(json.dumps(record))
+
+    done = cli(["--resume", str(old / "3.pt")])
+    assert done.code == 0, done.err
+    (note,) = [line for line in done.out.splitlines() if "of another version" in line]
+    assert note.endswith("3.pt is of another version: its --m is --candidates 4,4 now")
+    assert json.loads((old / "args.json").read_text())["args"]["candidates"] == "4,4"
+    assert measures(old) == measures(whole.folder)
 
 
 def test_resume_of_another_net_is_refused(unfinished, cli):
@@ -593,8 +651,8 @@ BAD = {
     "--distance squeeze --lpips_side 8": ("--lpips_side 8", "17"),
     "--distance squeeze --lpips_weights MISSING": ("--lpips_weights", "MISSING", "--distance pixels"),
     "--distance squeeze --lpips_weights DAMAGED": ("--lpips_weights", "DAMAGED", "--distance pixels"),
-    "--m 0": ("--m", "at least 1"),
-    "--m 4,x": ("--m", "'x'"),
+    "--candidates 0": ("--candidates", "at least 1"),
+    "--candidates 4,x": ("--candidates", "'x'"),
     "--net huge": ("--net", "huge", "tiny"),
     "--data nosuch": ("--data nosuch", "cifar10"),
     "--data EMPTY": ("EMPTY", "no image"),
@@ -674,7 +732,7 @@ def test_an_unfit_generator_is_warned_of(flags, tmp_path, cli):
 @pytest.mark.parametrize(
     "more",
     [
-        "--corrupt gray --no-project --no-flip --reject 0.05 --m 3",
+        "--corrupt gray --no-project --no-flip --reject 0.05 --candidates 3",
         "--corrupt mask0.5+down2 --keep_previous --precision fp32 --periods 6",
         "--corrupt down4 --mapping per_level --level_input output --init ref --map_lr 1 --bs 1000",
         "--distance squeeze --lpips_weights REAL --lpips_side 20 --alpha 1",

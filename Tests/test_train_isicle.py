@@ -35,7 +35,9 @@ from CamNet import Bank
 from CamNet.Corruptions import Corruption
 from Images.Split import Split
 
-GENERATOR = "--net tiny --corrupt gray+down2 --distance pixels --m 4,2 --period 16 --visits 2 --periods 1 --bs 8"
+GENERATOR = (
+    "--net tiny --corrupt gray+down2 --distance pixels --candidates 4,2 --period 16 --visits 2 --periods 1 --bs 8"
+)
 
 
 @pytest.fixture
@@ -338,6 +340,39 @@ def test_several_processes_change_the_bank_together(quick, models, tmp_path):
     assert [line["epoch"] for line in lines(folder) if "cosine_synthetic" in line] == [1, 2]
 
 
+def rows_done(bank):
+    """Return how many rows are done, by the note of a bank that is being filled."""
+    return (Utils.read_json(f"{bank}.json") or {"done": 0})["done"]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_processes_fill_the_bank_of_one_and_go_on_after_a_kill(quick, models, tmp_path, cli, victim):
+    argv = quick(models, "--num_codes", "3", "--epochs", "1", "--n_ramp", "0", "--bs", "240", "--no-baselines")
+    argv += ["--seed", str(10 + victim), "--suffix", f"killed{victim}"]
+    ranks = start_ranks(TrainISICLE, argv, tmp_path, world=3, prepare=slow_bank)
+    name = f"*/bank-*-s1{victim}-*.npy.part"
+    wait_for(lambda: any(rows_done(part) >= 48 for part in models.glob(name)), ranks[0])
+    ranks[victim].kill()
+    for rank in ranks[1:] if victim == 0 else ranks[:1]:
+        assert rank.wait(60) != 0
+    for rank in ranks:
+        rank.kill()  # as torchrun does
+    (part,) = models.glob(name)
+    assert 48 <= rows_done(part) < 240
+
+    ranks = start_ranks(TrainISICLE, [*argv, "--resume", "auto"], tmp_path, world=2, prepare=slow_bank)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output() + ranks[1].output()
+    bank = part.with_suffix("")
+    together = bank.read_bytes()
+    bank.unlink()
+    Bank.fill.__kwdefaults__["bs"] = 16
+    try:
+        assert cli([*argv, "--suffix", "one"]).code == 0
+    finally:
+        Bank.fill.__kwdefaults__["bs"] = None
+    assert bank.read_bytes() == together
+
+
 def test_resume_with_other_positives_is_refused(first):
     args = TrainISICLE.get_args(first.argv)
     TrainSimCLR.check_flags(args, world=1)
@@ -438,14 +473,10 @@ def test_a_generator_is_trained_where_there_is_none(monkeypatch, split, tree, tm
     other = TrainISICLE.get_args([*argv, "--camnet", "--periods 8"])
     _, flags = TrainISICLE.generator_flags(other)
     assert Banks.find_generator(other, split, flags) is None
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused = (other, split, *TrainISICLE.generator_flags(other))
-    command = f"first run python TrainCamNet.py --data={tree}"
-    one_line(lambda: TrainISICLE.train_generator(*refused), "torchrun", command, "--periods 8")
 
 
 def test_a_dry_run_says_what_it_takes_and_writes_nothing(quick, tmp_path, cli):
-    small = "--net tiny --distance pixels --m 4,2 --period 16 --visits 2 --bs 8"
+    small = "--net tiny --distance pixels --candidates 4,2 --period 16 --visits 2 --bs 8"
     done = cli(quick(tmp_path / "m", "--dry_run", "--camnet", small))
     assert (done.code, done.err) == (0, "")
     assert "generator: about" in done.out
@@ -467,7 +498,10 @@ def slow_bank():
     Bank.fill.__kwdefaults__["bs"] = 16
 
 
-TRAINED = ("--camnet", "--net tiny --distance pixels --m 4,2 --period 16 --visits 2 --periods 3 --bs 8 --save_iter 1")
+TRAINED = (
+    "--camnet",
+    "--net tiny --distance pixels --candidates 4,2 --period 16 --visits 2 --periods 3 --bs 8 --save_iter 1",
+)
 
 
 def test_killed_in_any_stage_the_next_start_goes_on(quick, tmp_path, cli, fork):

@@ -63,6 +63,12 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_flags_of_an_older_version_are_read_under_their_present_names():
+    stored = {"m": "4,2", "lr": 0.1, "camnet": "--m 4,2 --models_dir=a --m=8"}
+    now = {"candidates": "4,2", "lr": 0.1, "camnet": "--candidates 4,2 --models_dir=a --candidates=8"}
+    assert Utils.current_flags(stored) == Utils.current_flags(now) == now
+
+
 def test_scratch_files_are_judged_by_the_processes_of_their_own_machine(tmp_path, monkeypatch):
     names = []
     for host in ("node1", "node2"):  # the second is this one
