@@ -80,7 +80,7 @@ def main(args):
     if out:
         check_is_no_checkpoint(out, encoder.file)
         write_encoder(out, encoder)
-        notice(f"written to {out}; this code loads it:\n")
+        notice(f"written to {Utils.shown(out)}; this code loads it:\n")
     print(code)
 
 
@@ -243,7 +243,7 @@ def export_features(args, encoder, out):
     write = write_npz if out.suffix == ".npz" else write_csv
     Utils.write_atomically(out, lambda scratch: write(scratch, table, encoder.metadata))
     n, width = table.features.shape
-    print(f"features ({n}, {width}) of {len(table.classes)} classes written to {out}")
+    print(f"features ({n}, {width}) of {len(table.classes)} classes written to {Utils.shown(out)}")
 
 
 def check_size(encoder, size):
