@@ -346,9 +346,8 @@ def main(args):
     run = argparse.Namespace(**flags)
     if args.data:  # a folder's images are resized to what the encoder has seen; a named data set has its own size
         run.size = None if args.data in Data.DATASETS else run.image_size
-    elif run.data not in Data.DATASETS and not Path(run.data).is_dir():
-        place = Utils.shown(run.data)
-        raise Utils.UserError(f"{file}: its images were in {place}, which is not there: give their new place by --data")
+    else:
+        Flags.check_place(run.data, file)
 
     # the encoder, as it was before training and as it is
     device = Utils.pick_device(args.device)
@@ -375,7 +374,10 @@ def main(args):
     result["protocol"] = PROTOCOL | {"labels": args.labels, "finetune_epochs": args.finetune}
     print(f"{Utils.shown(file)}\n{scores_table(result)}")  # before it is written: the disk may be full
     out = Path(args.out) if args.out else file.parent / file_name(args, result)
-    Utils.write_json(out, result)
+    try:
+        Utils.write_json(out, result)
+    except Utils.UserError as error:
+        raise Utils.UserError(f"{error} by --out FILE") from error
     print(f"written to {Utils.shown(out)}")
     return 0
 

@@ -64,7 +64,18 @@ def get_args(argv=None):
 
 def build_parser(data="shapes", device_type="cpu"):
     """Return the parser: SimCLR's, with the flags of where the positives come from."""
-    return TrainSimCLR.build_parser(data, device_type, __doc__, add_positives)
+    parser = TrainSimCLR.build_parser(data, device_type, __doc__, add_positives)
+    parser.advice = advise
+    return parser
+
+
+def advise(words):
+    """Return what to do with unknown words of a command line; "" unless they begin with a flag of the generator."""
+    if words[0].split("=")[0] not in TrainCamNet.build_parser().flags():
+        return ""
+    has_value = len(words) > 1 and not words[1].startswith("--")
+    flag = shlex.join(words[: 1 + has_value])
+    return f"this flag is the generator's: give it by --camnet {shlex.quote(flag)}"
 
 
 def add_positives(group):

@@ -22,6 +22,7 @@ import Distributed
 import Signals
 
 ROOT = Path(__file__).resolve().parent
+LONGEST_LINE = 1000  # characters of an error
 
 
 class UserError(ValueError):
@@ -62,7 +63,7 @@ def run_script(main, get_args):
             raise
         if not Distributed.is_first():
             time.sleep(5)  # the first process reports the error; torchrun ends the others in the meantime
-        print(f"{Path(sys.argv[0]).name}: error: {shown(message)}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {readable(message)}", file=sys.stderr)
         code = 2
     sys.stdout.flush()
     sys.exit(code)
@@ -102,6 +103,14 @@ def explain(error):
             if part in str(error):
                 return message
     return None
+
+
+def readable(message):
+    """Return an error as one line that is safe to print; of a very long one, its beginning and its end."""
+    line = shown(message)
+    if len(line) > LONGEST_LINE:
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+    return line
 
 
 def shown(name):

@@ -433,6 +433,7 @@ def test_data_that_has_moved_is_accepted(copied, data, tmp_path, cli, name, how)
     run = copied(name, LAST[name])
     words = run.argv if how == "auto" else ["--resume", run.folder / "1.pt", "--device", "cpu"]
     with moved(data, tmp_path / "moved") as place:
+        one_error(cli(words, SCRIPTS[name]), f"not in {data}", "--data NEW_PLACE")
         done = cli([*words, "--data", place], SCRIPTS[name])
     assert done.code == 0, done.err
     assert "continuing at step" in done.out
@@ -442,7 +443,7 @@ def test_data_that_has_moved_is_accepted(copied, data, tmp_path, cli, name, how)
 def test_evaluation_asks_for_the_new_place_of_data_that_have_moved(copied, data, tmp_path, cli):
     argv = [copied("TrainSimCLR").folder, "--device", "cpu"]
     with moved(data, tmp_path / "moved") as place:
-        one_error(cli(argv, Evaluate), f"its images were in {data}", "--data")
+        one_error(cli(argv, Evaluate), f"not in {data}", "--data NEW_PLACE")
         assert cli([*argv, "--data", place], Evaluate).code == 0
 
 
@@ -680,10 +681,11 @@ def test_a_file_that_cannot_grow_is_one_line(data, tmp_path, fork, name, limit):
     assert not [path for path in tmp_path.rglob(".*") if path.suffix == ".tmp"]
 
 
-def test_scores_are_shown_where_they_cannot_be_written(copied, cli):
+def test_scores_are_shown_where_nothing_can_be_written(copied, cli):
     run = copied("TrainSimCLR")
-    done = cli([run.folder, "--device", "cpu", "--out", "/proc/nowhere/scores.json"], Evaluate)
-    one_error(done, "cannot write /proc/nowhere/scores.json")
+    places = ["--out", "/proc/nowhere/scores.json", "--data_dir", "/proc/nowhere"]
+    done = cli([run.folder, "--device", "cpu", *places], Evaluate)
+    one_error(done, "cannot write /proc/nowhere/scores.json", "--out")
     assert "linear probe" in done.out
     check_same(run)
 
