@@ -392,13 +392,24 @@ def file_name(args, result):
     return f"{name}.json"
 
 
+NUMBER = (int, float)
+KINDS = {"size": (int, type(None)), "init": (str, type(None)), "seed": int}  # of flags; others: as their defaults
+
+
 def usual_flags(file, stored):
-    """Return the defaults of flags that a checkpoint of another version may lack; print those that are used."""
-    row = Data.DATASETS.get(stored.get("data", "shapes"), Data.DATASETS["folder"])
+    """Return the defaults of flags that a checkpoint of another version may lack; print those that are used.
+
+    Raises UserError on stored values of another type.
+    """
+    row = Data.DATASETS.get(str(stored.get("data", "shapes")), Data.DATASETS["folder"])
     usual = {"data": "shapes", "size": None, "eval": "val", "aug": "full", "seed": 0, "small_stem": row.small_images}
     usual |= {"image_size": stored.get("size") or row.size, "init": None, "normalise": False}
     usual |= {"n_workers": 2, "data_dir": str(DATA_DIR), "storage": "auto", "skip_bad": False}
     usual |= row.recipe_for("cuda")
+    for key, value in usual.items():
+        kinds = KINDS.get(key, NUMBER if type(value) in NUMBER else type(value))
+        if not isinstance(stored.get(key, value), kinds):
+            raise Utils.UserError(f"{file}: no value that --{key} can have: use another checkpoint")
     missing = [f"--{key} {value}" for key, value in usual.items() if key not in stored]
     if missing:
         print(f"{Utils.shown(file)} is of another version: it lacks {', '.join(missing)}: these defaults are used")

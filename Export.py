@@ -155,7 +155,8 @@ def _model_code(metadata, library):
         imports = ["import timm", "import torch"]
         lines = [f'model = timm.create_model("{name}", num_classes=0)']
     elif not is_torchvision(name):
-        imports = ["import torch", f"from Backbones import build_encoder  # of ISICLE: torchvision has no {name}"]
+        comment = f"of ISICLE: torchvision has no {name}; a file.onnx does not need it"
+        imports = ["import torch", f"from Backbones import build_encoder  # {comment}"]
         return imports, [f'model = build_encoder("{name}", small_stem={metadata["small_stem"]}, size={size})']
     else:
         imports = ["import torch", "import torchvision"]

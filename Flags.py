@@ -215,6 +215,9 @@ def parse(argv, build_parser):
     defaults = parser.parse_args([])
     note_version(early.resume, stored, vars(defaults))
     kept = {key: stored[key] for key in vars(defaults) if key in stored and key not in ("device", "resume")}
+    damaged = [f"--{each.dest}" for each in parser._actions if each.dest in kept and not _can_be(each, kept[each.dest])]
+    if damaged:
+        raise Utils.UserError(f"--resume {early.resume}: no value that {damaged[0]} can have: use another checkpoint")
     parser.set_defaults(**kept)
     args = parser.parse_args(argv)
     args.given = sorted({*given_flags(parser, argv), *kept})  # what the first start said or fitted stays
@@ -229,6 +232,20 @@ def parse(argv, build_parser):
             f"--resume {early.resume}: other flags than that run's: {', '.join(changed)}: leave them out"
         )
     return args
+
+
+def _can_be(action, value):
+    """Return whether a flag can have a value that a checkpoint holds. action: argparse's object of the flag."""
+    if value is None:
+        return action.default is None
+    if action.nargs == 0:
+        return isinstance(value, bool)
+    if action.type is None:
+        return isinstance(value, str) and (action.choices is None or value in action.choices)
+    try:
+        return not isinstance(value, bool) and action.type(str(value)) == value
+    except argparse.ArgumentTypeError:
+        return False
 
 
 def check_place(data, whose):

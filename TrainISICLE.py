@@ -295,8 +295,9 @@ def train_generator(args, split, words, asked):
         found = Banks.newest_generator(args, split, asked)
         if found:  # another process has trained it meanwhile
             return found
-        print(Utils.shown(f"no generator for {args.data} yet: {command}"), flush=True)
+        print(Utils.shown(f"no generator for {args.data} yet: it is trained first, as by {command}"), flush=True)
         TrainCamNet.main(TrainCamNet.get_args(argv))  # a signal that ends the training also ends the program
+        print("the generator is ready; next come its bank and the encoder", flush=True)
         return Banks.newest_generator(args, split, asked)
 
 

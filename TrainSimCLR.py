@@ -254,8 +254,9 @@ class Trainer:
         Utils.load_parts(file, state, encoder=self.net.encoder, head=self.net.head, optimizer=self.optimizer)
         self.step = state["step"]
         self.pace = Reports.Pace(self.step, self.steps)
-        self.rng.set_state(state["random"]["views"])
-        torch.set_rng_state(state["random"]["torch"])
+        with Utils.fitting(file, "random"):
+            self.rng.set_state(state["random"]["views"])
+            torch.set_rng_state(state["random"]["torch"])
 
     def batches(self):
         """Yield (indices, images) for each remaining step of the epoch: this process's share of the batch.

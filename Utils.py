@@ -457,13 +457,20 @@ def load_(file, **parts):
 def load_parts(file, state, **parts):
     """Load each named part strictly from what `load_` returned for a file. Raises UserError if one does not fit."""
     for name, part in parts.items():
-        try:
+        with fitting(file, name):
             part.load_state_dict(state[name])
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            reason = re.sub(r"\s+", " ", str(error))[:500]
-            raise UserError(
-                f"{shown(file)} does not fit: {name}: {reason}: give the flags that it was trained with"
-            ) from error
+
+
+@contextlib.contextmanager
+def fitting(file, name):
+    """Turn an error into a UserError that a part of a checkpoint, its name, does not fit."""
+    try:
+        yield
+    except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        reason = re.sub(r"\s+", " ", str(error))[:500]
+        raise UserError(
+            f"{shown(file)} does not fit: {name}: {reason}: give the flags that it was trained with, or another file"
+        ) from error
 
 
 def check_archive(file):

@@ -236,6 +236,46 @@ def test_a_damaged_checkpoint_is_not_scored(copied, cli, damage):
     one_error(cli([run.folder / "3.pt", "--device", "cpu"], Evaluate), "3.pt")
 
 
+PARTS_OF_ANOTHER_TYPE = [
+    ("TrainSimCLR", "random", {"views": 3, "torch": "x"}),
+    ("TrainSimCLR", "optimizer", {"state": 3}),
+    ("TrainCamNet", "seconds", {"search": "x"}),
+    ("TrainCamNet", "chosen", torch.zeros(3)),
+    ("TrainISICLE", "config", {"net": [3]}),
+]
+
+
+@pytest.mark.parametrize("name, key, value", PARTS_OF_ANOTHER_TYPE)
+def test_a_part_of_another_type_is_one_line(copied, cli, name, key, value):
+    run = copied(name)
+    folder = only_run(run.models_dir, "TrainCamNet-*") if key == "config" else run.folder
+    if key != "config":
+        for done in ("evaluation.json", "generator.json"):
+            (run.folder / done).unlink(missing_ok=True)
+    newest = Utils.newest_checkpoint(folder)
+    change(key, value)(newest)
+    one_error(cli(run.argv, SCRIPTS[name]), newest, f"does not fit: {key}" if key in ("random", "config") else "")
+
+
+FLAGS_OF_ANOTHER_TYPE = {"lr": [1], "bs": -1, "opt": "x", "aug": 3, "epochs": None, "lars": 1, "data": ["x"]}
+
+
+@pytest.mark.parametrize("flag", FLAGS_OF_ANOTHER_TYPE)
+def test_a_stored_flag_of_another_type_is_one_line(copied, cli, flag):
+    file = copied("TrainSimCLR").folder / "2.pt"
+    args = torch.load(file, weights_only=True)["args"]
+    change("args", args | {flag: FLAGS_OF_ANOTHER_TYPE[flag]})(file)
+    one_error(cli(["--resume", file, "--device", "cpu"]), file, "give" if flag == "data" else f"--{flag}")
+
+
+@pytest.mark.parametrize("flag", ["seed", "size", "backbone", "small_stem", "color_s", "data", "init"])
+def test_a_stored_flag_of_another_type_is_not_scored(copied, cli, flag):
+    file = copied("TrainSimCLR").folder / "2.pt"
+    args = torch.load(file, weights_only=True)["args"]
+    change("args", args | {flag: ["x"]})(file)
+    one_error(cli([file, "--device", "cpu"], Evaluate), file, f"--{flag}")
+
+
 def test_weights_that_are_not_finite_are_no_good_checkpoint(copied, cli, monkeypatch):
     run = copied("TrainSimCLR", "3.pt", "evaluation.json")
     set_nan(run.folder / "2.pt")
