@@ -29,7 +29,9 @@ class BankSchedule:
         self.device = device
         self.checkpoint = checkpoint
         state = load_generator(checkpoint, args, split, asked)
-        self.generator = Generator(**state["config"]).to(device, memory_format=torch.channels_last)
+        with Utils.fitting(checkpoint, "config"):
+            generator = Generator(**state["config"])
+        self.generator = generator.to(device, memory_format=torch.channels_last)
         Utils.load_parts(checkpoint, state, generator=self.generator)
         self.fingerprint = fingerprint(self.generator.state_dict())[:8]
         self.bf16 = Utils.set_precision(args.precision, device)

@@ -17,6 +17,9 @@ from Backbones import IMAGENET_MEAN, IMAGENET_STD, build_encoder, stem_text
 from Utils import UserError
 
 NOT_SCORES = ("protocol", "pairs", "epoch")  # keys of evaluation.json
+LARGEST_SIDE = 2**16  # of images, in pixels
+# What a file must say of its encoder, with the types.
+DESCRIBED = {"backbone": str, "small_stem": bool, "image_size": int, "normalise": bool, "data": str, "epoch": int}
 
 
 class Encoder(NamedTuple):
@@ -28,25 +31,23 @@ class Encoder(NamedTuple):
     is_plain: bool  # whether the file holds the weights alone, or under the key "encoder"
 
 
-def image_size(args):
-    """Return the side in pixels of a run's images; checkpoints of older versions have only --size and --data."""
-    size = getattr(args, "image_size", None) or args.size
-    return size or Data.DATASETS.get(args.data, Data.DATASETS["folder"]).size
-
-
-def encoder_metadata(encoder, args, epoch, result=None):
+def encoder_metadata(encoder, described, epoch, result=None):
     """Return the metadata that one needs to use a run's encoder, as plain types.
 
-    args: the run's flags. epoch: number of trained epochs. result: the content of evaluation.json, if there is one.
+    described: an object with the attributes of DESCRIBED, such as a run's flags. epoch: number of trained epochs.
+    result: the content of evaluation.json, if there is one.
     """
-    size = image_size(args)
-    normalise = getattr(args, "normalise", False)
+    size = described.image_size
+    normalise = described.normalise
     normalisation = "normalised by ImageNet's mean and std" if normalise else "not normalised by a mean and a std"
-    scores = {key: value for key, value in (result or {}).items() if key not in NOT_SCORES}
+    scores = {}
+    for key, value in (result or {}).items():
+        if key not in NOT_SCORES and isinstance(value, (int, float, str)):
+            scores[key] = value
     return {
-        "backbone": args.backbone,
-        "small_stem": args.small_stem,
-        "stem": stem_text(encoder) or f"that of {args.backbone}",
+        "backbone": described.backbone,
+        "small_stem": described.small_stem,
+        "stem": stem_text(encoder) or f"that of {described.backbone}",
         "image_size": size,
         "num_features": encoder.num_features,
         "input": f"RGB, float32 (B, 3, {size}, {size}), {normalisation}",
@@ -54,7 +55,7 @@ def encoder_metadata(encoder, args, epoch, result=None):
         "std": list(IMAGENET_STD) if normalise else None,
         "value_range": [0.0, 1.0],
         "resizing": f"shorter side to {size} px, bilinear with antialiasing, then the central square",
-        "data": Path(args.data).name,
+        "data": Utils.shown(Path(described.data).name),
         "epoch": epoch,
         "scores": scores,
     }
@@ -78,37 +79,47 @@ def load_encoder(path):
     """Return the `Encoder` of a run folder (its encoder.pt, otherwise its newest checkpoint) or of a .pt file.
 
     The file: a checkpoint, an encoder.pt with its .json next to it, or a .pt that Export.py wrote. Raises UserError on
-    one that is missing, damaged, or none of these.
+    one that is missing, damaged, or none of these. The metadata are made again from what the file says of the encoder.
     """
     file = _find(Path(path))
     state = Utils.load_(file)
     is_plain = "encoder" not in state
     weights = state if is_plain else state["encoder"]
-
-    # a checkpoint: its flags say what encoder it is
     if "args" in state and not is_plain:
-        args = argparse.Namespace(**state["args"])
-        encoder = _build(
-            file, weights, args.backbone, args.small_stem, image_size(args), getattr(args, "normalise", False)
-        )
-        result = Utils.read_json(file.parent / "evaluation.json") or {}
-        if result.get("epoch") != state["epoch"]:
-            result = None
-        return Encoder(encoder, encoder_metadata(encoder, args, state["epoch"], result), file, is_plain)
-
-    # the weights alone: the metadata says it
-    if is_plain:
-        metadata = Utils.read_json(file.with_suffix(".json")) or {}
+        said, result = _said_by_checkpoint(file, state)
     else:
-        metadata = state.get("metadata", {})
-    if not {"backbone", "small_stem", "image_size"} <= metadata.keys():
+        said = Utils.read_json(file.with_suffix(".json")) if is_plain else state.get("metadata")
+        said = said if isinstance(said, dict) else {}
+        said = said | {"normalise": said.get("mean") is not None}
+        result = said.get("scores")
+    described = _checked(file, said)
+    encoder = _build(file, weights, described)
+    result = result if isinstance(result, dict) else {}
+    return Encoder(encoder, encoder_metadata(encoder, described, described.epoch, result), file, is_plain)
+
+
+def _said_by_checkpoint(file, state):
+    """Return what a checkpoint says of its encoder, with the names of DESCRIBED, and the scores of its epoch."""
+    said = state["args"] if isinstance(state["args"], dict) else {}
+    row = Data.DATASETS.get(str(said.get("data")), Data.DATASETS["folder"])
+    older = {"normalise": False, "image_size": said.get("size") or row.size}  # what older versions did not note
+    result = Utils.read_json(file.parent / "evaluation.json") or {}
+    if result.get("epoch") != state.get("epoch"):
+        result = {}
+    return older | said | {"epoch": state.get("epoch")}, result
+
+
+def _checked(file, said):
+    """Return what a file says of its encoder as an object. Raises UserError on values that cannot be."""
+    wrong = [name for name, kind in DESCRIBED.items() if type(said.get(name)) is not kind]
+    if not wrong and not 1 <= said["image_size"] <= LARGEST_SIDE:
+        wrong = ["image_size"]
+    if wrong:
         raise UserError(
-            f"{file} does not say what encoder it holds: give a run of TrainSimCLR.py or TrainISICLE.py, or keep "
-            "encoder.json next to encoder.pt"
+            f"{file} does not say what encoder it holds (no valid {', '.join(wrong)}): give a run of TrainSimCLR.py or "
+            "TrainISICLE.py, or keep encoder.json next to encoder.pt"
         )
-    normalise = metadata.get("mean") is not None
-    encoder = _build(file, weights, metadata["backbone"], metadata["small_stem"], metadata["image_size"], normalise)
-    return Encoder(encoder, metadata, file, is_plain)
+    return argparse.Namespace(**{name: said[name] for name in DESCRIBED})
 
 
 def _find(path):
@@ -122,11 +133,13 @@ def _find(path):
     return file
 
 
-def _build(file, weights, backbone, small_stem, size, normalise):
+def _build(file, weights, described):
+    name = described.backbone
     try:
-        encoder = build_encoder(backbone, small_stem, size, normalise)
+        encoder = build_encoder(name, described.small_stem, described.image_size, described.normalise)
         encoder.load_state_dict(weights)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        name = Utils.shown(name)[:80]
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{file} is not the {backbone} that it says it is: {reason}: use another file") from error
+        raise UserError(f"{file} is not the {name} that it says it is: {reason}: use another file") from error
     return encoder.eval()

@@ -358,9 +358,8 @@ def main(args):
     run = argparse.Namespace(**flags)
     if args.data:  # a folder's images are resized to what the encoder has seen; a named data set has its own size
         run.size = None if args.data in Data.DATASETS else run.image_size
-    elif run.data not in Data.DATASETS and not Path(run.data).is_dir():
-        place = Utils.shown(run.data)
-        raise Utils.UserError(f"{file}: its images were in {place}, which is not there: give their new place by --data")
+    else:
+        Flags.check_place(run.data, file)
 
     # the encoder, as it was before training and as it is
     untrained = Flags.encoder_for(run).to(device, memory_format=torch.channels_last)
@@ -387,7 +386,10 @@ def main(args):
     result["protocol"] = PROTOCOL | {"labels": args.labels, "finetune_epochs": args.finetune}
     Distributed.say(f"{Utils.shown(file)}\n{scores_table(result)}")  # before it is written: the disk may be full
     out = Path(args.out) if args.out else file.parent / file_name(args, result)
-    Distributed.first_rank_only(lambda: Utils.write_json(out, result))
+    try:
+        Distributed.first_rank_only(lambda: Utils.write_json(out, result))
+    except Utils.UserError as error:
+        raise Utils.UserError(f"{error} by --out FILE") from error
     Distributed.say(f"written to {Utils.shown(out)}")
     return 0
 
@@ -402,13 +404,24 @@ def file_name(args, result):
     return f"{name}.json"
 
 
+NUMBER = (int, float)
+KINDS = {"size": (int, type(None)), "init": (str, type(None)), "seed": int}  # of flags; others: as their defaults
+
+
 def usual_flags(file, stored):
-    """Return the defaults of flags that a checkpoint of another version may lack; print those that are used."""
-    row = Data.DATASETS.get(stored.get("data", "shapes"), Data.DATASETS["folder"])
+    """Return the defaults of flags that a checkpoint of another version may lack; print those that are used.
+
+    Raises UserError on stored values of another type.
+    """
+    row = Data.DATASETS.get(str(stored.get("data", "shapes")), Data.DATASETS["folder"])
     usual = {"data": "shapes", "size": None, "eval": "val", "aug": "full", "seed": 0, "small_stem": row.small_images}
     usual |= {"image_size": stored.get("size") or row.size, "init": None, "normalise": False}
     usual |= {"n_workers": 2, "data_dir": str(DATA_DIR), "storage": "auto", "skip_bad": False}
     usual |= row.recipe_for("cuda")
+    for key, value in usual.items():
+        kinds = KINDS.get(key, NUMBER if type(value) in NUMBER else type(value))
+        if not isinstance(stored.get(key, value), kinds):
+            raise Utils.UserError(f"{file}: no value that --{key} can have: use another checkpoint")
     missing = [f"--{key} {value}" for key, value in usual.items() if key not in stored]
     if missing:
         lacks = f"it lacks {', '.join(missing)}: these defaults are used"

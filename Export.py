@@ -86,7 +86,7 @@ def export_encoder(args, encoder, out):
     if out:
         check_is_no_checkpoint(out, encoder.file)
         write_encoder(out, encoder)
-        Distributed.notice(f"written to {out}; this code loads it:\n")
+        Distributed.notice(f"written to {Utils.shown(out)}; this code loads it:\n")
     print(code)
 
 
@@ -161,7 +161,8 @@ def _model_code(metadata, library):
         imports = ["import timm", "import torch"]
         lines = [f'model = timm.create_model("{name}", num_classes=0)']
     elif not is_torchvision(name):
-        imports = ["import torch", f"from Backbones import build_encoder  # of ISICLE: torchvision has no {name}"]
+        comment = f"of ISICLE: torchvision has no {name}; a file.onnx does not need it"
+        imports = ["import torch", f"from Backbones import build_encoder  # {comment}"]
         return imports, [f'model = build_encoder("{name}", small_stem={metadata["small_stem"]}, size={size})']
     else:
         imports = ["import torch", "import torchvision"]
@@ -253,7 +254,7 @@ def write_table(out, table, metadata):
     write = write_npz if out.suffix == ".npz" else write_csv
     Utils.write_atomically(out, lambda scratch: write(scratch, table, metadata))
     n, width = table.features.shape
-    print(f"features ({n}, {width}) of {len(table.classes)} classes written to {out}")
+    print(f"features ({n}, {width}) of {len(table.classes)} classes written to {Utils.shown(out)}")
 
 
 def check_size(encoder, size):

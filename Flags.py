@@ -59,12 +59,19 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """Reports an error in one line, with the flag or value that was probably meant."""
 
+    advice = None  # a function: words that no flag takes -> what to do with them; "" if it does not know
+
     def parse_args(self, argv=None, namespace=None):
         args, unknown = self.parse_known_args(argv, namespace)
         if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            self.error(f"{unknown[0]}: no such flag{_meant(unknown[0].split('=')[0], flags)}; --help lists all")
+            advice = self.advice(unknown) if self.advice else ""
+            remedy = advice or f"no such flag{_meant(unknown[0].split('=')[0], self.flags())}; --help lists all"
+            self.error(f"{unknown[0]}: {remedy}")
         return args
+
+    def flags(self):
+        """Return all flags, with their dashes."""
+        return [flag for action in self._actions for flag in action.option_strings]
 
     def error(self, message):
         choice = re.fullmatch(r"(argument .*): invalid choice: '(.*)' \(choose from (.*)\)", message)
@@ -73,7 +80,7 @@ class Parser(argparse.ArgumentParser):
             message = (
                 f"{choice[1]}: no such value: {choice[2]}{_meant(choice[2], names)}; choose from {', '.join(names)}"
             )
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: error: {Utils.readable(message)}\n")
 
 
 def _meant(word, names):
@@ -109,7 +116,7 @@ def add_reading(group):
     add("--n_workers", type=bounded(int, 0, MOST_WORKERS), default=2, metavar="N", help=workers)
     add("--data_dir", default=str(DATA_DIR), metavar="DIR", help="folder that holds the data sets")
     storage = "memory: decode image folders once; stream: decode at every use; auto: memory if the images take at most "
-    storage += "half of what is free"
+    storage += "half of what is free and --data_dir can be written"
     add("--storage", choices=["auto", "memory", "stream"], default="auto", help=storage)
     add("--skip_bad", action="store_true", help="leave unreadable images out and count them, instead of stopping")
 
@@ -197,6 +204,8 @@ def parse(argv, build_parser):
     early = early_parser.parse_known_args(argv)[0]
     device_type = Utils.pick_device(early.device).type
     if early.resume in (None, "auto"):
+        if early.resume and early.data:
+            check_place(early.data, "--resume auto")
         parser = build_parser(early.data or "shapes", device_type)
         args = parser.parse_args(argv)
         args.given = given_flags(parser, argv)
@@ -204,13 +213,18 @@ def parse(argv, build_parser):
 
     # the checkpoint's flags take the place of the defaults
     stored = Utils.load_(early.resume).get("args", {})
-    if not isinstance(stored, dict) or "data" not in stored:
+    if not isinstance(stored, dict) or not isinstance(stored.get("data"), str):
         raise Utils.UserError(f"--resume {early.resume}: it holds no run: give a checkpoint of this script")
+    if not early.data:
+        check_place(stored["data"], f"--resume {early.resume}")
     parser = build_parser(early.data or stored["data"], device_type)
     defaults = parser.parse_args([])
     note_version(early.resume, stored, vars(defaults))
     stored = Utils.current_flags(stored)
     kept = {key: stored[key] for key in vars(defaults) if key in stored and key not in ("device", "resume")}
+    damaged = [f"--{each.dest}" for each in parser._actions if each.dest in kept and not _can_be(each, kept[each.dest])]
+    if damaged:
+        raise Utils.UserError(f"--resume {early.resume}: no value that {damaged[0]} can have: use another checkpoint")
     parser.set_defaults(**kept)
     args = parser.parse_args(argv)
     args.given = sorted({*given_flags(parser, argv), *kept})  # what the first start said or fitted stays
@@ -225,6 +239,30 @@ def parse(argv, build_parser):
             f"--resume {early.resume}: other flags than that run's: {', '.join(changed)}: leave them out"
         )
     return args
+
+
+def _can_be(action, value):
+    """Return whether a flag can have a value that a checkpoint holds. action: argparse's object of the flag."""
+    if value is None:
+        return action.default is None
+    if action.nargs == 0:
+        return isinstance(value, bool)
+    if action.type is None:
+        return isinstance(value, str) and (action.choices is None or value in action.choices)
+    try:
+        return not isinstance(value, bool) and action.type(str(value)) == value
+    except argparse.ArgumentTypeError:
+        return False
+
+
+def check_place(data, whose):
+    """Raise UserError if a run's images are not in their place. data: its flag --data; whose: what names the run."""
+    if data in Data.DATASETS or Path(data).expanduser().is_dir():
+        return
+    raise Utils.UserError(
+        f"{whose}: the images are not in {data}, which is neither a data set nor a folder (any more): "
+        "--data NEW_PLACE gives their new place"
+    )
 
 
 def given_flags(parser, argv):

@@ -249,9 +249,10 @@ class Trainer:
         Runs.check_data(file, state, self.split, self.args.data)
         Utils.load_parts(file, state, generator=self.ema, net=self.net, optimizer=self.optimizer)
         self.step = state["step"]
-        self.chosen = state["chosen"]
-        self.seconds = state["seconds"]
-        self.total = state["total"].to(self.device)
+        with Utils.fitting(file, "chosen, total or seconds"):
+            self.chosen.copy_(state["chosen"].view_as(self.chosen))
+            self.total.copy_(state["total"])
+            self.seconds = {name: float(state["seconds"][name]) for name in self.seconds}
 
     def rows_of(self, period):
         """Return the rows of a period's images, int64 (n,): each pass over the data is in a new order."""
@@ -431,7 +432,9 @@ def train(trainer, run, interruption, title):
             if pace.tick(trainer.step) and run.writes:
                 seconds = pace.left(trainer.step) + (args.periods - 1 - trainer.period) * (searched - started)
                 memory = Utils.peak_memory(trainer.device) / 2**30
-                tqdm.write(f"{title}s: about {Reports.duration(seconds)} in all; memory {memory:.1f} GiB")
+                tqdm.write(
+                    f"{title} 1 to {args.periods}: about {Reports.duration(seconds)} in all; memory {memory:.1f} GiB"
+                )
             if trainer.step % args.log_iter == 0 or trainer.step == 1:
                 value = check_loss(trainer, run, loss)
                 lr = trainer.optimizer.param_groups[0]["lr"]
@@ -614,7 +617,8 @@ def describe(args, trainer, folder):
     searched = ",".join(str(trainer.search.count(level)) for level in range(len(net.sides)))
     images = f"codes of {trainer.visited} images searched, {searched} on each level"
     data = Utils.shown(args.data)
-    say(f"{data}: {len(trainer.rows)} images of {trainer.split.size} px, on {trainer.device} in {precision}")
+    shape = f"{len(trainer.rows)} images of {trainer.split.size} px, {len(trainer.held_out)} more held out to measure"
+    say(f"{data}: {shape}, on {trainer.device} in {precision}")
     say(f"{args.net} generator: {count_parameters(net):,} weights, {sides} px, undoes {net.corruption.spec}")
     say(f"{args.periods} periods: {images}, then {trainer.steps_per_period} steps of {args.bs} images")
     say(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {Utils.shown(folder)}")

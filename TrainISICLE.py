@@ -64,7 +64,18 @@ def get_args(argv=None):
 
 def build_parser(data="shapes", device_type="cpu"):
     """Return the parser: SimCLR's, with the flags of where the positives come from."""
-    return TrainSimCLR.build_parser(data, device_type, __doc__, add_positives)
+    parser = TrainSimCLR.build_parser(data, device_type, __doc__, add_positives)
+    parser.advice = advise
+    return parser
+
+
+def advise(words):
+    """Return what to do with unknown words of a command line; "" unless they begin with a flag of the generator."""
+    if words[0].split("=")[0] not in TrainCamNet.build_parser().flags():
+        return ""
+    has_value = len(words) > 1 and not words[1].startswith("--")
+    flag = shlex.join(words[: 1 + has_value])
+    return f"this flag is the generator's: give it by --camnet {shlex.quote(flag)}"
 
 
 def add_positives(group):
@@ -285,8 +296,9 @@ def train_generator(args, split, words, asked):
         found = Banks.find_generator(args, split, asked)
         if found:  # another run has trained it meanwhile
             return found
-        Distributed.say(Utils.shown(f"no generator for {args.data} yet: {command}"))
+        Distributed.say(Utils.shown(f"no generator for {args.data} yet: it is trained first, as by {command}"))
         TrainCamNet.main(TrainCamNet.get_args(argv))  # a signal that ends the training also ends the program
+        Distributed.say("the generator is ready; next come its bank and the encoder")
         return Banks.find_generator(args, split, asked)
 
 

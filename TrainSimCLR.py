@@ -257,8 +257,9 @@ class Trainer:
         Utils.load_parts(file, state, encoder=self.net.encoder, head=self.net.head, optimizer=self.optimizer)
         self.step = state["step"]
         self.pace = Reports.Pace(self.step, self.steps, self.device)
-        self.rng.set_state(state["random"]["views"])
-        Utils.set_random_states(self.device, state["random"])
+        with Utils.fitting(file, "random"):
+            self.rng.set_state(state["random"]["views"])
+            Utils.set_random_states(self.device, state["random"])
 
     def batches(self):
         """Yield (indices, images) for each remaining step of the epoch: this process's share of the batch.

@@ -22,6 +22,7 @@ import Distributed
 import Signals
 
 ROOT = Path(__file__).resolve().parent
+LONGEST_LINE = 1000  # characters of an error
 
 
 class UserError(ValueError):
@@ -63,7 +64,7 @@ def run_script(main, get_args):
             raise
         if not Distributed.is_first():
             time.sleep(5)  # the first process reports the error; torchrun ends the others in the meantime
-        print(f"{Path(sys.argv[0]).name}: error: {shown(message)}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {readable(message)}", file=sys.stderr)
         code = 2
     sys.stdout.flush()
     sys.exit(code)
@@ -103,6 +104,14 @@ def explain(error):
             if part in str(error):
                 return message
     return None
+
+
+def readable(message):
+    """Return an error as one line that is safe to print; of a very long one, its beginning and its end."""
+    line = shown(message)
+    if len(line) > LONGEST_LINE:
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+    return line
 
 
 def shown(name):
@@ -468,13 +477,20 @@ def load_(file, **parts):
 def load_parts(file, state, **parts):
     """Load each named part strictly from what `load_` returned for a file. Raises UserError if one does not fit."""
     for name, part in parts.items():
-        try:
+        with fitting(file, name):
             part.load_state_dict(state[name])
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            reason = re.sub(r"\s+", " ", str(error))[:500]
-            raise UserError(
-                f"{shown(file)} does not fit: {name}: {reason}: give the flags that it was trained with"
-            ) from error
+
+
+@contextlib.contextmanager
+def fitting(file, name):
+    """Turn an error into a UserError that a part of a checkpoint, its name, does not fit."""
+    try:
+        yield
+    except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        reason = re.sub(r"\s+", " ", str(error))[:500]
+        raise UserError(
+            f"{shown(file)} does not fit: {name}: {reason}: give the flags that it was trained with, or another file"
+        ) from error
 
 
 def check_archive(file):

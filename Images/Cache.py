@@ -43,13 +43,18 @@ def checksums(file):
         return list(tqdm(sums, total=len(starts), desc="checking the image cache", delay=2, disable=hidden))
 
 
+class NoCacheError(UserError):
+    """The cache cannot be made: its disk is full, or must not be written."""
+
+
 @contextmanager
 def _disk_errors(folder, n_bytes):
     try:
         yield
     except OSError as error:
         message = f"{shown(folder)}: the image cache of {n_bytes:,} bytes cannot be made ({error.strerror or error})"
-        raise UserError(f"{message}: free space there, give another --data_dir, or pass --storage stream") from error
+        remedy = "free space there, give another --data_dir, or pass --storage stream"
+        raise NoCacheError(f"{message}: {remedy}") from error
 
 
 class Cache:
@@ -86,8 +91,8 @@ class Cache:
     def load(self, skip_bad):
         """Return (images as a memory map, {index: reason} of the bad files); decode the files if there is no cache.
 
-        The cache is checked when it is first read. BadFile at the first bad file unless skip_bad; UserError if the disk
-        has too little space.
+        The cache is checked when it is first read. BadFile at the first bad file unless skip_bad; NoCacheError if the
+        disk has too little space or must not be written.
         """
         if self._found is None:
             self._found = self._read()

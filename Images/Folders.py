@@ -10,7 +10,7 @@ import torch
 
 import Utils
 from Distributed import first_rank_only, notice
-from Images.Cache import Cache
+from Images.Cache import Cache, NoCacheError
 from Images.Decode import SUFFIXES, BadFile
 from Images.Split import Split, StreamedSplit
 from Utils import UserError, shown
@@ -189,7 +189,8 @@ def load_folder(folder, size, options, *, split="", name=""):
     """Return the images of a folder (see list_folder) as size x size: a Split on the device, or a StreamedSplit.
 
     options: see `Options`. storage: "memory" (through a cache in data_dir/.cache), "stream", or "auto": memory where
-    the images take at most half of what is free. Both hold the same images: bad files are found first.
+    the images take at most half of what is free and the cache can be made. Both hold the same images: bad files are
+    found first.
     split: see list_folder. name: what messages call the folder.
     UserError: see list_folder; bad files without skip_bad; no room for the cache or on the device; size too large.
     """
@@ -205,10 +206,15 @@ def load_folder(folder, size, options, *, split="", name=""):
     def prepare():
         """Return the storage, and {index: reason} of the bad files where that is "stream"."""
         storage = _storage(options.storage, cache.n_bytes, options.device, name)
-        if storage == "stream":
-            return storage, cache.find_bad(options.skip_bad)
-        cache.load(options.skip_bad)
-        return storage, None
+        if storage == "memory":
+            try:
+                cache.load(options.skip_bad)
+                return storage, None
+            except NoCacheError as error:
+                if options.storage == "memory":  # asked for
+                    raise
+                notice(f"{name}: streamed, which is slower: {error}")
+        return "stream", cache.find_bad(options.skip_bad)
 
     storage, bad = first_rank_only(prepare)
     if storage == "stream":

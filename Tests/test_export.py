@@ -1,6 +1,5 @@
 """Export.py and EncoderFiles.py: other libraries compute the same features from what is printed and written."""
 
-import argparse
 import csv
 import importlib.util
 import json
@@ -271,23 +270,36 @@ def test_scores_of_another_epoch_are_not_taken(tmp_path):
     assert EncoderFiles.load_encoder(folder).metadata["scores"] == {}
 
 
-def test_image_size_without_flag_is_that_of_the_data():
-    assert EncoderFiles.image_size(argparse.Namespace(size=None, data="stl10")) == 96
-    assert EncoderFiles.image_size(argparse.Namespace(size=None, data="/not/here")) == 128
-    assert EncoderFiles.image_size(argparse.Namespace(size=40, data="stl10")) == 40
+def test_image_size_without_flag_is_that_of_the_data(tmp_path):
+    folder = make_run(tmp_path / "run", "resnet8", True)
+    state = torch.load(folder / "7.pt", weights_only=True)
+    for size, data, expected in ((None, "stl10", 96), (None, "/not/here", 128), (40, "stl10", 40)):
+        torch.save({**state, "args": {**state["args"], "size": size, "data": data}}, folder / "7.pt")
+        assert EncoderFiles.load_encoder(folder).metadata["image_size"] == expected
 
 
 # ---------------------------------------------------------------------------------------------------- encoder.pt
 
 
-@pytest.fixture
-def finished(tmp_path):
-    """A run folder with encoder.pt and encoder.json, of a ResNet-18 with the small stem."""
-    folder = make_run(tmp_path / "run", "resnet18", True)
+def make_finished(folder, backbone):
+    """Make a run folder with encoder.pt and encoder.json; return it."""
+    make_run(folder, backbone, True)
     encoder = EncoderFiles.load_encoder(folder)
     net = encoder.net.to(memory_format=torch.channels_last)
     EncoderFiles.save_encoder(folder / "encoder.pt", net, encoder.metadata)
     return folder
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A run folder with encoder.pt and encoder.json, of a ResNet-18 with the small stem."""
+    return make_finished(tmp_path / "run", "resnet18")
+
+
+@pytest.fixture
+def light(tmp_path):
+    """The same with a resnet8."""
+    return make_finished(tmp_path / "run", "resnet8")
 
 
 def test_encoder_pt_is_a_plain_state_dict(finished, export):
@@ -318,6 +330,52 @@ def test_what_was_written_can_be_exported_again(runs, export, tmp_path):
 def test_encoder_pt_alone_says_that_its_json_is_missing(finished):
     (finished / "encoder.json").unlink()
     refused(finished, parts=["encoder.pt does not say what encoder", "encoder.json next to encoder.pt"])
+
+
+HOSTILE = {
+    "backbone": ["resnet\n\x1b[2J" * 1000, 18, None, 10**400, {"a": 1}],
+    "small_stem": [None, "yes", 1, []],
+    "image_size": ["32", 32.0, 0, -1, 10**12, 10**400, True, [32], None],
+    "epoch": ["7", [7], None, float("nan")],
+    "data": [None, 3, ["photos"]],
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_metadata_of_another_type_are_one_line(name, light, tmp_path):
+    content = json.loads((light / "encoder.json").read_text())
+    exported = torch.load(light / "encoder.pt", weights_only=True)
+    checkpoint = torch.load(light / "7.pt", weights_only=True)
+    for value in HOSTILE[name]:
+        (light / "encoder.json").write_text(json.dumps({**content, name: value}))
+        refused(light, parts=["encoder.pt"])
+        if isinstance(value, int) and value > 2**64:  # torch.save cannot write it
+            continue
+        torch.save({"encoder": exported, "metadata": {**content, name: value}}, tmp_path / "x.pt")
+        refused(tmp_path / "x.pt", parts=["x.pt"])
+        if name not in ("epoch", "image_size"):
+            torch.save({**checkpoint, "args": {**checkpoint["args"], name: value}}, light / "7.pt")
+            refused(light / "7.pt", parts=["7.pt"])
+
+
+def test_the_rest_of_the_metadata_is_made_again(light, export, tmp_path):
+    content = json.loads((light / "encoder.json").read_text())
+    hostile = {"num_features": [1], "mean": 3, "std": "\x1b", "stem": None, "input": {}}
+    hostile |= {"data": "a\nb\x1b[2J", "scores": {"knn": 0.5, "linear": [1], "other": None}, "more": 1}
+    (light / "encoder.json").write_text(json.dumps(content | hostile))
+    code = export(light, "--out", tmp_path / "x.safetensors")
+    assert "on a\\nb\\x1b[2J\n" in code
+    metadata = EncoderFiles.load_encoder(light).metadata
+    assert metadata["num_features"] == 128
+    assert metadata["mean"] == list(Backbones.IMAGENET_MEAN)
+    assert metadata["scores"] == {"knn": 0.5}
+
+
+@pytest.mark.parametrize("parts", [{"encoder": 3}, {"encoder": {"a": 3}}, {"args": 3}, {"args": {"data": []}}, {}])
+def test_a_file_of_other_content_is_one_line(parts, light):
+    state = torch.load(light / "7.pt", weights_only=True)
+    torch.save(state | parts if parts else {1: 2}, light / "7.pt")
+    refused(light / "7.pt", parts=["7.pt"])
 
 
 def test_another_encoder_than_it_says(finished):

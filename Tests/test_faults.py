@@ -236,6 +236,46 @@ def test_a_damaged_checkpoint_is_not_scored(copied, cli, damage):
     one_error(cli([run.folder / "3.pt", "--device", "cpu"], Evaluate), "3.pt")
 
 
+PARTS_OF_ANOTHER_TYPE = [
+    ("TrainSimCLR", "random", {"views": 3, "torch": "x"}),
+    ("TrainSimCLR", "optimizer", {"state": 3}),
+    ("TrainCamNet", "seconds", {"search": "x"}),
+    ("TrainCamNet", "chosen", torch.zeros(3)),
+    ("TrainISICLE", "config", {"net": [3]}),
+]
+
+
+@pytest.mark.parametrize("name, key, value", PARTS_OF_ANOTHER_TYPE)
+def test_a_part_of_another_type_is_one_line(copied, cli, name, key, value):
+    run = copied(name)
+    folder = only_run(run.models_dir, "TrainCamNet-*") if key == "config" else run.folder
+    if key != "config":
+        for done in ("evaluation.json", "generator.json"):
+            (run.folder / done).unlink(missing_ok=True)
+    newest = Utils.newest_checkpoint(folder)
+    change(key, value)(newest)
+    one_error(cli(run.argv, SCRIPTS[name]), newest, f"does not fit: {key}" if key in ("random", "config") else "")
+
+
+FLAGS_OF_ANOTHER_TYPE = {"lr": [1], "bs": -1, "opt": "x", "aug": 3, "epochs": None, "lars": 1, "data": ["x"]}
+
+
+@pytest.mark.parametrize("flag", FLAGS_OF_ANOTHER_TYPE)
+def test_a_stored_flag_of_another_type_is_one_line(copied, cli, flag):
+    file = copied("TrainSimCLR").folder / "2.pt"
+    args = torch.load(file, weights_only=True)["args"]
+    change("args", args | {flag: FLAGS_OF_ANOTHER_TYPE[flag]})(file)
+    one_error(cli(["--resume", file, "--device", "cpu"]), file, "give" if flag == "data" else f"--{flag}")
+
+
+@pytest.mark.parametrize("flag", ["seed", "size", "backbone", "small_stem", "color_s", "data", "init"])
+def test_a_stored_flag_of_another_type_is_not_scored(copied, cli, flag):
+    file = copied("TrainSimCLR").folder / "2.pt"
+    args = torch.load(file, weights_only=True)["args"]
+    change("args", args | {flag: ["x"]})(file)
+    one_error(cli([file, "--device", "cpu"], Evaluate), file, f"--{flag}")
+
+
 def test_weights_that_are_not_finite_are_no_good_checkpoint(copied, cli, monkeypatch):
     run = copied("TrainSimCLR", "3.pt", "evaluation.json")
     set_nan(run.folder / "2.pt")
@@ -433,6 +473,7 @@ def test_data_that_has_moved_is_accepted(copied, data, tmp_path, cli, name, how)
     run = copied(name, LAST[name])
     words = run.argv if how == "auto" else ["--resume", run.folder / "1.pt", "--device", "cpu"]
     with moved(data, tmp_path / "moved") as place:
+        one_error(cli(words, SCRIPTS[name]), f"not in {data}", "--data NEW_PLACE")
         done = cli([*words, "--data", place], SCRIPTS[name])
     assert done.code == 0, done.err
     assert "continuing at step" in done.out
@@ -442,7 +483,7 @@ def test_data_that_has_moved_is_accepted(copied, data, tmp_path, cli, name, how)
 def test_evaluation_asks_for_the_new_place_of_data_that_have_moved(copied, data, tmp_path, cli):
     argv = [copied("TrainSimCLR").folder, "--device", "cpu"]
     with moved(data, tmp_path / "moved") as place:
-        one_error(cli(argv, Evaluate), f"its images were in {data}", "--data")
+        one_error(cli(argv, Evaluate), f"not in {data}", "--data NEW_PLACE")
         assert cli([*argv, "--data", place], Evaluate).code == 0
 
 
@@ -684,10 +725,11 @@ def test_a_file_that_cannot_grow_is_one_line(data, tmp_path, fork, name, limit):
     assert not [path for path in tmp_path.rglob(".*") if path.suffix == ".tmp"]
 
 
-def test_scores_are_shown_where_they_cannot_be_written(copied, cli):
+def test_scores_are_shown_where_nothing_can_be_written(copied, cli):
     run = copied("TrainSimCLR")
-    done = cli([run.folder, "--device", "cpu", "--out", "/proc/nowhere/scores.json"], Evaluate)
-    one_error(done, "cannot write /proc/nowhere/scores.json")
+    places = ["--out", "/proc/nowhere/scores.json", "--data_dir", "/proc/nowhere"]
+    done = cli([run.folder, "--device", "cpu", *places], Evaluate)
+    one_error(done, "cannot write /proc/nowhere/scores.json", "--out")
     assert "linear probe" in done.out
     check_same(run)
 

@@ -402,6 +402,15 @@ def test_a_cache_folder_that_cannot_be(load, tmp_path):
     one_line(lambda: load(data_dir=tmp_path / "file"), str(tmp_path / "file/.cache"), "Not a directory")
 
 
+def test_where_no_cache_can_be_made_auto_streams(load, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert isinstance(load(data_dir=tmp_path / "file", storage="auto"), StreamedSplit)
+    first, second = capsys.readouterr().err.splitlines()
+    for part in ("streamed", "cannot be made (Not a directory)", "--data_dir"):
+        assert part in first
+    assert "every start checks" in second
+
+
 # batches
 
 

@@ -401,6 +401,10 @@ BAD = {
     "--generator EMPTY": ("EMPTY", "no checkpoint"),
     "--corrupt gray --generator RUN": ("--corrupt gray+down2 (here gray)",),
     "--pair corrupted --corrupt blur": ("--corrupt", "blur"),
+    "--distance pixels": ("--distance: this flag is the generator's", "--camnet '--distance pixels'"),
+    "--periods=3 --flip": ("--periods=3: ", "--camnet --periods=3"),
+    "--no-flip --net tiny": ("--camnet --no-flip",),
+    "--distanc pixels": ("--distanc: no such flag",),
 }
 
 
