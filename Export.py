@@ -254,7 +254,8 @@ def write_table(out, table, metadata):
     write = write_npz if out.suffix == ".npz" else write_csv
     Utils.write_atomically(out, lambda scratch: write(scratch, table, metadata))
     n, width = table.features.shape
-    print(f"features ({n}, {width}) of {len(table.classes)} classes written to {Utils.shown(out)}")
+    labels = f"of {len(table.classes)} classes" if table.classes else "without labels"
+    print(f"features ({n}, {width}) {labels} written to {Utils.shown(out)}")
 
 
 def check_size(encoder, size):

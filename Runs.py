@@ -190,7 +190,7 @@ def provenance(device):
 def farewell(folder):
     """Print where the files of a finished run are."""
     print(f"checkpoints, pictures, logs: {Utils.shown(folder)}")
-    print(f"TensorBoard: tensorboard --logdir {Utils.shown(folder.parent)}")
+    print(Utils.shown(f"TensorBoard: {shlex.join(['tensorboard', '--logdir', str(folder.parent)])}"))
 
 
 def read_metrics(folder):

@@ -620,7 +620,7 @@ def describe(args, trainer, folder):
     shape = f"{len(trainer.rows)} images of {trainer.split.size} px, {len(trainer.held_out)} more held out to measure"
     say(f"{data}: {shape}, on {trainer.device} in {precision}")
     say(f"{args.net} generator: {count_parameters(net):,} weights, {sides} px, undoes {net.corruption.spec}")
-    say(f"{args.periods} periods: {images}, then {trainer.steps_per_period} steps of {args.bs} images")
+    say(f"{args.periods} periods: {images}, then {trainer.steps_per_period} steps of {trainer.bs} images")
     say(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {Utils.shown(folder)}")
 
 
@@ -667,6 +667,7 @@ def main(args):
 def try_out(args, trainer, folder):
     """Print what the run would do, and its time and memory, from part of a search and a few steps; write nothing."""
     describe(args, trainer, folder)
+    say("measuring part of a search and a few steps")
     rows = trainer.rows_of(0)[: trainer.searched_at_once]
     images = trainer.images(rows)
     keys = make_keys(args.seed, Purpose.CODE, 0, rows).to(trainer.device)

@@ -265,12 +265,20 @@ def farthest(candidates, count, images, encoder):
 # ---------------------------------------------------------------------------------------------------- generator, bank
 
 
+NOT_CAMNETS = ("data", "size", "models_dir", "resume", "dry_run")  # flags of TrainCamNet.py that --camnet cannot have
+
+
 def generator_flags(args):
     """Return the words of --camnet, and {flag: value} of those that decide what the generator learns."""
     words = shlex.split(args.camnet)
+    own = [name for name in NOT_CAMNETS if name in Flags.given_flags(TrainCamNet.build_parser(), words)]
+    if own:
+        raise Utils.UserError(f"--camnet {args.camnet}: --{own[0]} cannot be in it: give it to this script itself")
     given = Flags.parse([*words, f"--data={args.data}"], TrainCamNet.build_parser)
     asked = {name: value for name, value in Flags.hyper_parameters(given).items() if name in given.given}
     asked.pop("data")
+    if args.corrupt and asked.get("corrupt", args.corrupt) != args.corrupt:
+        raise Utils.UserError(f"--corrupt {args.corrupt}: --camnet has --corrupt {asked['corrupt']}: leave out one")
     return words, asked
 
 

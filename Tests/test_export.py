@@ -460,7 +460,8 @@ def test_images_without_classes(drawings, runs, export, tmp_path):
     for index, path in enumerate(sorted(drawings.rglob("*.png"))[:4]):
         path.rename(flat / f"{index}.png")
     flags = ["--features", flat, "--n_workers", 0, "--device", "cpu"]
-    export(runs("resnet8", True), *flags, "--out", tmp_path / "x.npz")
+    printed = export(runs("resnet8", True), *flags, "--out", tmp_path / "x.npz")
+    assert "features (4, 128) without labels written to" in printed
     table = np.load(tmp_path / "x.npz")
     assert table["labels"].tolist() == [-1] * 4
     assert table["classes"].tolist() == []

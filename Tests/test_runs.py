@@ -3,6 +3,7 @@
 import os
 import shutil
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +86,11 @@ def test_a_folder_is_claimed_by_one_process_and_removed_if_nothing_was_written(t
         (folder / "args.json").write_text("{}")
     assert [path.name for path in folder.iterdir()] == ["args.json"]
     one_line(lambda: Runs.check_unused(folder), str(folder), "--resume auto", "--suffix")
+
+
+def test_the_printed_command_can_be_pasted(capsys):
+    Runs.farewell(Path("/home/me/my runs/x"))
+    assert "tensorboard --logdir '/home/me/my runs'\n" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
