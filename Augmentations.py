@@ -156,13 +156,13 @@ def _change_rows_(x, rows, operation):
         x.index_copy_(0, rows, operation(x.index_select(0, rows)))
 
 
-def _send(tensors, device):
+def send(tensors, device):
     """Return {name: CPU tensor} on the device, by a single copy; on CUDA from pinned memory, so without waiting."""
     if device.type == "cpu":
         return tensors
     # All bytes in one tensor, those of the widest types first: each tensor is then aligned.
     names = sorted(tensors, key=lambda name: -tensors[name].element_size())
-    packed = torch.cat([tensors[name].flatten().view(torch.uint8) for name in names])
+    packed = torch.cat([tensors[name].flatten().contiguous().view(torch.uint8) for name in names])
     if device.type == "cuda":
         packed = packed.pin_memory()
     parts = packed.to(device, non_blocking=True).split([tensors[name].nbytes for name in names])
@@ -320,7 +320,7 @@ class Augmentation:
         if self.mean is not None:
             table["mean"] = torch.tensor(self.mean).view(3, 1, 1)
             table["std"] = torch.tensor(self.std).view(3, 1, 1)
-        table = _send(table, images.device)
+        table = send(table, images.device)
 
         # Work on the sorted images in place, and write them back in their own order.
         x = self._crop(images.index_select(0, table["order"]), table)

@@ -135,6 +135,11 @@ def add_run_group(parser, unit):
     add("--precision", choices=["auto", "bf16", "tf32", "fp32"], default="auto", help=precision)
     deterministic = "on CUDA, use only convolutions that give the same bits in every run, as they do on a CPU"
     add("--deterministic", action="store_true", help=deterministic)
+    add(
+        "--compile", action="store_true", help="compile the training step (torch.compile); the first steps take minutes"
+    )
+    graph = "on CUDA, with one process, launch all kernels of a training step at once, which helps a slow processor"
+    add("--cuda_graph", action="store_true", help=graph)
     return group
 
 
@@ -164,6 +169,7 @@ RUN_FLAGS = {
     "precision",
     "compile",
     "deterministic",
+    "cuda_graph",
     "chunk",
     # no flags: set by the scripts from the images, and by `parse`
     "small_stem",
@@ -205,6 +211,8 @@ def parse(argv, build_parser):
     note_version(early.resume, stored, vars(defaults))
     stored = Utils.current_flags(stored)
     kept = {key: stored[key] for key in vars(defaults) if key in stored and key not in ("device", "resume")}
+    if not isinstance(kept.get("compile", False), bool):  # of an older version: "auto", "yes" or "no"
+        kept["compile"] = kept["compile"] == "yes"
     parser.set_defaults(**kept)
     args = parser.parse_args(argv)
     args.given = sorted({*given_flags(parser, argv), *kept})  # what the first start said or fitted stays

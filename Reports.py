@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import Evaluate
+import Graphs
 from Augmentations import to_float
 from Lazy import LazyModule
 from Losses import view_statistics
@@ -24,7 +25,8 @@ PROBED = 4000  # images that show how well the label is preserved: half to learn
 class Meter:
     """Times the stages of the steps since the last logged line; on CUDA by events, without waiting for the device."""
 
-    STAGES = ("data", "views", "forward", "loss", "backward")  # backward: the optimizer's step included
+    # backward: the optimizer's step included, and with a CUDA graph forward and loss as well
+    STAGES = ("data", "views", "forward", "loss", "backward")
 
     def __init__(self, device, step):
         self.device = device
@@ -70,18 +72,19 @@ class Pace:
     """Estimates how long a training takes, from its first steps."""
 
     SKIPPED = 1  # first steps, which are slower than the others
+    SKIPPED_ON_CUDA = Graphs.WARM_UP + 1
     MEASURED = 4
 
-    def __init__(self, step, steps):
+    def __init__(self, step, steps, device):
         """step: the one that comes next; steps: of the whole training."""
-        self.first = step
+        self.first = step + (self.SKIPPED_ON_CUDA if device.type == "cuda" else self.SKIPPED)
         self.steps = steps
         self.started = None
         self.seconds = None  # of a step
 
     def tick(self, step):
         """Note that `step` steps are done. Return whether the pace is now known for the first time."""
-        if self.started is None and step - self.first >= self.SKIPPED:
+        if self.started is None and step >= self.first:
             self.started = time.perf_counter()
             self.started_at = step
         done = step - self.started_at if self.started else 0

@@ -29,6 +29,7 @@ from tqdm import tqdm
 import Data
 import Distributed
 import Flags
+import Graphs
 import Reports
 import Runs
 import Utils
@@ -70,8 +71,6 @@ def build_parser(data="shapes", device_type="cpu"):
     run = Flags.add_run_group(parser, "periods")
     sample = "periods between pictures; 0: only at the end"
     run.add_argument("--sample_iter", type=bounded(int, 0), default=5, metavar="P", help=sample)
-    compiled = f"torch.compile of the training step; auto: on CUDA, in runs of {Utils.COMPILED_FROM:,} steps or more"
-    run.add_argument("--compile", choices=["auto", "yes", "no"], default="auto", help=compiled)
     parser.set_defaults(**Data.get_row(data).generator_recipe_for(device_type))
     return parser
 
@@ -188,6 +187,7 @@ class Trainer:
         self.rows = shuffled[n_held_out:]
         self.visited = min(args.period, len(self.rows))  # images in a period
         self.bs = min(args.bs, self.visited)  # images in a step, except for the last one of a visit
+        self.share = len(Distributed.share(torch.arange(self.bs)))  # of them, in this process
 
         # position
         self.steps_per_period = args.visits * -(-self.visited // args.bs)
@@ -201,8 +201,10 @@ class Trainer:
 
         # speed
         self.bf16 = Utils.set_precision(args.precision, device)
-        is_compiled = Utils.is_compiled(args.compile, self.steps, device)
-        self.loss = torch.compile(IMLE.loss, dynamic=False) if is_compiled else IMLE.loss
+        self.loss = torch.compile(IMLE.loss, dynamic=False) if args.compile else IMLE.loss
+        self.graph = None
+        if Graphs.can_capture(args.cuda_graph, device, Distributed.count()):
+            self.graph = Graphs.GraphedLoss(self.loss_of, self.net.parameters())
 
         # for the log
         self.total = torch.zeros((), device=device)  # of the losses of the current period
@@ -325,9 +327,14 @@ class Trainer:
         """Take one step on these images of the period; return the loss without waiting for the device."""
         # loss and gradients of this process's share, then those of the batch
         own = Distributed.share(part)
-        self.optimizer.zero_grad()
-        loss = self.backward(period, own, is_full=len(part) == self.bs) if len(own) else self.total.new_zeros(())
-        loss = Distributed.reduce_gradients(loss, self.net.parameters(), len(own) / len(part))
+        wanted = [[each[own] for each in features] for features in period.wanted]
+        inputs = (period.condition[own], wanted, period.keys[own])
+        if self.graph and len(part) == self.bs:
+            (loss,) = self.graph(*inputs)
+        else:
+            self.optimizer.zero_grad()
+            loss = self.backward(*inputs) if len(own) else self.total.new_zeros(())
+        loss = Distributed.reduce_gradients(loss.detach(), self.net.parameters(), len(own) / len(part))
 
         # a step of the optimizer
         lr = learning_rate(self.step, self.steps, min(self.args.n_ramp, self.steps // 2), self.args.lr)
@@ -343,18 +350,19 @@ class Trainer:
         torch._foreach_lerp_(list(self.ema.parameters()), new, 1 - decay)
         return loss
 
-    def backward(self, period, part, is_full):
-        """Add the gradients of these images of the period; return their loss, without a graph.
-
-        is_full: whether they are of a batch of the usual size. A shorter last one is not compiled, so that the compiler
-        sees one shape.
-        """
-        loss_of = self.loss if is_full else IMLE.loss
-        with self.autocast():
-            wanted = [[each[part] for each in features] for features in period.wanted]
-            loss = loss_of(self.net, self.distance, period.condition[part], wanted, period.keys[part])
+    def backward(self, condition, wanted, keys):
+        """Add the gradients of some images; return their loss. The arguments are those of `loss_of`."""
+        (loss,) = self.loss_of(condition, wanted, keys)
         loss.backward()
-        return loss.detach()
+        return loss
+
+    def loss_of(self, condition, wanted, keys):
+        """Return (loss,); see `IMLE.loss`. keys: int64 (b, L), of each level's code."""
+        # a shorter last batch is not compiled, so that the compiler sees one shape
+        loss = self.loss if len(keys) == self.share else IMLE.loss
+        with self.autocast():
+            # codes are made outside of what is compiled: Triton refuses 64-bit constants
+            return (loss(self.net, self.distance, condition, wanted, self.net.codes(keys)),)
 
     def parts(self, count):
         """Yield the images of each remaining step of the period, as indices (b,) into it."""
@@ -397,7 +405,7 @@ class Period:
 def train(trainer, run, interruption, title):
     """Train to the last period or to an interruption; return whether it was interrupted."""
     args = trainer.args
-    pace = Reports.Pace(trainer.step, trainer.steps)
+    pace = Reports.Pace(trainer.step, trainer.steps, trainer.device)
     while trainer.step < trainer.steps:
         # search
         started = time.perf_counter()
@@ -664,7 +672,7 @@ def try_out(args, trainer, folder):
     period.keys.cpu()  # waits for the device
     search = (time.perf_counter() - started) * trainer.visited / len(rows) / Distributed.count()
 
-    pace = Reports.Pace(0, trainer.steps)
+    pace = Reports.Pace(0, trainer.steps, trainer.device)
     while not pace.tick(trainer.step):
         trainer.update(period, everything[: args.bs]).item()
     seconds = args.periods * search + trainer.steps * pace.seconds

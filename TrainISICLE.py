@@ -28,7 +28,7 @@ import Flags
 import TrainCamNet
 import TrainSimCLR
 import Utils
-from Augmentations import to_float
+from Augmentations import send, to_float
 from CamNet.Bank import Bank, fingerprint_array, read, to_uint8
 from CamNet.Codes import StepPurpose, make_keys, uniforms
 from CamNet.Corruptions import Corruption
@@ -146,32 +146,40 @@ class Restored:
         p = self.probability(step)
         if p == 0:
             return [images] * len(self)
-        restored = self.restorations(indices, images, step)
-        fractions = [1.0] * self.made  # of restorations in each view
 
-        # with probability 1 - p the image takes the place of its restoration
-        if p < 1:
-            keys = make_keys(self.args.seed, step, indices.cpu(), StepPurpose.SHARE)
-            is_restored = (uniforms(keys, self.made) < p).unbind(dim=1)  # on the host, as the keys are
-            fractions = [mask.float().mean().item() for mask in is_restored]
-            restored = [_choose(mask, view, images) for mask, view in zip(is_restored, restored)]
-
-        views = ([images] * self.pair.real + restored) * self.pair.times
-        self.synthetic_share = sum(fractions * self.pair.times) / len(views)
-        return views
-
-    def restorations(self, indices, images, step):
-        """Return the different restorations of a step, each uint8 (b, 3, H, W) on the images' device."""
-        if self.args.pick == "farthest":
-            anchor = images if self.pair.real else None
-            every = torch.arange(self.bank.k).expand(len(indices), -1)
-            candidates = self.bank.take(indices, every).to(images.device)
-            columns = farthest(candidates, self.made, anchor, self.encoder)
-            rows = torch.arange(len(indices), device=images.device)
-            return list(candidates[rows[:, None], columns].unbind(dim=1))
+        # random numbers are drawn on the host, and sent to the device together
+        keys = make_keys(self.args.seed, step, indices.cpu(), StepPurpose.SHARE)
+        is_restored = uniforms(keys, self.made) < p  # (b, made)
         keys = make_keys(self.args.seed, step, indices.cpu(), StepPurpose.PICK)
         columns = uniforms(keys, self.bank.k).argsort(dim=1)[:, : self.made]
-        return list(self.bank.take(indices, columns).to(images.device).unbind(dim=1))
+        drawn = {"rows": indices, "columns": columns, "is_restored": is_restored}
+        sent = send(drawn, images.device)
+
+        # restorations; with probability 1 - p the image takes the place of one
+        picked = self.pick(images, sent if self.bank.on_device else drawn)
+        restored = list(picked.unbind(dim=1))
+        if p < 1:
+            masks = sent["is_restored"][:, :, None, None, None]
+            restored = list(torch.where(masks, picked, images[:, None]).unbind(dim=1))
+
+        views = ([images] * self.pair.real + restored) * self.pair.times
+        shares = is_restored.float().mean(dim=0).tolist()  # of restorations in each view
+        self.synthetic_share = sum(shares * self.pair.times) / len(views)
+        return views
+
+    def pick(self, images, drawn):
+        """Return the restorations of a step, uint8 (b, made, 3, H, W) on the images' device.
+
+        drawn: {"rows": (b,), "columns": (b, made)}, of random restorations, where the bank is.
+        """
+        if self.args.pick == "random":
+            return self.bank.take(drawn["rows"], drawn["columns"]).to(images.device)
+        anchor = images if self.pair.real else None
+        every = torch.arange(self.bank.k, device=drawn["rows"].device).expand(len(images), -1)
+        candidates = self.bank.take(drawn["rows"], every).to(images.device)
+        columns = farthest(candidates, self.made, anchor, self.encoder)
+        rows = torch.arange(len(images), device=images.device)
+        return candidates[rows[:, None], columns]
 
     def synthetic(self, indices, images, step):
         """Return the first restoration of each image, for measurements; see TrainSimCLR.SamePair."""
@@ -204,14 +212,9 @@ class Corrupted(Restored):
 
     def synthetic(self, indices, images, step):
         """Return c(x), uint8 (b, 3, H, W)."""
-        keys = make_keys(self.args.seed, step, indices, StepPurpose.MASK).to(images.device, non_blocking=True)
-        return to_uint8(self.corruption.upsample(self.corruption(images, keys)))
-
-
-def _choose(mask, view, images):
-    """Return the view where mask (b,), on the host, is true, and the image elsewhere."""
-    mask = mask.to(images.device, non_blocking=True)
-    return torch.where(mask[:, None, None, None], view, images)
+        keys = make_keys(self.args.seed, step, indices, StepPurpose.MASK)
+        sent = send({"keys": keys}, images.device)
+        return to_uint8(self.corruption.upsample(self.corruption(images, sent["keys"])))
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ import Data
 import Distributed
 import Evaluate
 import Flags
+import Graphs
 import Losses
 import Reports
 import Runs
@@ -133,8 +134,6 @@ def add_run_flags(group):
     add("--eval_iter", type=bounded(int, 0), default=10, metavar="E", help="epochs between scores; 0: only at the end")
     baselines = "at the end, also score raw pixels, the untrained encoder, and a probe on augmented images"
     add("--baselines", action=argparse.BooleanOptionalAction, default=True, help=baselines)
-    compiled = f"torch.compile; auto: on CUDA, in runs of {Utils.COMPILED_FROM:,} steps or more"
-    add("--compile", choices=["auto", "yes", "no"], default="auto", help=compiled)
 
 
 # ---------------------------------------------------------------------------------------------------- positives
@@ -197,7 +196,7 @@ class Trainer:
         self.steps_per_epoch = len(train_split) // args.bs
         self.steps = args.epochs * self.steps_per_epoch
         self.step = 0
-        self.pace = Reports.Pace(self.step, self.steps)
+        self.pace = Reports.Pace(self.step, self.steps, device)
 
         # net and optimizer
         encoder = Flags.encoder_for(args)
@@ -212,7 +211,10 @@ class Trainer:
 
         # speed
         self.bf16 = Utils.set_precision(args.precision, device)
-        self.forward = Distributed.wrap(self.net, device, Utils.is_compiled(args.compile, self.steps, device))
+        self.forward = Distributed.wrap(self.net, device, args.compile)
+        self.graph = None
+        if self.chunks == 1 and Graphs.can_capture(args.cuda_graph, device, world):
+            self.graph = Graphs.GraphedLoss(self.loss_of, self.net.parameters())
 
     @property
     def epoch(self):
@@ -230,7 +232,7 @@ class Trainer:
         Utils.save_(
             file,
             args=Utils.plain(self.args),
-            random={"views": self.rng.get_state(), "torch": torch.get_rng_state()},
+            random={"views": self.rng.get_state(), **Utils.random_states(self.device)},
             epoch=self.epoch,
             step=self.step,
             data_n=len(self.train_split),
@@ -254,9 +256,9 @@ class Trainer:
             )
         Utils.load_parts(file, state, encoder=self.net.encoder, head=self.net.head, optimizer=self.optimizer)
         self.step = state["step"]
-        self.pace = Reports.Pace(self.step, self.steps)
+        self.pace = Reports.Pace(self.step, self.steps, self.device)
         self.rng.set_state(state["random"]["views"])
-        torch.set_rng_state(state["random"]["torch"])
+        Utils.set_random_states(self.device, state["random"])
 
     def batches(self):
         """Yield (indices, images) for each remaining step of the epoch: this process's share of the batch.
@@ -284,25 +286,20 @@ class Trainer:
         """
         # views of the images
         lap("data")
-        positives = self.positives(indices, images, self.step)
-        x = self.augment(positives)
+        x = self.augment(self.positives(indices, images, self.step))
         lap("views")
 
-        # their projections
-        chunks = x.tensor_split(self.chunks)  # as equal as possible
-        own = self.project(x) if len(chunks) == 1 else self.project_without_graph(chunks)  # (M b, D)
-        lap("forward")
-
-        # the loss over the batch of all processes
-        z = Distributed.gather(own.view(len(positives), -1, own.shape[1]))
-        loss = Losses.contrastive(z, self.args.temp, self.args.loss, self.args.gen_weight)
-        lap("loss")
+        # gradients of the loss over the batch of all processes
+        if self.graph:
+            loss, z = self.graph(x)
+        elif self.chunks > 1:
+            loss, z = self.backward_in_chunks(x, lap)
+        else:
+            loss, z = self.loss_of(x, lap)
+            self.optimizer.zero_grad()
+            loss.backward()
 
         # a step of the optimizer
-        self.optimizer.zero_grad()
-        loss.backward()
-        if len(chunks) > 1:
-            self.backward_chunks(chunks, own.grad)
         ramp = round(self.args.n_ramp * self.steps_per_epoch)
         set_learning_rate(self.optimizer, learning_rate(self.step, self.steps, ramp, self.args.lr))
         self.optimizer.step()
@@ -310,17 +307,44 @@ class Trainer:
         lap("backward")
         return loss.detach(), z.detach(), x
 
+    def loss_of(self, x, lap=lambda stage: None):
+        """Return (loss, projections (M, N, D)) of the batch of all processes, for this one's views (M b, 3, H, W)."""
+        own = self.project(x)  # (M b, D)
+        lap("forward")
+        return self.compare(own, lap)
+
+    def compare(self, own, lap):
+        """Return (loss, projections (M, N, D)) of the batch of all processes, for this one's projections (M b, D)."""
+        z = Distributed.gather(own.view(len(self.positives), -1, own.shape[1]))
+        loss = Losses.contrastive(z, self.args.temp, self.args.loss, self.args.gen_weight)
+        lap("loss")
+        return loss, z
+
     def project(self, x):
         """Return the projections float32 (B, D) of views (B, 3, H, W)."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return self.forward(x).float()
 
+    def backward_in_chunks(self, x, lap):
+        """As `loss_of`, and set the gradients, for chunks of the views (gradient caching, Gao et al. 2021).
+
+        arXiv:2101.06983. First all chunks without a graph, for the gradient of the loss by the projections; then each
+        chunk with a graph, for that of the weights.
+        """
+        chunks = x.tensor_split(self.chunks)  # as equal as possible
+        own = self.project_without_graph(chunks)
+        lap("forward")
+        loss, z = self.compare(own, lap)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.backward_chunks(chunks, own.grad)
+        return loss, z
+
     @torch.no_grad()
     def project_without_graph(self, chunks):
         """Return the projections float32 (M b, D) of chunks of views, as a leaf whose gradient the loss can fill.
 
-        The first part of gradient caching (Gao et al. 2021, arXiv:2101.06983). `backward_chunks` is the second part: it
-        draws the same random numbers, for dropout, and it alone updates the running statistics.
+        `backward_chunks` draws the same random numbers, for dropout, and it alone updates the running statistics.
         """
         buffers = list(self.net.buffers())
         before = [buffer.clone() for buffer in buffers]

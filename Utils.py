@@ -179,12 +179,19 @@ def set_threads():
         torch.set_num_threads(usable_cores())
 
 
-COMPILED_FROM = 2000  # steps of a run on CUDA that is worth the minutes that torch.compile takes
+def random_states(device):
+    """Return the states of torch's random numbers on the CPU and, if that is another one, on the device."""
+    states = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
 
 
-def is_compiled(choice, steps, device):
-    """Return whether a run of that many steps is compiled: --compile yes, or auto where it is worth it."""
-    return choice == "yes" or (choice == "auto" and device.type == "cuda" and steps >= COMPILED_FROM)
+def set_random_states(device, states):
+    """Continue from `random_states`; those of a device that they were not taken on stay as they are."""
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def set_precision(name, device):

@@ -28,18 +28,19 @@ import numpy as np
 import torch
 
 import Flags
+import Graphs
 import Runs
 import TrainCamNet
 import TrainISICLE
 import TrainSimCLR
 import Utils
-from CamNet import IMLE, Distances
+from CamNet import Distances
 from CamNet.Bank import Bank, fill
 from CamNet.Codes import make_keys
 from Flags import bounded
 from Images.Split import Split
 
-WARM_UP = 5  # steps before those that are timed
+WARM_UP = Graphs.WARM_UP + 2  # steps before those that are timed
 
 
 class Scale(NamedTuple):
@@ -96,8 +97,8 @@ class Bench:
 
     def flags(self, script, words):
         """Return the flags of a training script for the generated shapes, on the device and with the size at hand."""
-        common = ["--data=shapes", f"--size={self.scale.size}", f"--device={self.device}", "--compile=no"]
-        return script.get_args([*words.split(), *common])
+        common = ["--data=shapes", f"--size={self.scale.size}", f"--device={self.device}"]
+        return script.get_args([*common, *words.split()])
 
 
 # ---------------------------------------------------------------------------------------------------- copies
@@ -123,6 +124,8 @@ def measure_copies(bench):
         bench.wait()
         return copied, time.perf_counter() - started
 
+    small = torch.zeros(1, device=bench.device)
+    yield "launch_ms", bench.milliseconds(lambda: small.add_(1))
     seconds([])
     for kib in (4, 16, 63, 125, 1536):
         pageable = [torch.zeros(1024 * kib, dtype=torch.uint8) for _ in range(10)]
@@ -158,12 +161,27 @@ def simclr_trainer(bench, split, **changes):
     return TrainSimCLR.Trainer(args, split, TrainSimCLR.SamePair(2), bench.device)
 
 
+SPEED_UPS = {  # start of a measurement's name: flags
+    "": {"cuda_graph": False, "compile": False},
+    "graph_": {"cuda_graph": True, "compile": False},
+    "compiled_": {"cuda_graph": False, "compile": True},
+    "compiled_graph_": {"cuda_graph": True, "compile": True},
+}
+
+
 def measure_simclr(bench):
-    """Yield the time of SimCLR's step and epoch, eager and compiled, and what --deterministic costs and gives."""
+    """Yield the time of SimCLR's step and epoch with each speed-up, and what --deterministic costs and gives."""
     split = bench.split(bench.scale.images)
-    step = steps_of(simclr_trainer(bench, split))
-    yield "step_ms", bench.milliseconds(step)
-    yield "epoch_s", epoch_seconds(bench, step)
+    for name, flags in SPEED_UPS.items():
+        torch.compiler.reset()
+        started = time.perf_counter()
+        step = steps_of(simclr_trainer(bench, split, **flags))
+        for _ in range(WARM_UP):
+            step()
+        bench.wait()
+        yield f"{name}start_s", round(time.perf_counter() - started, 1)
+        yield f"{name}step_ms", bench.milliseconds(step)
+        yield f"{name}epoch_s", epoch_seconds(bench, step)
 
     # the same steps twice
     torch.backends.cudnn.deterministic = True
@@ -178,14 +196,6 @@ def measure_simclr(bench):
     same = all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     yield "deterministic_same_bits", same
     torch.backends.cudnn.deterministic = False
-
-    started = time.perf_counter()
-    step = steps_of(simclr_trainer(bench, split, compile="yes"))
-    step()
-    bench.wait()
-    yield "compilation_s", round(time.perf_counter() - started, 1)
-    yield "compiled_step_ms", bench.milliseconds(step)
-    yield "compiled_epoch_s", epoch_seconds(bench, step)
 
 
 def epoch_seconds(bench, step):
@@ -239,25 +249,23 @@ def camnet(bench, bs, count, words=""):
 
 
 def measure_camnet(bench):
-    """Yield the time of the generator's training step: eager, compiled, and compiled with CUDA graphs."""
-    small = bench.scale.batches[0]
+    """Yield the time of the generator's training step with each speed-up."""
     for bs in bench.scale.batches:
-        trainer, period = camnet(bench, bs, bs)
-        part = torch.arange(bs, device=bench.device)
-        step = partial(trainer.update, period, part)
-        yield f"step_of_{bs}_ms", bench.milliseconds(step)
+        for name, flags in SPEED_UPS.items():
+            if flags["compile"] and bs != bench.scale.batches[0]:
+                continue  # the compiler takes minutes
+            torch.compiler.reset()
+            started = time.perf_counter()
+            words = " ".join(f"--{flag}" for flag, is_on in flags.items() if is_on)
+            trainer, period = camnet(bench, bs, bs, words)
+            part = torch.arange(bs, device=bench.device)
+            step = partial(trainer.update, period, part)
+            for _ in range(WARM_UP):
+                step()
+            bench.wait()
+            yield f"{name}start_of_{bs}_s", round(time.perf_counter() - started, 1)
+            yield f"{name}step_of_{bs}_ms", bench.milliseconds(step)
     yield "distance", trainer.args.distance
-
-    trainer, period = camnet(bench, small, small)
-    part = torch.arange(small, device=bench.device)
-    for name, mode in (("compiled", "default"), ("graphs", "reduce-overhead")):
-        torch.compiler.reset()
-        trainer.loss = torch.compile(IMLE.loss, dynamic=False, mode=mode)
-        started = time.perf_counter()
-        trainer.update(period, part)
-        bench.wait()
-        yield f"{name}_compilation_s", round(time.perf_counter() - started, 1)
-        yield f"{name}_step_of_{small}_ms", bench.milliseconds(partial(trainer.update, period, part))
 
 
 def measure_search(bench):
@@ -295,7 +303,9 @@ def measure_bank(bench):
 
 def run_tests(bench, limit):
     """Yield the last line of pytest, and the tests that failed; also of tests that were interrupted at the limit."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *bench.scale.tests]
+    workers = min(8, Utils.usable_cores())
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", str(workers), "--dist", "worksteal"]
+    command += bench.scale.tests
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen(command, cwd=Utils.ROOT, stdout=out, stderr=out, start_new_session=True)
         try:

@@ -30,7 +30,7 @@ from Images.Split import Split
 
 SIZE = 32  # pixels
 CUDA = torch.device("cuda")
-RECIPE = ("--data", "cifar10", "--device", "cuda", "--epochs", "2", "--compile", "no")
+RECIPE = ("--data", "cifar10", "--device", "cuda", "--epochs", "2")
 CAMNET = ("--data", "cifar10", "--device", "cuda", "--distance", "pixels", "--no-single_code")
 PARTS = {"data": "images", "views": "views", "forward": "forward", "loss": "loss", "backward": "backward, optimizer"}
 

@@ -299,6 +299,8 @@ def _answers(gpu):
         "max_memory_allocated": lambda device=None: 0,
         "current_stream": lambda device=None: None,
         "set_device": lambda device: None,
+        "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": lambda state, device=None: None,
         "synchronize": lambda device=None: gpu.note("waits", "synchronize"),
         "Event": lambda **_: _Event(),
     }

@@ -98,7 +98,8 @@ class Bench:
         self.flags.device = str(device)
         self.flags.reject = 0.0  # the plain searches reject no candidate
         self.flags.keep_previous = False  # and keep no codes
-        self.flags.compile = "no"
+        self.flags.compile = False
+        self.flags.cuda_graph = False
 
         # its trainer, with some images
         split, generator, distance = TrainCamNet.build(self.flags, device)

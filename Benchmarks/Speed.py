@@ -104,7 +104,7 @@ def read_committed(device):
 
 def prepare(args, device):
     """Return TrainSimCLR.py's flags, with the recipe of the generated shapes, and those shapes."""
-    given = ["--backbone", args.backbone, "--bs", str(args.bs), "--size", str(args.size), "--compile", "no"]
+    given = ["--backbone", args.backbone, "--bs", str(args.bs), "--size", str(args.size)]
     flags = TrainSimCLR.get_args([*given, "--device", str(device), "--epochs", "1000000"])
     TrainSimCLR.check_flags(flags, 1)
     return flags, Flags.splits_for(flags, torch.device("cpu")).train

@@ -8,12 +8,14 @@ import textwrap
 from importlib import import_module
 from pathlib import Path
 
+import Data
 import Evaluate
 import Flags
 import TrainISICLE
 from CamNet.Measures import fitness_table
 
 SCORES = ("knn", "linear", "linear_aug", "pixels_knn", "untrained_knn", "untrained_linear")
+CIFAR_IMAGES = 50_000  # of its train split
 SHOWN_RUN_FLAGS = ("eval",)  # of the flags that do not change the result
 
 
@@ -268,6 +270,43 @@ def kernels_cell(rows):
     return f"{sum(row['kernels'] for row in rows):,} ({touched:,.0f})"
 
 
+def gpu_table(content):
+    """Return the table of a file of Benchmarks/Gpu.py, and what the recipe of CIFAR-10 takes by these times."""
+    row = Data.get_row("cifar10")
+    encoder = row.recipe_for("cuda")
+    generator = row.generator_recipe_for("cuda")
+    measured = {each["part"]: each for each in content["rows"]}
+    contrastive_steps = encoder["epochs"] * (CIFAR_IMAGES // encoder["bs"])
+    generator_steps = generator["periods"] * generator["visits"] * generator["period"] // generator["bs"]
+    searched = generator["periods"] * generator["period"]
+
+    rows = []
+
+    def add(what, value, unit, times, recipe):
+        minutes = value * times / 60
+        rows.append([what, f"{value * (1000 if unit == 'ms' else 1):.3g} {unit}", f"{recipe}: {minutes:.2g} min"])
+
+    epochs = f"{encoder['epochs']} epochs, {contrastive_steps:,} steps"
+    steps = {
+        "SimCLR, a step of 2 views of 512 images": measured["simclr"]["step_ms"],
+        "ISICLE, a step of its default pair, bank on the GPU": measured["isicle"]["step_ms"],
+        "the same, bank on the disk": measured["isicle"]["mapped_ms"],
+        "the same, --pick farthest": measured["isicle"]["mapped_farthest_ms"],
+    }
+    for what, milliseconds in steps.items():
+        add(what, milliseconds / 1000, "ms", contrastive_steps, epochs)
+    for bs in (32, 256):
+        step = measured["camnet"][f"step_of_{bs}_ms"] / 1000
+        times = f"{generator_steps:,} steps of {generator['bs']}"
+        add(f"CAM-Net small, a step of {bs} images", step, "ms", generator_steps, times)
+    search = measured["search"]["chunk_4096_s_per_1000"]
+    add("its search, 1,000 images", search, "s", searched / 1000, f"{searched:,} images")
+    bank = measured["bank"]["batches_of_2048_s_per_1000"]
+    add("bank, 8 restorations of 1,000 images", bank, "s", CIFAR_IMAGES / 1000, f"{CIFAR_IMAGES:,} images")
+    below = f"`{content['command']}`, {device_of(content)}, torch {content['torch']}"
+    return markdown(["what", "time", "CIFAR-10 by its recipe, estimated"], rows, below)
+
+
 MAKERS = {
     "table": encoder_table,
     "speed": speed_table,
@@ -278,4 +317,5 @@ MAKERS = {
     "choice": choice_table,
     "soak": soak_table,
     "kernels": kernels_table,
+    "gpu": gpu_table,
 }

@@ -294,6 +294,7 @@ class Bank:
             images = torch.from_numpy(np.array(images)).to(device)
         self.images = images
         self.device = torch.device(device)
+        self.on_device = on_device
         self.k = images.shape[1]
 
     def __len__(self):

@@ -190,10 +190,10 @@ def _is_out_of_memory(error):
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
-def loss(generator, distance, condition, wanted, keys):
+def loss(generator, distance, condition, wanted, codes):
     """Return the distance to the targets, summed over the levels and averaged over the images, with gradients.
 
-    Arguments as in `Search`, except for keys: int64 (B, L), as the search found them.
+    Arguments as in `Search`, except for codes: `Generator.codes` of the keys that the search found.
     """
-    images = generator(condition, generator.codes(keys))
+    images = generator(condition, codes)
     return sum(distance.between(distance.features(x), y).mean() for x, y in zip(images, wanted))

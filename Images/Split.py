@@ -70,8 +70,17 @@ class Split(_Images):
     def batches(self, index_batches, device="cpu"):
         """Yield (indices, their images uint8 (B, 3, S, S) on the device) of each int64 CPU tensor (B,) of indices."""
         device = torch.device(device)
-        for indices in index_batches:
-            images = self.images.index_select(0, indices.to(self.images.device, non_blocking=True))
+        index_batches = list(index_batches)
+        if not index_batches:
+            return
+
+        # all indices where the images are, by one copy that does not wait
+        rows = torch.cat(index_batches)
+        if self.images.is_cuda:
+            rows = rows.pin_memory().to(self.images.device, non_blocking=True)
+
+        for indices, part in zip(index_batches, rows.split([len(each) for each in index_batches])):
+            images = self.images.index_select(0, part)
             if device.type == "cuda" and not images.is_cuda:
                 images = images.pin_memory()
             # a copy to the CPU that does not block could be read before it has ended

@@ -1,6 +1,15 @@
-"""A small data set in files, and the flags and the finished run that several test files start from."""
+"""A small data set in files, and the flags and the finished run that several test files start from.
+
+The tests run on the CPU: a GPU is hidden from them, since a process that has used one cannot fork. Those of the GPU are
+in test_cuda.py, which test_gpu.py starts in a process of its own.
+"""
 
 import os
+
+if "ISICLE_TEST_GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for a GPU
+
+# isort: split
 import signal
 import sys
 from types import SimpleNamespace
@@ -90,6 +99,7 @@ def fork(tmp_path):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Leave out the tests on the pretend device, which changes torch for all that follows: see test_pretend.py."""
-    is_named = any("test_pretend_device" in argument for argument in config.invocation_params.args)
-    return True if collection_path.name == "test_pretend_device.py" and not is_named else None
+    """Leave out the files that need a process of their own, unless they are named: see test_pretend.py, test_gpu.py."""
+    needs_own_process = collection_path.stem in ("test_pretend_device", "test_cuda")
+    is_named = any(collection_path.stem in argument for argument in config.invocation_params.args)
+    return True if needs_own_process and not is_named else None

@@ -216,13 +216,3 @@ def test_autocast_has_no_effect():
     with torch.autocast("cpu", torch.bfloat16):
         low = normals(torch.arange(3), 50)
     assert torch.equal(low, normals(torch.arange(3), 50))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_draws_the_same():
-    keys = make_keys(3, torch.arange(500))
-    there = make_keys(3, torch.arange(500, device="cuda"))
-    assert there.is_cuda and torch.equal(there.cpu(), keys)
-    assert torch.equal(Codes._bits(there, 301).cpu(), Codes._bits(keys, 301))
-    assert torch.equal(uniforms(there, 301).cpu(), uniforms(keys, 301))
-    torch.testing.assert_close(normals(there, 301).cpu(), normals(keys, 301), rtol=0, atol=5e-6)  # log, cos, sin round

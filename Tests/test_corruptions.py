@@ -183,17 +183,6 @@ def test_images_of_another_shape_are_refused(shape):
         Corruption("down2", SIZE)(torch.zeros(shape))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("spec", SPECS)
-def test_gpu_equals_cpu(spec):
-    corruption, x = Corruption(spec, SIZE), pictures()
-    condition = corruption(x, KEYS)
-    torch.testing.assert_close(corruption(x.cuda(), KEYS.cuda()).cpu(), condition)
-    torch.testing.assert_close(corruption(x.cuda(), KEYS).cpu(), condition)
-    result = corruption.project(pictures(1).cuda(), condition.cuda()).cpu()
-    check_projection(corruption, result, pictures(1), condition)
-
-
 # projection
 
 

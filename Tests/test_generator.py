@@ -325,7 +325,7 @@ def train(generator, steps, lr=2e-3):
     keys = torch.stack([KEYS] * len(generator.sides), dim=1)
     for _ in range(steps):
         optimizer.zero_grad()
-        IMLE.loss(generator, distance, condition, wanted, keys).backward()
+        IMLE.loss(generator, distance, condition, wanted, generator.codes(keys)).backward()
         optimizer.step()
 
 

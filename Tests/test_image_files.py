@@ -430,15 +430,6 @@ def test_split_checks_its_parts():
             Split(*arguments, ["a"])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_the_gpu(load):
-    memory, stream = load(device="cuda"), load(storage="stream", device="cuda")
-    assert memory.images.is_cuda and not memory.labels.is_cuda
-    for split in (memory, load(), stream):
-        for indices, images in split.batches(BATCHES, "cuda"):
-            assert images.is_cuda and not indices.is_cuda and torch.equal(images, memory.images[indices.cuda()])
-
-
 def test_auto(load, monkeypatch, capsys):
     assert Utils.free_memory("cpu") > 2**20
     n_bytes = 6 * 3 * 8 * 8

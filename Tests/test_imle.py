@@ -92,7 +92,7 @@ def train(at, run, periods, steps, lr=2e-3, seed=0):
         found = search(None, at, make_keys(seed, period, at.keys), run=run)
         losses = []
         for _ in range(steps):
-            value = loss(at.generator, at.distance, at.condition, at.wanted, found.keys)
+            value = loss(at.generator, at.distance, at.condition, at.wanted, at.generator.codes(found.keys))
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
@@ -171,7 +171,7 @@ def test_training_sees_the_distances_that_the_search_found(corrupt):
     images = at.generator(at.condition, at.generator.codes(found.keys))
     distances = torch.stack([at.distance(x, y) for x, y in zip(images, at.targets, strict=True)], dim=1)
     torch.testing.assert_close(distances.detach(), found.distances, rtol=0, atol=1e-5)
-    value = loss(at.generator, at.distance, at.condition, at.wanted, found.keys)
+    value = loss(at.generator, at.distance, at.condition, at.wanted, at.generator.codes(found.keys))
     assert value.requires_grad
     assert value.shape == ()
     assert value.item() == pytest.approx(found.distances.sum().item() / 5, abs=1e-5)  # levels summed, images averaged
@@ -183,11 +183,11 @@ def test_compiled_gradients_are_those_of_eager_mode():
     at.generator.to(memory_format=torch.channels_last)
     other = copy.deepcopy(at.generator)
     keys = make_keys(at.keys[:, None], torch.arange(1))
-    value = loss(at.generator, at.distance, at.condition, at.wanted, keys)
+    value = loss(at.generator, at.distance, at.condition, at.wanted, at.generator.codes(keys))
     value.backward()
     torch._dynamo.reset()
     compiled = torch.compile(loss, dynamic=False, backend="aot_eager")
-    its_value = compiled(other, at.distance, at.condition, at.wanted, keys)
+    its_value = compiled(other, at.distance, at.condition, at.wanted, other.codes(keys))
     its_value.backward()
     torch.testing.assert_close(its_value, value)
     for (name, mine), theirs in zip(at.generator.named_parameters(), other.parameters(), strict=True):
@@ -216,7 +216,7 @@ def test_the_gradient_reaches_the_chosen_codes_only():
     for target in at.targets:
         target.requires_grad_()
     at.wanted = [[feature.detach() for feature in at.distance.features(target)] for target in at.targets]
-    loss(at.generator, at.distance, at.condition, at.wanted, found.keys).backward()
+    loss(at.generator, at.distance, at.condition, at.wanted, at.generator.codes(found.keys)).backward()
     chosen = {(key, level) for keys in found.keys.tolist() for level, key in enumerate(keys)}
     assert len(leaves) == 2 * sum(counts)
     assert len(chosen) == 4
@@ -294,7 +294,7 @@ def three_steps(seed, stop=None):
             optimizer.load_state_dict(state)
             found = found._replace(keys=found.keys.clone())
         optimizer.zero_grad()
-        loss(at.generator, at.distance, at.condition, at.wanted, found.keys).backward()
+        loss(at.generator, at.distance, at.condition, at.wanted, at.generator.codes(found.keys)).backward()
         optimizer.step()
     return torch.cat([value.flatten() for value in at.generator.state_dict().values()])
 

@@ -145,7 +145,7 @@ def test_the_compiled_step_is_one_graph_compiled_once_with_the_same_loss(monkeyp
     torch._dynamo.utils.counters.clear()
     graphs = CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
-    compiled, its_losses = small_trainer("--precision", "fp32", "--compile", "yes")
+    compiled, its_losses = small_trainer("--precision", "fp32", "--compile")
     assert compiled.loss is not IMLE.loss
     assert graphs.frame_count == 1
     assert not torch._dynamo.utils.counters["graph_break"]
