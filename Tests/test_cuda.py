@@ -19,7 +19,9 @@ from CamNet.Corruptions import Corruption
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: run Tests/test_gpu.py")
 
-GENERATOR = "--net tiny --corrupt gray+down2 --distance pixels --m 4,2 --period 32 --visits 3 --periods 2 --bs 8"
+GENERATOR = (
+    "--net tiny --corrupt gray+down2 --distance pixels --candidates 4,2 --period 32 --visits 3 --periods 2 --bs 8"
+)
 ISICLE = ["--num_codes", "3", "--camnet", GENERATOR]
 
 

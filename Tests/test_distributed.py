@@ -197,14 +197,14 @@ def compiled_batches(rank, world):
     sizes = []
 
     def stand_in(function, dynamic):
-        def compiled(net, distance, condition, wanted, keys):
-            sizes.append(len(keys))
-            return function(net, distance, condition, wanted, keys)
+        def compiled(net, distance, condition, wanted, codes):
+            sizes.append(len(condition))
+            return function(net, distance, condition, wanted, codes)
 
         return compiled
 
     torch.compile = stand_in  # in this process alone
-    trainer = small_generator("--compile", "yes", "--visits", "1")
+    trainer = small_generator("--compile", "--visits", "1")
     period = trainer.prepare(SimpleNamespace(signal=None), "", quiet=True)
     for part in trainer.parts(27):
         trainer.update(period, part)
@@ -212,7 +212,7 @@ def compiled_batches(rank, world):
 
 
 def test_the_compiler_sees_one_shape_in_each_process(tmp_path):
-    assert processes(3, compiled_batches, tmp_path) == [6 * [2], 6 * [1], 6 * [1]]
+    assert processes(3, compiled_batches, tmp_path) == [6 * [2], 7 * [1], 7 * [1]]
 
 
 def share(rank, world):
