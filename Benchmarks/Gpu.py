@@ -55,13 +55,14 @@ class Scale(NamedTuple):
     batches: tuple  # of the generator's training
     banks: tuple  # of the filling of a bank
     searched: int  # images
+    warm_up: int  # steps before those that are timed
     seconds: float  # of a measurement
     matrix: int  # side of the matrices whose products keep the device busy
     tests: tuple  # arguments of pytest
 
 
-FULL = Scale(50_000, 32, "resnet18", 512, "small", "64,32,16", (32, 256), (256, 2048), 1024, 3.0, 8192, ())
-QUICK = Scale(24, 16, "resnet8", 8, "tiny", "2,2", (4, 8), (4, 8), 8, 0.0, 32, ("Tests/test_losses.py",))
+FULL = Scale(50_000, 32, "resnet18", 512, "small", "64,32,16", (32, 256), (256, 2048), 1024, WARM_UP, 3.0, 8192, ())
+QUICK = Scale(24, 16, "resnet8", 8, "tiny", "2,2", (4,), (4, 8), 8, 1, 0.0, 32, ("Tests/test_losses.py",))
 
 
 class Bench:
@@ -78,7 +79,7 @@ class Bench:
 
     def milliseconds(self, step):
         """Return the mean time of step() in ms; it is repeated for `scale.seconds`."""
-        for _ in range(WARM_UP if self.scale.seconds else 1):
+        for _ in range(self.scale.warm_up):
             step()
         self.wait()
         count = 0
@@ -161,6 +162,11 @@ def simclr_trainer(bench, split, **changes):
     return TrainSimCLR.Trainer(args, split, TrainSimCLR.SamePair(2), bench.device)
 
 
+def speed_ups(device):
+    """Return {start of a measurement's name: flags} of what can make a step faster on the device."""
+    return {name: flags for name, flags in SPEED_UPS.items() if device.type == "cuda" or not flags["cuda_graph"]}
+
+
 SPEED_UPS = {  # start of a measurement's name: flags
     "": {"cuda_graph": False, "compile": False},
     "graph_": {"cuda_graph": True, "compile": False},
@@ -172,11 +178,11 @@ SPEED_UPS = {  # start of a measurement's name: flags
 def measure_simclr(bench):
     """Yield the time of SimCLR's step and epoch with each speed-up, and what --deterministic costs and gives."""
     split = bench.split(bench.scale.images)
-    for name, flags in SPEED_UPS.items():
+    for name, flags in speed_ups(bench.device).items():
         torch.compiler.reset()
         started = time.perf_counter()
         step = steps_of(simclr_trainer(bench, split, **flags))
-        for _ in range(WARM_UP):
+        for _ in range(bench.scale.warm_up):
             step()
         bench.wait()
         yield f"{name}start_s", round(time.perf_counter() - started, 1)
@@ -190,7 +196,7 @@ def measure_simclr(bench):
     for _ in range(2):
         trainer = simclr_trainer(bench, split)
         step = steps_of(trainer)
-        for _ in range(WARM_UP):
+        for _ in range(bench.scale.warm_up):
             step()
         states.append(trainer.net.state_dict())
     same = all(torch.equal(value, states[1][name]) for name, value in states[0].items())
@@ -251,7 +257,7 @@ def camnet(bench, bs, count, words=""):
 def measure_camnet(bench):
     """Yield the time of the generator's training step with each speed-up."""
     for bs in bench.scale.batches:
-        for name, flags in SPEED_UPS.items():
+        for name, flags in speed_ups(bench.device).items():
             if flags["compile"] and bs != bench.scale.batches[0]:
                 continue  # the compiler takes minutes
             torch.compiler.reset()
@@ -260,7 +266,7 @@ def measure_camnet(bench):
             trainer, period = camnet(bench, bs, bs, words)
             part = torch.arange(bs, device=bench.device)
             step = partial(trainer.update, period, part)
-            for _ in range(WARM_UP):
+            for _ in range(bench.scale.warm_up):
                 step()
             bench.wait()
             yield f"{name}start_of_{bs}_s", round(time.perf_counter() - started, 1)
