@@ -21,6 +21,7 @@ To import this file changes torch: do it in a process that needs no real GPU.
 """
 
 import contextlib
+import functools
 import re
 import time
 import traceback
@@ -44,8 +45,13 @@ class _Backend(backend_registration._DummyBackendModule):
         return [torch.bfloat16, torch.float16]
 
 
-backend_registration._setup_privateuseone_for_python_backend("pretend", backend_module=_Backend())
-PRETEND = torch.device("pretend", 0)
+PRETEND = torch.device("privateuseone", 0)
+
+
+@functools.cache
+def _register():
+    """Give torch the device. From then on, a process that has computed gradients cannot fork."""
+    backend_registration._setup_privateuseone_for_python_backend("pretend", backend_module=_Backend())
 
 
 def _operations(names):
@@ -115,6 +121,7 @@ class PretendCuda(TorchDispatchMode):
 
     def __init__(self, root=None, free_memory=80 * 2**30):
         super().__init__()
+        _register()
         self.root = str(root or Path.cwd())
         self.free_memory = free_memory
         self.reset()

@@ -3,7 +3,16 @@
 import subprocess
 import sys
 
+import torch
 from helpers import ROOT
+
+from Benchmarks import Kernels
+
+
+def test_its_import_changes_nothing():
+    """Where torch knows another device, a process that has computed gradients cannot fork, as the tests do."""
+    assert Kernels.PretendCuda
+    assert torch._C._get_privateuse1_backend_name() == "privateuseone"
 
 
 def test_the_tests_on_the_pretend_device_pass():

@@ -258,7 +258,7 @@ def test_pick_farthest_reads_the_bank_once():
         reads.append(columns.shape)
         return bank.take(rows, columns)
 
-    restored.bank = SimpleNamespace(k=bank.k, take=take)
+    restored.bank = SimpleNamespace(k=bank.k, on_device=True, take=take)
     first, second = restored(torch.arange(2), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), 0)
     assert reads == [(2, 4)]
     columns = TrainISICLE.farthest(bank.take(torch.arange(2), torch.arange(4).expand(2, -1)), 2, None, Angle())
