@@ -31,7 +31,8 @@ CURVES = {"loss": ("loss", 1), "knn": ("kNN accuracy, %", 100), "linear": ("line
 GENERATOR_CURVES = {"best_of_4": ("distance, best of 4 samples", 1), "diversity_pixels": ("diversity, pixels", 1)}
 # Flags.RUN_FLAGS without eval and suffix, which tell runs apart. Copied, because importing Flags.py takes seconds.
 RUN_FLAGS = """device n_workers data_dir storage skip_bad models_dir resume log_iter eval_iter save_iter sample_iter
-baselines precision compile deterministic small_stem image_size given dry_run chunk lpips_weights bank_storage"""
+baselines precision compile deterministic cuda_graph small_stem image_size given dry_run chunk lpips_weights
+bank_storage"""
 RENAMED = {"m": "candidates"}  # a copy of Utils.RENAMED
 
 

@@ -61,8 +61,9 @@ class Scale(NamedTuple):
     tests: tuple  # arguments of pytest
 
 
-FULL = Scale(50_000, 32, "resnet18", 512, "small", "64,32,16", (32, 256), (256, 2048), 1024, WARM_UP, 3.0, 8192, ())
-QUICK = Scale(24, 16, "resnet8", 8, "tiny", "2,2", (4,), (4, 8), 8, 1, 0.0, 32, ("Tests/test_losses.py",))
+WHOLE = ("-n", "8", "--dist", "worksteal")  # all tests, in so many processes
+FULL = Scale(50_000, 32, "resnet18", 512, "small", "64,32,16", (32, 256), (256, 2048), 1024, WARM_UP, 3.0, 8192, WHOLE)
+QUICK = Scale(24, 16, "resnet8", 8, "tiny", "2,2", (4,), (4, 8), 8, 1, 0.0, 32, ("Tests/test_graphs.py",))
 
 
 class Bench:
@@ -309,9 +310,7 @@ def measure_bank(bench):
 
 def run_tests(bench, limit):
     """Yield the last line of pytest, and the tests that failed; also of tests that were interrupted at the limit."""
-    workers = min(8, Utils.usable_cores())
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", str(workers), "--dist", "worksteal"]
-    command += bench.scale.tests
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *bench.scale.tests]
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen(command, cwd=Utils.ROOT, stdout=out, stderr=out, start_new_session=True)
         try:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import http.server
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -428,6 +429,7 @@ def test_a_corrupted_download_is_done_again(cifar, tmp_path):
 
 
 def _rank(rank, data_dir, address):
+    os.environ["LOCAL_RANK"] = str(rank)  # as torchrun does
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     if rank == 1:
         datasets.cifar.download_and_extract_archive = None
