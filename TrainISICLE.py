@@ -158,36 +158,40 @@ class Restored:
         if p == 0:
             return [images] * len(self)
 
-        # random numbers are drawn on the host, and sent to the device together
+        # random numbers, drawn on the host
         keys = make_keys(self.args.seed, step, indices.cpu(), StepPurpose.SHARE)
         is_restored = uniforms(keys, self.made) < p  # (b, made)
-        keys = make_keys(self.args.seed, step, indices.cpu(), StepPurpose.PICK)
-        columns = uniforms(keys, self.bank.k).argsort(dim=1)[:, : self.made]
-        drawn = {"rows": indices, "columns": columns, "is_restored": is_restored}
-        sent = send(drawn, images.device)
+        columns = self.columns(indices, step)
 
-        # restorations; with probability 1 - p the image takes the place of one
-        picked = self.pick(images, sent if self.bank.on_device else drawn)
-        restored = list(picked.unbind(dim=1))
+        # restorations, by one copy to the device: of the numbers, or of images that a mapped bank has read
+        if self.bank.on_device:
+            sent = send({"rows": indices, "columns": columns, "is_restored": is_restored}, images.device)
+            restored = self.bank.take(sent["rows"], sent["columns"])
+        else:
+            sent = send({"taken": self.bank.take(indices, columns), "is_restored": is_restored}, images.device)
+            restored = sent["taken"]
+        if self.args.pick == "farthest":
+            restored = self.farthest_of(restored, images)
+
+        # with probability 1 - p the image takes the place of a restoration
         if p < 1:
-            masks = sent["is_restored"][:, :, None, None, None]
-            restored = list(torch.where(masks, picked, images[:, None]).unbind(dim=1))
+            restored = torch.where(sent["is_restored"][:, :, None, None, None], restored, images[:, None])
 
-        views = ([images] * self.pair.real + restored) * self.pair.times
+        views = ([images] * self.pair.real + list(restored.unbind(dim=1))) * self.pair.times
         shares = is_restored.float().mean(dim=0).tolist()  # of restorations in each view
         self.synthetic_share = sum(shares * self.pair.times) / len(views)
         return views
 
-    def pick(self, images, drawn):
-        """Return the restorations of a step, uint8 (b, made, 3, H, W) on the images' device.
+    def columns(self, indices, step):
+        """Return which restorations a step reads, int64 (b, c) on the CPU: random ones, or all to choose from."""
+        if self.args.pick == "farthest":
+            return torch.arange(self.bank.k).expand(len(indices), -1)
+        keys = make_keys(self.args.seed, step, indices.cpu(), StepPurpose.PICK)
+        return uniforms(keys, self.bank.k).argsort(dim=1)[:, : self.made]
 
-        drawn: {"rows": (b,), "columns": (b, made)}, of random restorations, where the bank is.
-        """
-        if self.args.pick == "random":
-            return self.bank.take(drawn["rows"], drawn["columns"]).to(images.device)
+    def farthest_of(self, candidates, images):
+        """Return uint8 (b, made, 3, H, W): those of the candidates (b, K, 3, H, W) whose features differ most."""
         anchor = images if self.pair.real else None
-        every = torch.arange(self.bank.k, device=drawn["rows"].device).expand(len(images), -1)
-        candidates = self.bank.take(drawn["rows"], every).to(images.device)
         columns = farthest(candidates, self.made, anchor, self.encoder)
         rows = torch.arange(len(images), device=images.device)
         return candidates[rows[:, None], columns]

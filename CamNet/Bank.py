@@ -289,24 +289,21 @@ class Bank:
     """Restorations uint8 (N, K, 3, H, W), on a device or as a memory map, from which views are picked."""
 
     def __init__(self, images, device, on_device):
-        """images: a NumPy array or memory map. on_device: copy them to the device, or leave them where they are."""
+        """images: array, memory map or tensor. on_device: copy them to the device, or leave them where they are."""
         if on_device:
             images = torch.from_numpy(np.array(images)).to(device)
         self.images = images
         self.device = torch.device(device)
-        self.on_device = on_device
+        self.on_device = isinstance(images, torch.Tensor)
         self.k = images.shape[1]
 
     def __len__(self):
         return len(self.images)
 
     def take(self, rows, columns):
-        """Return uint8 (b, c, 3, H, W) on the device: columns (b, c) of the restorations of rows (b,), both int64."""
-        if isinstance(self.images, torch.Tensor):
-            rows = rows.to(self.images.device, non_blocking=True)
-            columns = columns.to(self.images.device, non_blocking=True)
-            return self.images[rows[:, None], columns]
-        picked = torch.from_numpy(self.images[rows.cpu().numpy()[:, None], columns.cpu().numpy()])
-        if self.device.type == "cuda":  # a copy from memory that is not pinned would wait
-            return picked.pin_memory().to(self.device, non_blocking=True)
-        return picked.to(self.device)
+        """Return uint8 (b, c, 3, H, W), where the bank is: columns (b, c) of the restorations of rows (b,), int64."""
+        if not self.on_device:
+            return torch.from_numpy(self.images[rows.cpu().numpy()[:, None], columns.cpu().numpy()])
+        rows = rows.to(self.device, non_blocking=True)
+        columns = columns.to(self.device, non_blocking=True)
+        return self.images[rows[:, None], columns]

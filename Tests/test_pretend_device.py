@@ -288,8 +288,8 @@ def assert_not_more(rows):
     [
         ("SimCLR, 2 views", 520, 1),
         ("ISICLE, bank in memory", 560, 2),
-        ("ISICLE, mapped bank", 560, 3),
-        ("ISICLE, farthest, mapped", 680, 3),
+        ("ISICLE, mapped bank", 560, 2),
+        ("ISICLE, farthest, mapped", 680, 2),
         ("ISICLE, corrupted", 560, 2),
     ],
 )
