@@ -34,7 +34,7 @@ def arms(flags, tree, tmp_path_factory):
     child = Child(TrainCamNet, [*GENERATOR.split(), *place, *cache], folder / "camnet.log")
     assert child.wait() == 0, child.output()
     own = [*place, "--arms", ",".join(CHOSEN), "--seeds", "1", "--jobs", "2", "--out", str(folder / "arms.json")]
-    of_runs = [*flags(folder)[2:-2], "--size", "16", "--epochs", "2"]
+    of_runs = [*flags(folder)[2:-2], "--size", "16", "--epochs", "2", "--bs", "24"]
     return SimpleNamespace(
         argv=lambda *more: [*own, *more, "--", *of_runs], out=folder / "arms.json", models=folder / "m"
     )
@@ -62,7 +62,7 @@ def test_every_run_is_recorded(done):
         assert row["command"].startswith("python Train")
         assert row["command"].endswith("--seed 0")
         assert f"{row['arm']}, seed 0: kNN {100 * row['knn']:.2f} %" in printed
-        assert row["steps"] == 60 or row["arm"].endswith(Arms.EQUAL)  # 2 epochs of 30 steps
+        assert row["steps"] == 20 or row["arm"].endswith(Arms.EQUAL)  # 2 epochs of 10 steps
     assert Tables.arms_table(records) in printed
 
 
