@@ -30,6 +30,7 @@ class GraphedLoss:
         self.parameters = list(parameters)
         self.calls = 0
         self.graph = None  # before the capture; False: the step cannot be captured
+        self.stream = None  # of the calls before the capture
         self.inputs = None  # what the graph reads
         self.outputs = None  # what it writes
         self.gradients = None
@@ -39,7 +40,9 @@ class GraphedLoss:
         self.calls += 1
         if self.graph is None and self.calls > WARM_UP:
             self._capture(inputs)
-        if not self.graph:
+        if self.graph is False:
+            return self._compute(inputs)
+        if self.graph is None:
             return self._compute_aside(inputs)
         torch._foreach_copy_(_tensors_of(self.inputs), _tensors_of(inputs))
         self.graph.replay()
@@ -57,11 +60,11 @@ class GraphedLoss:
     def _compute_aside(self, inputs):
         """Return _compute(inputs) from another stream, as a capture must not depend on what the default stream does."""
         here = torch.cuda.current_stream()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
+        self.stream = self.stream or torch.cuda.Stream()
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
             outputs = self._compute(inputs)
-        here.wait_stream(stream)
+        here.wait_stream(self.stream)
         return outputs
 
     def _capture(self, inputs):
