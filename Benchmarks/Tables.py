@@ -319,7 +319,7 @@ GROWTH = [  # data, train images, side in pixels
 def growth_table(content):
     """Return what data sets of other sizes take on paper, from the times in a file of Benchmarks/Gpu.py."""
     measured = {each["part"]: each for each in content["rows"]}
-    filling = measured["bank"]["batches_of_2048_s_per_1000"] / 8  # of one restoration of 32 px
+    filling = measured["bank"]["batches_of_2048_s_per_1000"]  # 8 restorations of 32 px
     generator = Data.get_row("cifar10").generator_recipe_for("cuda")
     searching = measured["search"]["chunk_4096_s_per_1000"] * generator["periods"] * generator["period"] / 1000
 
@@ -327,7 +327,7 @@ def growth_table(content):
     for name, images, side in GROWTH:
         one = images * 3 * side**2 / 2**30
         pixels = (side / 32) ** 2
-        hours = [8 * filling * pixels * images / 1000 / 3600, searching * pixels / 3600]
+        hours = [filling * pixels * images / 1000 / 3600, searching * pixels / 3600]
         sizes = [f"{count * one:,.2g}" if count * one < 10 else f"{count * one:,.0f}" for count in (1, 2, 8)]
         rows.append([f"{name}, {side} px", f"{images:,}", *sizes, *(f"{value:.2g}" for value in hours)])
     head = ["data", "images", "images, GiB", "bank of 2, GiB", "bank of 8, GiB", "filling of 8, hours", "search, hours"]
