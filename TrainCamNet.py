@@ -621,7 +621,10 @@ def describe(args, trainer, folder):
     say(f"{data}: {shape}, on {trainer.device} in {precision}")
     say(f"{args.net} generator: {count_parameters(net):,} weights, {sides} px, undoes {net.corruption.spec}")
     say(f"{args.periods} periods: {images}, then {trainer.steps_per_period} steps of {trainer.bs} images")
-    say(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {Utils.shown(folder)}")
+    start = "the run would start in" if args.dry_run else "starting"
+    if trainer.step:
+        start = f"continuing at step {trainer.step}"
+    say(f"{start}: {Utils.shown(folder)}")
 
 
 def main(args):
@@ -686,7 +689,7 @@ def try_out(args, trainer, folder):
     memory = Utils.peak_memory(trainer.device) / 2**30
     twice = ", and as much for the net of one code" if args.single_code else ""
     say(f"generator: about {Reports.duration(seconds)}{twice}; memory {memory:.1f} GiB")
-    say("dry run: nothing was written")
+    say("dry run of the generator: nothing was written")
 
 
 def run_stage(trainer, args, folder, title):

@@ -204,6 +204,8 @@ def fitness_table(result):
     rows |= {f"diversity_{name}": f"difference of codes: {name}" for name in DIVERSITIES}
     rows |= {f"diversity_{name}": f"  by {name} alone: pixels" for name in ("style", "noise")}
     rows |= {"consistency": "|c(g(c(x), z)) - c(x)|"}
+    if not any("single_code_" + name in shown for name in rows):
+        del columns["one code (m = 1)"]  # no such net was trained
 
     lines = [f"{result['n_images']} images held out, distance: {result['distance']}, corruption: {result['corrupt']}"]
     lines.append(" " * 34 + "".join(f"{title:>18}" for title in columns))
