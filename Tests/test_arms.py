@@ -4,11 +4,12 @@ import contextlib
 import io
 import json
 import shlex
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import one_error
+from helpers import one_error, wait_for
 from PIL import Image
 
 import TrainCamNet
@@ -101,6 +102,16 @@ def test_failing_run_is_one_line(arms, tmp_path, cli):
     failed = cli(arms.argv(*more), Arms)
     one_error(failed, "no checkpoint there")
     assert len(failed.err.splitlines()) == 1
+
+
+def test_a_signal_ends_the_runs_as_well(arms, fork, tmp_path):
+    argv = arms.argv("--arms", "simclr_full", "--models_dir", tmp_path, "--out", tmp_path / "a.json")
+    child = fork(Arms, [*argv, "--epochs", "1000"])
+    wait_for(lambda: child.log.exists() and "epoch 1/1000" in child.output(), child)
+    child.send(signal.SIGTERM)
+    assert child.wait(60) == 0, child.output()
+    assert "interrupted: saved" in child.output()
+    assert not (tmp_path / "a.json").exists()
 
 
 def test_one_generator_and_one_bank_for_every_arm(arms, done):
