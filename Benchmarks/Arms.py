@@ -61,6 +61,11 @@ ARMS = {  # name: (script, flags, what it is)
         f"--pair gen_gen {ALONE}",
         "ISICLE, two restorations, crop and flip only",
     ),
+    "multi_crop": (
+        "TrainISICLE.py",
+        f"--pair multi --num_pos 4 {ALONE}",
+        "ISICLE, four restorations, crop and flip only",
+    ),
     "gen_gen_full": ("TrainISICLE.py", "--pair gen_gen", "ISICLE, two restorations"),
     "real_gen_full": ("TrainISICLE.py", "--pair real_gen", "ISICLE, the image and a restoration"),
     "isicle_full": ("TrainISICLE.py", "", "ISICLE, the image twice and a restoration"),

@@ -150,6 +150,7 @@ def test_flags_of_the_arms_mean_what_their_titles_say():
         "c(x) twice": "corrupted",
         "one restoration twice": "gen_twice",
         "two restorations": "gen_gen",
+        "four restorations": "multi",
         "the image and a restoration": "real_gen",
         "the image twice and a restoration": "real_real_gen",
     }
@@ -218,6 +219,11 @@ def test_generator_is_charged_for_search_training_and_bank():
     more = macs("--candidates", "4,3") - base  # one candidate more on the finer level, the dearer one
     assert 16 * sample / 2 < more < 16 * sample
     assert macs("--periods", "2") == 2 * base
+
+    # the energy score: no search, two samples of each image in a step; patches are compared at no further cost
+    energy = [word for word in GENERATOR.split() if word not in ("--candidates", "4,2")]
+    flags = TrainCamNet.get_args([*energy, "--objective", "energy"])
+    assert Compute.generator_macs(flags, 240, 0) == 16 * 2 * 2 * 3 * sample
 
 
 def test_equal_compute_is_equal(done):
