@@ -1,5 +1,7 @@
 """What a training costs, in multiply-accumulates (MACs) of convolutions and matrix products; backward counts twice."""
 
+from argparse import Namespace
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -7,6 +9,7 @@ import Data
 import Flags
 import TrainCamNet
 import TrainISICLE
+import Utils
 from Backbones import build_head
 from CamNet.Distances import build_distance
 from CamNet.IMLE import Search
@@ -34,6 +37,13 @@ def encoder_macs(flags, steps):
     if getattr(flags, "pick", "random") == "farthest":  # all restorations are looked at
         per_image += (flags.num_codes + (flags.pair != "gen_gen")) * forward
     return steps * flags.bs * per_image
+
+
+def training_macs(record):
+    """Return the MACs of the generator's search and training in a record of Benchmarks/Arms.py, without the banks."""
+    images = record["steps"] // record["epochs"] * record["flags"]["bs"]  # of the train split, less the last few
+    flags = {"lpips_weights": None} | Utils.current_flags(record["generator_flags"])
+    return generator_macs(Namespace(**flags), images, 0)
 
 
 def generator_macs(flags, n, k, banks=1):

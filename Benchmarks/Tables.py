@@ -12,6 +12,7 @@ import Data
 import Evaluate
 import Flags
 import TrainISICLE
+from Benchmarks.Compute import training_macs
 from CamNet.Measures import fitness_table
 
 SCORES = ("knn", "linear", "linear_aug", "pixels_knn", "untrained_knn", "untrained_linear")
@@ -177,6 +178,15 @@ def compute_of(row):
     return row["encoder_macs"] / 1e12, row["generator_macs"] / 1e12
 
 
+def shared_compute(row, records):
+    """Return the MACs of a run, in 10^12, if the training of its generator is divided among all runs that use it."""
+    whole = sum(compute_of(row))
+    if not row["generator_macs"]:
+        return whole
+    sharing = [each for each in records if each["generator_macs"] and each["generator"] == row["generator"]]
+    return whole - training_macs(row) / 1e12 * (1 - 1 / len(sharing))
+
+
 def arms_table(records):
     """Return a table: a row per arm, mean ± standard deviation over its seeds, and what it took."""
     rows = []
@@ -186,13 +196,40 @@ def arms_table(records):
         minutes = statistics.mean(row["minutes"] + row["generator_minutes"] for row in runs)
         cells = [title_of(first), str(len(runs))]
         cells += [spread([row[name] for row in runs]) for name in ("knn", "linear")]
-        cells += [f"{first['steps']:,}", f"{encoder + generator:,.1f}"]
+        cells += [f"{first['steps']:,}", f"{encoder + generator:,.1f}", f"{shared_compute(first, records):,.1f}"]
         cells += [f"{100 * generator / (encoder + generator):.0f} %", f"{minutes:.1f}"]
         rows.append(cells)
-    head = ["arm", "seeds", "kNN", "linear", "steps", "compute", "generator's part", "minutes"]
+    head = ["arm", "seeds", "kNN", "linear", "steps", "compute", "shared", "generator's part", "minutes"]
     first = records[0]
-    below = f"Split {first['split']}, {first['n_test']:,} images; compute in 10^12 multiply-accumulates; "
-    return markdown(head, rows, below + f"each run on {device_of(first)}.")
+    below = (
+        f"Split {first['split']}, {first['n_test']:,} images; compute in 10^12 multiply-accumulates; shared: the same "
+    )
+    below += f"if the runs of this table divide the training of their generator; each run on {device_of(first)}."
+    return markdown(head, rows, below)
+
+
+MAIN = [  # arms of the README
+    "simclr_crop",
+    "simclr_full",
+    "simclr_full_extra_view",
+    "simclr_full_equal_compute",
+    "simclr_full_extra_view_equal_compute",
+    "simclr_full_4_views_equal_compute",
+    "gen_gen_crop",
+    "multi_crop",
+    "gen_gen_full",
+    "isicle_full",
+]
+
+
+def main_table(records):
+    """Return the scores and the compute of the main arms."""
+    rows = []
+    for arm, runs in by_arm(records).items():
+        if arm in MAIN:
+            scores = [spread([row[name] for row in runs]) for name in ("knn", "linear")]
+            rows.append([title_of(runs[0]), *scores, f"{sum(compute_of(runs[0])):,.1f}"])
+    return markdown(["arm", "kNN", "linear", "compute"], rows)
 
 
 # ---------------------------------------------------------------------------------------------------- generators
@@ -341,6 +378,7 @@ MAKERS = {
     "generator": generator_block,
     "search": search_table,
     "arms": arms_table,
+    "main": main_table,
     "choice": choice_table,
     "soak": soak_table,
     "kernels": kernels_table,

@@ -226,6 +226,18 @@ def test_generator_is_charged_for_search_training_and_bank():
     assert Compute.generator_macs(flags, 240, 0) == 16 * 2 * 2 * 3 * sample
 
 
+def test_a_shared_generator_is_divided_among_its_runs(done):
+    ours = next(row for row in done[1] if row["arm"] == "isicle_full")
+    other = ours | {"generator": "another"}
+    whole = sum(Tables.compute_of(ours))
+    assert Tables.shared_compute(ours, [ours, other]) == pytest.approx(whole)
+    words = [*GENERATOR.split(), "--size", "16", "--corrupt", ours["generator_flags"]["corrupt"]]
+    training = Compute.generator_macs(TrainCamNet.get_args(words), 240, 0) / 1e12
+    assert 0 < training < ours["generator_macs"] / 1e12
+    assert Tables.shared_compute(ours, [ours, ours, ours, other]) == pytest.approx(whole - training * 2 / 3)
+    assert Tables.shared_compute(done[1][0], done[1]) == sum(Tables.compute_of(done[1][0]))
+
+
 def test_equal_compute_is_equal(done):
     rows = {row["arm"]: row for row in done[1]}
     ours = rows["isicle_full"]["encoder_macs"] + rows["isicle_full"]["generator_macs"]
