@@ -4,10 +4,12 @@ The tests run on the CPU: a GPU is hidden from them, since a process that has us
 in test_cuda.py, which test_gpu.py starts in a process of its own.
 """
 
+import gc
 import os
 
 if "ISICLE_TEST_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for a GPU
+    gc.disable()  # it would take a third of the time of all imports; see pytest_collection_finish
 
 # isort: split
 import signal
@@ -96,6 +98,12 @@ def fork(tmp_path):
     yield start_child
     for child in children:
         child.kill()
+
+
+def pytest_collection_finish():
+    """Collect garbage from here on, but not among what the imports have made: forks share that memory."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_ignore_collect(collection_path, config):
