@@ -1,12 +1,15 @@
 """What several test files use: image files, users' errors, run folders and their checkpoints, processes."""
 
 import contextlib
+import importlib
 import json
 import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +19,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from Benchmarks.Forks import Child
 from Images import Shapes
 from Runs import Run
 from Utils import UserError
@@ -204,6 +208,20 @@ def finish(process):
 def run(*words, **options):
     """Run Python with these words on its command line, in the root of the repository; return .code .out .err."""
     return finish(start(*words, **options))
+
+
+@contextlib.contextmanager
+def forked(command, env, **_):
+    """Stand for subprocess.Popen(command of a script): a fork of this process, without a new start of Python."""
+    with tempfile.TemporaryDirectory() as folder:
+        pipe = Path(folder) / "lines"
+        os.mkfifo(pipe)
+        script = importlib.import_module(Path(command[1]).stem)
+        child = Child(script, command[2:], pipe, partial(os.environ.update, env))
+        with pipe.open() as lines:
+            process = SimpleNamespace(stdout=lines, returncode=None)
+            yield process
+        process.returncode = child.wait()
 
 
 def wait_for(condition, child):
