@@ -320,7 +320,7 @@ def test_the_features_of_three_processes_are_those_of_one(whole, tree, tmp_path,
 
 
 def test_a_dry_run_of_two_processes_is_told_once(tmp_path):
-    argv = flags_of("TrainISICLE", draw_images(tmp_path / "data"), tmp_path / "models", "--dry_run")
+    argv = flags_of("TrainISICLE", draw_images(tmp_path / "data"), tmp_path / "models", "--size", "8", "--dry_run")
     ranks = start_ranks(TrainISICLE, argv, tmp_path)
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output() + ranks[1].output()
     assert ranks[0].output().count("dry run: nothing was written") == 2  # of the generator, and of the encoder
@@ -336,7 +336,8 @@ def begin(argv):
     return caught.value.code
 
 
-EPOCH = ("--epochs", "1", "--n_ramp", "0")
+BRIEF = "--net tiny --corrupt gray --distance pixels --candidates 4 --period 16 --periods 1 --bs 8 --no-single_code"
+SHORT = ("--size", "8", "--epochs", "1", "--n_ramp", "0", "--camnet", BRIEF)
 
 
 def launch(machine, port, data, models_dir):
@@ -350,7 +351,7 @@ def launch(machine, port, data, models_dir):
         rdzv_endpoint=f"127.0.0.1:{port}",
         start_method="fork",
     )
-    argv = flags_of("TrainISICLE", data, models_dir, *EPOCH, "--data_dir", models_dir / f"cache{machine}")
+    argv = flags_of("TrainISICLE", data, models_dir, *SHORT, "--data_dir", models_dir / f"cache{machine}")
     assert list(elastic_launch(config, begin)(argv).values()) == [0]
 
 
@@ -358,7 +359,7 @@ def test_two_machines_end_in_the_bits_of_one(tmp_path):
     data = draw_images(tmp_path / "data")
     mp.start_processes(launch, (free_port(), data, tmp_path / "two"), 2, start_method="fork")
     assert all(any((tmp_path / "two" / f"cache{machine}" / ".cache").iterdir()) for machine in range(2))
-    ranks = start_ranks(TrainISICLE, flags_of("TrainISICLE", data, tmp_path / "one", *EPOCH), tmp_path)
+    ranks = start_ranks(TrainISICLE, flags_of("TrainISICLE", data, tmp_path / "one", *SHORT), tmp_path)
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output() + ranks[1].output()
     for cache in (tmp_path / "two").glob("cache*"):
         shutil.rmtree(cache)

@@ -8,6 +8,8 @@ from functools import partial
 
 import pytest
 import torch
+import torch._inductor.config
+import torch._inductor.cpu_vec_isa
 from helpers import (
     check_board,
     content,
@@ -494,6 +496,7 @@ def test_bf16_keeps_the_loss_to_two_percent(quick, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU: no g++")
+@torch._inductor.config.patch(compile_threads=1)  # in this process, which has imported torch
 def test_compile_keeps_the_loss_to_1e_4(quick, tmp_path, monkeypatch):
     def short_net(*_):  # without stages: the compiler takes ten seconds for each
         net = Backbones.ResNet8()
@@ -502,6 +505,8 @@ def test_compile_keeps_the_loss_to_1e_4(quick, tmp_path, monkeypatch):
         return net
 
     monkeypatch.setattr(Flags, "build_encoder", short_net)
+    # without vector instructions: to find out which ones there are, torch compiles half a dozen programs
+    monkeypatch.setattr(torch._inductor.cpu_vec_isa, "valid_vec_isa_list", list)
     same = ("--bs", "60", "--precision", "fp32")
     plain, compiled = (first_losses(quick(tmp_path, *same, *kind), 2) for kind in ((), ("--compile",)))
     assert compiled == pytest.approx(plain, rel=1e-4)
