@@ -233,17 +233,6 @@ def wait_for(condition, child):
         time.sleep(0.002)
 
 
-def signal_when(process, number, condition):
-    """Send a signal to a process as soon as condition() is true, wait for its end; return .code .out .err."""
-    end = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, finish(process)
-        assert time.monotonic() < end
-        time.sleep(0.002)
-    process.send_signal(number)
-    return finish(process)
-
-
 def count_lines(folder, pattern):
     """Return the number of whole lines in the files of a folder whose path is like this pattern."""
     return sum(file.read_bytes().count(b"\n") for file in folder.glob(pattern))

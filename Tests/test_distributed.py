@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.run
 import torch.multiprocessing as mp
-from helpers import TORCHRUN, count_lines, losses, only_run, signal_when, start
+from helpers import ROOT, count_lines, losses, only_run, wait_for
 from torch import nn
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -376,13 +377,16 @@ def test_a_mistake_is_reported_once(quick, tmp_path):
     assert not (tmp_path / "models").exists()
 
 
-def test_sigterm_to_torchrun_saves_and_the_run_goes_on(quick, tmp_path, cli):
-    argv = quick(tmp_path, "--precision", "fp32", "--epochs", "2", "--no-baselines")
-    process = start(*TORCHRUN, "TrainSimCLR.py", *argv)
-    done = signal_when(process, signal.SIGTERM, lambda: count_lines(tmp_path, "*/metrics.jsonl") >= 5)
-    folder = only_run(tmp_path)
+def test_sigterm_to_torchrun_saves_and_the_run_goes_on(quick, tmp_path, cli, fork):
+    argv = quick(tmp_path / "models", "--precision", "fp32", "--epochs", "2", "--no-baselines")
+    torchrun = SimpleNamespace(__name__="torchrun", get_args=list, main=torch.distributed.run.main)
+    launcher = fork(torchrun, ["--nproc_per_node=2", ROOT / "TrainSimCLR.py", *argv])
+    wait_for(lambda: count_lines(tmp_path, "models/*/metrics.jsonl") >= 5, launcher)
+    launcher.send(signal.SIGTERM)
+    launcher.wait()
+    folder = only_run(tmp_path / "models")
     (saved,) = folder.glob("*+*.pt")
-    assert str(saved) in done.out
+    assert f"interrupted: saved {saved}" in launcher.output()
     before = losses(folder)
     assert cli([*argv, "--resume", "auto"]).code == 0  # in one process
     after = losses(folder)

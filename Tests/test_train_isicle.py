@@ -19,7 +19,6 @@ from helpers import (
     one_error,
     one_line,
     only_run,
-    run,
     wait_for,
 )
 
@@ -30,7 +29,7 @@ import TrainCamNet
 import TrainISICLE
 import TrainSimCLR
 import Utils
-from Benchmarks.Forks import start_ranks
+from Benchmarks.Forks import Child, start_ranks
 from CamNet import Bank
 from CamNet.Corruptions import Corruption
 from Images.Split import Split
@@ -70,11 +69,11 @@ def split(quick):
 
 @pytest.fixture(scope="module")
 def first(quick, models):
-    """A finished run, made by its own process: .folder .argv .code .out .err."""
+    """A finished run: .folder .argv .out."""
     argv = quick(models, "--num_codes", "3")
-    done = run("TrainISICLE.py", *argv)
-    assert done.code == 0, done.err
-    return SimpleNamespace(folder=only_run(models, "TrainISICLE-*"), argv=argv, **vars(done))
+    child = Child(TrainISICLE, argv, models / "first.log")
+    assert child.wait() == 0, child.output()
+    return SimpleNamespace(folder=only_run(models, "TrainISICLE-*"), argv=argv, out=child.output())
 
 
 # ---------------------------------------------------------------------------------------------------- a whole run
