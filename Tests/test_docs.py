@@ -7,11 +7,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, save_shapes
 from PIL import Image
+
+from Benchmarks.Forks import Child
 
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 FIRST_HOUR = (ROOT / "docs" / "first_hour.md").read_text()
@@ -94,6 +97,16 @@ def apply(diff, folder):
     return done.stderr
 
 
+def move_to(copy):
+    """Let this process import the repository's modules anew, from a copy of it."""
+    os.chdir(copy)
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and ROOT in Path(file).parents and ".venv" not in file:
+            del sys.modules[name]
+    sys.path[:] = [str(copy) if path == str(ROOT) else path for path in sys.path]
+
+
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory):
     """{title: {"error", "printed"}} of what the sections of extending.md do to a copy of the repository."""
@@ -118,10 +131,11 @@ def extended(tmp_path_factory):
         else:
             tried[title] = blocks(text, "python"), commands(text)
 
-    # all that they say, in one process
+    # all that they say, in a fork of this process that has forgotten the repository's modules
     (copy / "sections.json").write_text(json.dumps(tried))
-    done = subprocess.run([sys.executable, "-c", CHILD, *REGISTRIES], cwd=copy, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    document = SimpleNamespace(__name__="extending", get_args=list, main=lambda _: exec(CHILD, {}))
+    child = Child(document, REGISTRIES, copy / "log", lambda: move_to(copy))
+    assert child.wait() == 0, child.output()
     return json.loads((copy / "results.json").read_text()) | refused
 
 
