@@ -233,6 +233,13 @@ def wait_for(condition, child):
         time.sleep(0.002)
 
 
+def wait_for_next_second(folder):
+    """Wait until TensorBoard would name a file later than those in a folder: it reads them by second and process."""
+    last = max(int(path.name.split(".")[3]) for path in folder.glob("events.*"))
+    while int(time.time()) <= last:
+        time.sleep(0.01)
+
+
 def count_lines(folder, pattern):
     """Return the number of whole lines in the files of a folder whose path is like this pattern."""
     return sum(file.read_bytes().count(b"\n") for file in folder.glob(pattern))

@@ -18,9 +18,19 @@ import TrainCamNet
 import Utils
 from Benchmarks import Forks, Gpu, Redrawn, Search, Soak, Speed, Tables
 from CamNet.Bank import read
+from Images import Shapes
 
 AUGMENTATION = ["ours", "torchvision, PIL images", "torchvision v2, uint8 tensors", "kornia, batch"]
 STEP = ["ours", "ours, ISICLE's pairs", "plain loop, PIL, fp32", "ours, fp32", "ours, without channels_last"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_shapes():
+    """Let there be 200 generated images to train on, in place of 8,000."""
+    with pytest.MonkeyPatch.context() as patch:
+        for split, count in {"train": 200, "val": 60, "test": 60}.items():
+            patch.setitem(Shapes.SIZES, split, count)
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------- Speed
@@ -328,8 +338,8 @@ def test_a_cpu_never_writes_the_results_of_a_gpu(tmp_path, monkeypatch):
 def test_redrawn_positives_are_a_bank(tmp_path, capsys):
     file = tmp_path / "redrawn.npy"
     Redrawn.main(Redrawn.get_args([str(file), "--num_codes", "2"]))
-    assert capsys.readouterr().out == f"2 positives for each of 8000 images: {file}\n"
-    assert read(file, 8000, 32).shape == (8000, 2, 3, 32, 32)
+    assert capsys.readouterr().out == f"2 positives for each of 200 images: {file}\n"
+    assert read(file, 200, 32).shape == (200, 2, 3, 32, 32)
     with pytest.raises(Utils.UserError, match="cannot write"):
         Redrawn.main(Redrawn.get_args([str(tmp_path / "no" / "redrawn.npy"), "--num_codes", "1"]))
     with pytest.raises(SystemExit):

@@ -22,6 +22,7 @@ from helpers import (
     one_error,
     only_run,
     wait_for,
+    wait_for_next_second,
 )
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -231,6 +232,7 @@ def test_sigkill_then_resume_auto_gives_the_same_bits(quick, whole, tmp_path, cl
     folder = only_run(tmp_path / "models")
     assert (folder / "1.pt").exists()
     assert not (folder / "3.pt").exists()
+    wait_for_next_second(folder)
     done = cli([*argv, "--resume", "auto"])
     assert done.code == 0
     assert "continuing at step" in done.out
