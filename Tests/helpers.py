@@ -234,7 +234,10 @@ def wait_for(condition, child):
 
 
 def wait_for_next_second(folder):
-    """Wait until TensorBoard would name a file later than those in a folder: it reads them by second and process."""
+    """Wait until TensorBoard names a new file by a later second than those in a folder.
+
+    It reads them in the order of their names: of one second, that of a child after that of its parent.
+    """
     last = max(int(path.name.split(".")[3]) for path in folder.glob("events.*"))
     while int(time.time()) <= last:
         time.sleep(0.01)

@@ -337,7 +337,7 @@ def begin(argv):
     return caught.value.code
 
 
-BRIEF = "--net tiny --corrupt gray --distance pixels --candidates 4 --period 16 --periods 1 --bs 8 --no-single_code"
+BRIEF = "--corrupt gray --distance pixels --candidates 4 --period 16 --visits 1 --periods 1 --bs 8 --no-single_code"
 SHORT = ("--size", "8", "--epochs", "1", "--n_ramp", "0", "--camnet", BRIEF)
 
 

@@ -166,6 +166,8 @@ def test_first_hour_runs(tmp_path, fork):
     for name, value in SMALLER.items():
         program, count = re.subn(rf"^{name} = \d+ ", f"{name} = {value} ", program, flags=re.MULTILINE)
         assert count == 1, name
+    assert "--period 256 " in program
+    program = program.replace("--period 256 ", "--period 16 --candidates 4 ")
     document = SimpleNamespace(
         __name__="first_hour", get_args=lambda _: program, main=lambda program: exec(program, {"__name__": "__main__"})
     )

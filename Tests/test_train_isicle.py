@@ -505,7 +505,8 @@ def slow_bank():
 
 TRAINED = (
     "--camnet",
-    "--net tiny --distance pixels --candidates 4,2 --period 16 --periods 3 --bs 8 --save_iter 1 --no-single_code",
+    "--net tiny --distance pixels --candidates 4,2 --period 16 --visits 2 --periods 3 --bs 8 --save_iter 1 "
+    "--no-single_code",
 )
 
 
