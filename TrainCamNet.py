@@ -34,7 +34,7 @@ import Reports
 import Runs
 import Utils
 from Backbones import count_parameters
-from CamNet import IMLE, Distances
+from CamNet import IMLE, Distances, Energy
 from CamNet.Codes import Purpose, make_keys, uniforms
 from CamNet.Corruptions import pyramid
 from CamNet.Generator import NETS, Generator
@@ -104,6 +104,10 @@ def codes_per_level(args):
 
 def add_search_flags(group, device_type):
     add = group.add_argument
+    objective = (
+        "cimle: search codes, then train on them; energy: the energy score of two random codes, without a search"
+    )
+    add("--objective", choices=["cimle", "energy"], default="cimle", help=objective)
     tried = "codes tried per level, coarse to fine, for example 64,32,16; further levels use the last number"
     add("--candidates", type=counts, metavar="M,..", help=tried)
     period = "images per period: their codes are searched, then trained on"
@@ -115,7 +119,7 @@ def add_search_flags(group, device_type):
     reject = "skip candidates nearer to the target than D (RS-IMLE), so that the codes in training are more like those "
     reject += "in sampling; 0: skip none"
     add("--reject", type=bounded(float, 0), default=0.0, metavar="D", help=reject)
-    distance = "pixels, which needs no download, or LPIPS with this backbone"
+    distance = "pixels or patches, which need no download, or LPIPS with this backbone; energy takes patches"
     add("--distance", choices=list(Distances.NAMES), help=distance)
     alpha = "weight of the squared pixel error that is added to LPIPS (published: 0)"
     add("--alpha", type=bounded(float, 0), default=0.1, help=alpha)
@@ -194,13 +198,15 @@ class Trainer:
         self.step = 0
 
         # search
+        self.searches = args.objective == "cimle"
         self.search = IMLE.Search(counts, args.chunk, args.reject)
         self.searched_at_once = searched_at_once(counts, args.chunk, device)
         self.chosen = torch.full((len(split), len(self.net.sides)), IMLE.NONE)  # the last keys of every image
 
         # speed
         self.bf16 = Utils.set_precision(args.precision, device)
-        self.loss = torch.compile(IMLE.loss, dynamic=False) if args.compile else IMLE.loss
+        self.eager_loss = IMLE.loss if self.searches else Energy.loss
+        self.loss = torch.compile(self.eager_loss, dynamic=False) if args.compile else self.eager_loss
         self.graph = None
         if Graphs.can_capture(args.cuda_graph, device, Distributed.count()):
             self.graph = Graphs.GraphedLoss(self.loss_of, self.net.parameters())
@@ -270,7 +276,7 @@ class Trainer:
         return torch.cat([images for _, images in self.split.batches(rows.split(512), self.device)])
 
     def prepare(self, interruption, title, quiet):
-        """Search the codes of the current `Period` and return it; None if a signal interrupted the search."""
+        """Return the current `Period`, with its codes if there is a search; None if a signal interrupted that."""
         args = self.args
         index = self.period
 
@@ -289,10 +295,12 @@ class Trainer:
             period.keys = self.chosen[rows].to(self.device)
             return period
 
+        self.total = torch.zeros_like(self.total)
+        if not self.searches:
+            return period
         if not self.search_codes(period, keys, interruption, title, quiet):
             return None
         self.chosen[rows] = period.keys.cpu()
-        self.total = torch.zeros_like(self.total)
         self.seconds["search"] += time.perf_counter() - started
         return period
 
@@ -352,7 +360,8 @@ class Trainer:
         since these are for one shape.
         """
         wanted = [[each[part] for each in features] for features in period.wanted]
-        inputs = (period.condition[part], wanted, period.keys[part])
+        keys = period.keys[part] if self.searches else Energy.make_pairs(self.args.seed, self.step, period.rows[part])
+        inputs = (period.condition[part], wanted, keys)
         if self.graph and is_full:
             (loss,) = self.graph(*inputs)
         else:
@@ -361,8 +370,11 @@ class Trainer:
         return loss.detach()
 
     def loss_of(self, condition, wanted, keys, is_full=True):
-        """Return (loss,); see `IMLE.loss`. keys: int64 (b, L), of each level's code; is_full: as in `backward`."""
-        loss = self.loss if is_full else IMLE.loss
+        """Return (loss,). keys: int64 (b, L), those found by the search, or (2 b,), see `Energy.make_pairs`.
+
+        condition, wanted: see `IMLE.loss`; is_full: as in `backward`.
+        """
+        loss = self.loss if is_full else self.eager_loss
         with self.autocast():
             # codes are made outside of what is compiled: Triton refuses their 64-bit constants
             return (loss(self.net, self.distance, condition, wanted, self.net.codes(keys)),)
@@ -384,9 +396,10 @@ class Trainer:
 
 
 class Period:
-    """The images of a period, and what is computed once for them. keys: their chosen codes, int64 (n, L)."""
+    """The images of a period, and what is computed once for them. keys: their chosen codes, int64 (n, L), or None."""
 
     def __init__(self, trainer, rows, images, keys):
+        self.rows = rows.to(trainer.device)  # of the train split
         self.keys = None
         self.distances = None  # of the chosen codes: mean over the images, of each level
         self.condition = trainer.net.corruption(images, keys)
@@ -491,9 +504,30 @@ def finish_period(trainer, run, title, loss, seconds):
 # ---------------------------------------------------------------------------------------------------- script
 
 
+SEARCHED = ("candidates", "keep_previous", "chunk", "reject", "single_code")  # flags of --objective cimle alone
+
+
+def fit_objective(args):
+    """Fit flags that were not given to --objective energy. Raises UserError if given ones contradict it."""
+    if args.objective != "energy":
+        return
+    for name in SEARCHED:
+        if name in args.given and getattr(args, name) is not False:
+            raise Utils.UserError(f"--{name}: --objective energy searches no codes: leave out one of them")
+    args.single_code = False
+    if "distance" not in args.given:
+        args.distance = "patches"
+    if args.distance in Distances.LEARNED:
+        names = " or ".join(name for name in Distances.NAMES if name not in Distances.LEARNED)
+        raise Utils.UserError(
+            f"--distance {args.distance}: --objective energy learns only the mean by this distance, since it is a "
+            f"squared one: choose {names}"
+        )
+
+
 def fit_distance(args):
     """Use the pixel distance if LPIPS would have to download its weights and the user did not ask for LPIPS."""
-    if args.distance == "pixels" or "distance" in args.given or args.lpips_weights:
+    if args.distance not in Distances.LEARNED or "distance" in args.given or args.lpips_weights:
         return
     if Distributed.any_process(not Distances.is_at_hand(args.distance)):
         say(
@@ -513,7 +547,7 @@ def build(args, device):
     Utils.check_room(keys, device, f"--candidates {args.candidates}: the codes of {images} images")
     with Utils.as_user_error():
         generator = build_generator(args, row.size)  # before the images are read, which can take long
-        if args.distance != "pixels":
+        if args.distance in Distances.LEARNED:
             Distances.check_side(args.distance, args.lpips_side, generator.sides[0])
 
         def load():
@@ -616,12 +650,17 @@ def describe(args, trainer, folder):
     sides = " -> ".join(str(side) for side in (net.sides[0] // 2, *net.sides))
     searched = ",".join(str(trainer.search.count(level)) for level in range(len(net.sides)))
     images = f"codes of {trainer.visited} images searched, {searched} on each level"
+    if not trainer.searches:
+        images = f"{trainer.visited} images, two random codes of each in a step"
     data = Utils.shown(args.data)
     shape = f"{len(trainer.rows)} images of {trainer.split.size} px, {len(trainer.held_out)} more held out to measure"
     say(f"{data}: {shape}, on {trainer.device} in {precision}")
     say(f"{args.net} generator: {count_parameters(net):,} weights, {sides} px, undoes {net.corruption.spec}")
     say(f"{args.periods} periods: {images}, then {trainer.steps_per_period} steps of {trainer.bs} images")
-    say(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {Utils.shown(folder)}")
+    start = "the run would start in" if args.dry_run else "starting"
+    if trainer.step:
+        start = f"continuing at step {trainer.step}"
+    say(f"{start}: {Utils.shown(folder)}")
 
 
 def main(args):
@@ -630,6 +669,7 @@ def main(args):
     torch.backends.cudnn.deterministic = args.deterministic
     row = Data.get_row(args.data, args.size)
     args.image_size = row.size
+    fit_objective(args)
     fit_distance(args)
     usual = Flags.hyper_parameters(build_parser(args.data, device.type).parse_args([]))
     folder = Runs.find_run(args, Path(__file__).stem, row.name, Flags.hyper_parameters(args), usual)
@@ -667,17 +707,19 @@ def main(args):
 def try_out(args, trainer, folder):
     """Print what the run would do, and its time and memory, from part of a search and a few steps; write nothing."""
     describe(args, trainer, folder)
-    say("measuring part of a search and a few steps")
+    say(f"measuring {'part of a search and ' if trainer.searches else ''}a few steps")
     rows = trainer.rows_of(0)[: trainer.searched_at_once]
     images = trainer.images(rows)
     keys = make_keys(args.seed, Purpose.CODE, 0, rows).to(trainer.device)
     period = Period(trainer, rows, images, keys)
     everything = torch.arange(len(rows), device=trainer.device)
 
-    started = time.perf_counter()
-    period.keys = period.search(trainer, trainer.frozen(), everything, keys).keys
-    period.keys.cpu()  # waits for the device
-    search = (time.perf_counter() - started) * trainer.visited / len(rows) / Distributed.count()
+    search = 0.0
+    if trainer.searches:
+        started = time.perf_counter()
+        period.keys = period.search(trainer, trainer.frozen(), everything, keys).keys
+        period.keys.cpu()  # waits for the device
+        search = (time.perf_counter() - started) * trainer.visited / len(rows) / Distributed.count()
 
     pace = Reports.Pace(0, trainer.steps, trainer.device)
     while not pace.tick(trainer.step):
@@ -686,7 +728,7 @@ def try_out(args, trainer, folder):
     memory = Utils.peak_memory(trainer.device) / 2**30
     twice = ", and as much for the net of one code" if args.single_code else ""
     say(f"generator: about {Reports.duration(seconds)}{twice}; memory {memory:.1f} GiB")
-    say("dry run: nothing was written")
+    say("dry run of the generator: nothing was written")
 
 
 def run_stage(trainer, args, folder, title):

@@ -640,7 +640,10 @@ def describe(args, row, trainer, folder):
     say(f"{encoder}: {count_parameters(net.encoder):,} weights, head {count_parameters(net.head):,}")
     say(f"views: {trainer.augmentation}")
     say(f"{steps} of {args.bs} images x {len(trainer.positives)} views, {optimizer}")
-    say(f"{f'continuing at step {trainer.step}' if trainer.step else 'starting'}: {Utils.shown(folder)}")
+    start = "the run would start in" if args.dry_run else "starting"
+    if trainer.step:
+        start = f"continuing at step {trainer.step}"
+    say(f"{start}: {Utils.shown(folder)}")
 
 
 def main(args, make_positives=None, script=Path(__file__).stem, build_parser=build_parser):

@@ -557,6 +557,8 @@ def current_flags(stored):
     flags = {RENAMED.get(name, name): value for name, value in stored.items()}
     if flags.get("compile") in ("auto", "yes", "no"):  # it was a choice
         flags["compile"] = flags["compile"] == "yes"
+    if "candidates" in flags:  # of TrainCamNet.py, whose only objective it was
+        flags.setdefault("objective", "cimle")
     if "camnet" in flags:  # a command line
         for before, now in RENAMED.items():
             flags["camnet"] = re.sub(rf"--{before}\b", f"--{now}", str(flags["camnet"]))

@@ -61,6 +61,11 @@ ARMS = {  # name: (script, flags, what it is)
         f"--pair gen_gen {ALONE}",
         "ISICLE, two restorations, crop and flip only",
     ),
+    "multi_crop": (
+        "TrainISICLE.py",
+        f"--pair multi --num_pos 4 {ALONE}",
+        "ISICLE, four restorations, crop and flip only",
+    ),
     "gen_gen_full": ("TrainISICLE.py", "--pair gen_gen", "ISICLE, two restorations"),
     "real_gen_full": ("TrainISICLE.py", "--pair real_gen", "ISICLE, the image and a restoration"),
     "isicle_full": ("TrainISICLE.py", "", "ISICLE, the image twice and a restoration"),
@@ -126,14 +131,17 @@ def equal_epochs(arm, records):
     return round(spent * same[0]["epochs"] / same[0]["encoder_macs"])
 
 
-def finish(args, arm, seed, words):
-    """Do one run, or continue it, and return its record. UserError if it fails."""
+def finish(args, running, arm, seed, words):
+    """Do one run, or continue it, and return its record. UserError if it fails.
+
+    running: the set of processes, which holds this one while it runs.
+    """
     command = [sys.executable, str(Utils.ROOT / words[0]), *words[1:]]
     command += ["--resume", "auto", "--no-baselines", "--models_dir", args.models_dir]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     if args.jobs > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // args.jobs))
-    code, output = run_aloud(command, environment, f"{arm}, seed {seed}")
+    code, output = run_aloud(command, environment, f"{arm}, seed {seed}", running)
     folder = re.search(r"^checkpoints, pictures, logs: (.*Train(?:SimCLR|ISICLE)-.*)$", output, re.MULTILINE)
     if code or not folder:
         reason = (output.strip().splitlines() or ["it printed nothing"])[-1]
@@ -141,17 +149,22 @@ def finish(args, arm, seed, words):
     return record_of(arm, seed, words, Path(folder[1]), output)
 
 
-def run_aloud(command, environment, title):
-    """Run a command and print its lines with a title as they come; return (exit code, all of its output)."""
+def run_aloud(command, environment, title, running):
+    """Run a command and print its lines with a title as they come; return (exit code, all of its output).
+
+    running: as in `finish`.
+    """
     lines = []
     pipe = subprocess.PIPE
     with subprocess.Popen(
         command, cwd=Utils.ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True
     ) as process:
+        running.add(process)
         for line in process.stdout:
             lines.append(line)
             if line.strip():
                 print(f"[{title}] {line.rstrip()}", flush=True)
+    running.remove(process)
     return process.returncode, "".join(lines)
 
 
@@ -208,12 +221,20 @@ def generator_record(flags, folder):
 
 
 def finished(args, runs):
-    """Yield the record of each run (arm, seed, words), --jobs at the same time; none starts after one has failed."""
+    """Yield the record of each run (arm, seed, words), --jobs at the same time; none starts after one has failed.
+
+    A signal ends those that run: they save, and the next start continues them.
+    """
+    running = set()
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(finish, args, *run) for run in runs]
+        futures = [pool.submit(finish, args, running, *run) for run in runs]
         try:
             for future in as_completed(futures):
                 yield future.result()
+        except (KeyboardInterrupt, SystemExit):
+            for process in list(running):
+                process.terminate()
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

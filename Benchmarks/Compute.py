@@ -51,11 +51,14 @@ def generator_macs(flags, n, k, banks=1):
     features = [count_macs(distance.features, torch.rand(1, 3, side, side)) for side in net.sides]
 
     # search: each candidate runs its own level alone
-    search = Search(TrainCamNet.codes_per_level(flags))
     searched = 0
-    for level in range(len(codes)):
-        searched += search.count(level) * (upto[level + 1] - upto[level] + features[level])
+    samples = 2  # of an image in a step
+    if flags.objective == "cimle":
+        search = Search(TrainCamNet.codes_per_level(flags))
+        samples = 1
+        for level in range(len(codes)):
+            searched += search.count(level) * (upto[level + 1] - upto[level] + features[level])
 
-    trained = flags.visits * 3 * (upto[-1] + sum(features))
+    trained = flags.visits * samples * 3 * (upto[-1] + sum(features))
     visited = min(flags.period, n - min(TrainCamNet.HELD_OUT, n // 10))
     return flags.periods * visited * (searched + trained) + banks * n * k * upto[-1]

@@ -20,6 +20,7 @@ class Purpose(IntEnum):
     CODE = 1  # the candidates of the search
     MEASURE = 2  # codes and masks of the images that are held out
     BANK = 3  # codes and masks of the bank
+    PAIR = 4  # the two samples of an image whose energy score is a step's loss
 
 
 class StepPurpose(IntEnum):

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-NAMES = ("pixels", "squeeze", "alex", "vgg")
+NAMES = ("pixels", "patches", "squeeze", "alex", "vgg")
+LEARNED = NAMES[2:]  # LPIPS on these backbones
 MINIMUM = {"squeeze": 17, "alex": 31, "vgg": 16}  # smallest side of an image that survives the network's pooling
 FILES = {"squeeze": "squeezenet1_1-b8a52dc0.pth", "alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
 COARSEST = 4  # side of the last scale of `Pixels`, in pixels
@@ -59,6 +60,24 @@ class Pixels(_Distance):
         """Return the distances float32 (B * m,) from the features of B * m candidates and of B targets."""
         scales = [_difference(x, y).abs().mean((2, 3, 4)) for x, y in zip(features, target_features, strict=True)]
         return torch.stack(scales).mean(dim=0).flatten()
+
+
+class Patches(Pixels):
+    """Euclidean distance of 4 x 4 patches of pixels, averaged over the patches and over the scales of `Pixels`.
+
+    In [0, 1]: of each patch the root of its mean squared difference. Unlike `Pixels` it compares the pixels of a patch
+    together, so that the energy score sees whether their colours fit each other. Takes images of any side from 4 px.
+    """
+
+    def between(self, features, target_features):
+        """Return the distances float32 (B * m,) from the features of B * m candidates and of B targets."""
+        scales = []
+        for x, y in zip(features, target_features, strict=True):
+            squares = _difference(x, y).square().mean(dim=2).flatten(0, 1)  # over the colours: (B * m, s, s)
+            means = F.avg_pool2d(squares[:, None], COARSEST, ceil_mode=True)
+            lengths = (means + EPSILON).sqrt() - (torch.zeros_like(means) + EPSILON).sqrt()  # 0 for equal patches
+            scales.append(lengths.mean((1, 2, 3)))
+        return torch.stack(scales).mean(dim=0)
 
 
 class LPIPS(_Distance):
@@ -180,7 +199,9 @@ def is_at_hand(name):
 
 
 def build_distance(name, weights=None, side=64, alpha=0.1):
-    """Return `Pixels` for the name "pixels", and for the others `LPIPS` of that network with the other arguments."""
+    """Return the distance of this name, one of NAMES; weights, side and alpha are for `LPIPS`."""
     if name == "pixels":
         return Pixels()
+    if name == "patches":
+        return Patches()
     return LPIPS(name, weights, side, alpha)

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -210,18 +211,28 @@ def run(*words, **options):
     return finish(start(*words, **options))
 
 
-@contextlib.contextmanager
-def forked(command, env, **_):
-    """Stand for subprocess.Popen(command of a script): a fork of this process, without a new start of Python."""
-    with tempfile.TemporaryDirectory() as folder:
-        pipe = Path(folder) / "lines"
+class Forked:
+    """Stands for subprocess.Popen(command of a script): a fork of this process, without a new start of Python."""
+
+    def __init__(self, command, env, **_):
+        self.folder = tempfile.TemporaryDirectory()
+        pipe = Path(self.folder.name) / "lines"
         os.mkfifo(pipe)
         script = importlib.import_module(Path(command[1]).stem)
-        child = Child(script, command[2:], pipe, partial(os.environ.update, env))
-        with pipe.open() as lines:
-            process = SimpleNamespace(stdout=lines, returncode=None)
-            yield process
-        process.returncode = child.wait()
+        self.child = Child(script, command[2:], pipe, partial(os.environ.update, env))
+        self.stdout = pipe.open()
+        self.returncode = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stdout.close()
+        self.returncode = self.child.wait()
+        self.folder.cleanup()
+
+    def terminate(self):
+        self.child.send(signal.SIGTERM)
 
 
 def wait_for(condition, child):

@@ -4,12 +4,13 @@ import contextlib
 import io
 import json
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import forked, one_error
+from helpers import Forked, one_error, wait_for
 from PIL import Image
 
 import TrainCamNet
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 KEYS = {"arm", "seed", "linear", "knn", "steps", "epochs", "encoder_macs", "generator_macs", "command", "minutes"}
 KEYS |= {"device", "flags"}
 CHOSEN = ["simclr_full", "simclr_full_equal_compute", "isicle_full"]  # one that waits for the two others
-FORKED = SimpleNamespace(Popen=forked, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)  # in place of subprocess
+FORKED = SimpleNamespace(Popen=Forked, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)  # in place of subprocess
 GENERATOR = "--net tiny --distance pixels --candidates 4,2 --period 16 --visits 2 --periods 1 --bs 8 --no-single_code"
 
 
@@ -108,6 +109,16 @@ def test_failing_run_is_one_line(arms, tmp_path, cli, monkeypatch):
     assert len(failed.err.splitlines()) == 1
 
 
+def test_a_signal_ends_the_runs_as_well(arms, fork, tmp_path):
+    argv = arms.argv("--arms", "simclr_full", "--models_dir", tmp_path, "--out", tmp_path / "a.json")
+    child = fork(Arms, [*argv, "--epochs", "1000"])
+    wait_for(lambda: child.log.exists() and "epoch 1/1000" in child.output(), child)
+    child.send(signal.SIGTERM)
+    assert child.wait(60) == 0, child.output()
+    assert "interrupted: saved" in child.output()
+    assert not (tmp_path / "a.json").exists()
+
+
 def test_one_generator_and_one_bank_for_every_arm(arms, done):
     assert len(list(arms.models.glob("TrainCamNet-*"))) == 1
     assert len(list(arms.models.glob("TrainCamNet-*/bank-*.npy"))) == 1  # of the one seed
@@ -144,6 +155,7 @@ def test_flags_of_the_arms_mean_what_their_titles_say():
         "c(x) twice": "corrupted",
         "one restoration twice": "gen_twice",
         "two restorations": "gen_gen",
+        "four restorations": "multi",
         "the image and a restoration": "real_gen",
         "the image twice and a restoration": "real_real_gen",
     }
@@ -212,6 +224,11 @@ def test_generator_is_charged_for_search_training_and_bank():
     more = macs("--candidates", "4,3") - base  # one candidate more on the finer level, the dearer one
     assert 16 * sample / 2 < more < 16 * sample
     assert macs("--periods", "2") == 2 * base
+
+    # the energy score: no search, two samples of each image in a step; patches are compared at no further cost
+    energy = [word for word in GENERATOR.split() if word not in ("--candidates", "4,2")]
+    flags = TrainCamNet.get_args([*energy, "--objective", "energy"])
+    assert Compute.generator_macs(flags, 240, 0) == 16 * 2 * 2 * 3 * sample
 
 
 def test_equal_compute_is_equal(done):

@@ -14,7 +14,7 @@ import torchvision
 from helpers import real_file, refuses
 
 from CamNet import Distances
-from CamNet.Distances import FILES, LPIPS, MINIMUM, Pixels, build_distance, check_side
+from CamNet.Distances import FILES, LPIPS, MINIMUM, Patches, Pixels, build_distance, check_side
 from Images import Shapes
 
 REAL = "weights/squeezenet1_1_features.pth"  # in the folder ISICLE_REAL_DATA
@@ -172,6 +172,19 @@ def test_pixels_equal_the_slow_ones(side):
     a, b = pictures(3, side), pictures(3, side, seed=1)
     slow = [slow_pixels(p, q) for p, q in zip(a.double().numpy(), b.double().numpy())]
     assert Pixels()(a, b).tolist() == pytest.approx(slow, rel=1e-5)
+
+
+@pytest.mark.parametrize("side", [4, 8, 10])
+def test_patches_equal_the_slow_ones(side):
+    a, b = pictures(2, side), pictures(2, side, seed=1)
+    for found, p, q in zip(Patches()(a, b).tolist(), a, b):
+        scales = []
+        for x, y in zip(Pixels().features(p[None]), Pixels().features(q[None])):
+            squares = (x - y).double().square()[0]
+            corners = range(0, x.shape[-1], 4)
+            patches = [squares[:, i : i + 4, j : j + 4].mean() for i in corners for j in corners]
+            scales.append(np.mean([(patch + 1e-8) ** 0.5 - 1e-4 for patch in patches]))
+        assert found == pytest.approx(np.mean(scales), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -411,7 +424,7 @@ def test_features_without_their_prefix_are_accepted(files, tmp_path):
 
 def test_unknown_names_and_bad_alpha_are_refused(files):
     assert isinstance(build_distance("pixels"), Pixels)
-    refuses(lambda: build_distance("resnet"), "--distance resnet", "pixels, squeeze, alex, vgg")
+    refuses(lambda: build_distance("resnet"), "--distance resnet", "pixels, patches, squeeze, alex, vgg")
     for alpha in (-0.1, float("nan"), float("inf")):
         refuses(lambda alpha=alpha: build_distance("squeeze", files["squeeze"], alpha=alpha), "alpha", str(alpha))
 

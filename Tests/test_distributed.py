@@ -324,7 +324,8 @@ def test_a_dry_run_of_two_processes_is_told_once(tmp_path):
     argv = flags_of("TrainISICLE", draw_images(tmp_path / "data"), tmp_path / "models", "--size", "8", "--dry_run")
     ranks = start_ranks(TrainISICLE, argv, tmp_path)
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output() + ranks[1].output()
-    assert ranks[0].output().count("dry run: nothing was written") == 2  # of the generator, and of the encoder
+    for line in ("dry run of the generator: nothing was written", "dry run: nothing was written"):
+        assert ranks[0].output().count(line) == 1
     assert ranks[1].output() == ""
     assert not (tmp_path / "models").exists()
 

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -407,7 +408,9 @@ def test_a_damaged_half_of_a_bank_is_filled_anew(copied, data, damage):
     crc = CamNet.Bank.checksum(images[:24])
     part_note.write_text(json.dumps(json.loads(part_note.read_text()) | {"done": 24, "crc": crc}))
     PARTS[damage](part, part_note)
-    assert CamNet.Bank.fill(bank, generator, split, 2, 0, "cpu")
+    bf16 = Utils.set_precision("auto", torch.device("cpu"))  # as in the run
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16)
+    assert CamNet.Bank.fill(bank, generator, split, 2, 0, "cpu", autocast)
     assert bank.read_bytes() == expected
     assert not part.exists()
 

@@ -236,6 +236,7 @@ GOOD = {
     "best_of_16": 0.1,
     "bicubic": 0.2,
     "diversity_pixels": 0.05,
+    "diversity_distance": 0.28,
     "single_code_diversity_pixels": 0.01,
 }
 
@@ -245,7 +246,7 @@ GOOD = {
     [
         ({}, None),
         ({"single_code_diversity_pixels": None}, None),
-        ({"single_code_diversity_pixels": None, "best_of_1": 0.15}, ("67%", "more than 60%")),
+        ({"single_code_diversity_pixels": None, "diversity_distance": 0.2}, ("67%", "less than 70%")),
         ({"single_code_diversity_pixels": None, "best_of_1": math.nan}, ("nan%",)),
         ({"best_of_16": 0.2}, ("0.2000", "bicubic")),
         ({"best_of_16": 0.3}, ("0.3000", "0.2000")),

@@ -410,6 +410,53 @@ def test_sigkill_then_resume_auto_gives_the_same_bits(flags, whole, tmp_path, cl
     check_same_run(folder, whole.folder)
 
 
+def energy_flags(flags, models_dir, *more):
+    """The flags of a run by the energy score: without those of a search, and with the distance that it takes."""
+    argv = flags(models_dir, "--objective", "energy", *more)
+    for name in ("--candidates", "--distance"):
+        place = argv.index(name)
+        del argv[place : place + 2]
+    return argv
+
+
+@pytest.mark.parametrize(
+    "more, parts",
+    [
+        ("--reject 0.1", ("--reject", "--objective energy")),
+        ("--single_code", ("--single_code", "--objective energy")),
+        ("--distance squeeze", ("--distance squeeze", "patches")),
+    ],
+)
+def test_flags_that_contradict_the_energy_score_are_refused(flags, tmp_path, cli, more, parts):
+    one_error(cli([*energy_flags(flags, tmp_path / "m"), *more.split()]), *parts)
+    assert not (tmp_path / "m").exists()
+
+
+def test_the_energy_score_needs_no_search_and_resumes_to_the_same_bits(flags, tmp_path, cli, monkeypatch):
+    monkeypatch.setattr(IMLE.Search, "__call__", None)
+    whole = cli(energy_flags(flags, tmp_path / "whole", "--bs", "7", "--visits", "4"))
+    assert (whole.code, whole.err) == (0, "")
+    assert "two random codes of each in a step" in whole.out
+
+    # a signal in the middle of the second period
+    update = TrainCamNet.Trainer.update
+
+    def interrupted(trainer, *arguments):
+        if trainer.step == 15:
+            signal.raise_signal(signal.SIGTERM)
+        return update(trainer, *arguments)
+
+    argv = energy_flags(flags, tmp_path / "models", "--bs", "7", "--visits", "4")
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainCamNet.Trainer, "update", interrupted)
+        assert "1+4.pt" in cli(argv).out
+    assert cli([*argv, "--resume", "auto"]).code == 0
+    folder = only_run(tmp_path / "models")
+    assert different(folder / "3.pt", only_run(tmp_path / "whole") / "3.pt") == []
+    assert numbers(folder) == numbers(only_run(tmp_path / "whole"))
+    assert json.loads((folder / "args.json").read_text())["args"]["distance"] == "patches"
+
+
 def test_ctrl_c_at_the_single_code_and_resume_file_needs_no_other_flags(unfinished, whole, cli, fork):
     argv, folder = unfinished("generator.json", "single_code")
     child = fork(TrainCamNet, [*argv, "--resume", "auto"])
@@ -655,6 +702,7 @@ BAD = {
     "--distance squeeze --lpips_weights MISSING": ("--lpips_weights", "MISSING", "--distance pixels"),
     "--distance squeeze --lpips_weights DAMAGED": ("--lpips_weights", "DAMAGED", "--distance pixels"),
     "--candidates 0": ("--candidates", "at least 1"),
+    "--objective energy": ("--candidates", "--objective energy"),
     "--candidates 4,x": ("--candidates", "'x'"),
     "--net huge": ("--net", "huge", "tiny"),
     "--data nosuch": ("--data nosuch", "cifar10"),
