@@ -63,7 +63,8 @@ class Scale(NamedTuple):
 
 WHOLE = ("-n", "8", "--dist", "worksteal")  # all tests, in so many processes
 FULL = Scale(50_000, 32, "resnet18", 512, "small", "64,32,16", (32, 256), (256, 2048), 1024, WARM_UP, 3.0, 8192, WHOLE)
-QUICK = Scale(24, 16, "resnet8", 8, "tiny", "2,2", (4,), (4, 8), 8, 1, 0.0, 32, ("Tests/test_graphs.py",))
+FEW = ("--noconftest", "Tests/test_make.py")  # tests that import little
+QUICK = Scale(24, 16, "resnet8", 8, "tiny", "2,2", (4,), (4, 8), 8, 1, 0.0, 32, FEW)
 
 
 class Bench:

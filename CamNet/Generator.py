@@ -3,7 +3,6 @@
 Peng et al. 2021, arXiv:2106.09015. "CHIMLE" below is Peng et al. 2022, arXiv:2211.14286.
 """
 
-import copy
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -96,6 +95,18 @@ def _conv(inputs, outputs):
     nn.init.zeros_(conv.bias)
     parametrize.register_parametrization(conv, "weight", WeightNorm(), unsafe=True)
     return conv
+
+
+def _copied(module):
+    """Return a copy of a module and of all modules in it; it shares their parameters, buffers and settings.
+
+    copy.deepcopy takes five times as long: it copies the two dozen dictionaries that torch keeps in every module.
+    """
+    copied = object.__new__(type(module))
+    vars(copied).update(vars(module))
+    copied._parameters = dict(module._parameters)
+    copied._modules = {name: _copied(child) for name, child in module._modules.items()}
+    return copied
 
 
 def _freeze(layer, dtype):
@@ -282,7 +293,7 @@ class Generator(nn.Module):
         Its convolutions have plain weights, so that weight norm is not computed in every forward pass. Call it inside
         the autocast that the copy is used in: its weights have the type that autocast would cast them to.
         """
-        frozen = copy.deepcopy(self, {id(parameter): parameter for parameter in self.parameters()})
+        frozen = _copied(self)
         weight = self.levels[0].mapping.first.weight
         dtype = (weight[:1] @ weight[:1].T).dtype  # what autocast computes matrix products in
         for module in list(frozen.modules()):

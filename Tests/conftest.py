@@ -4,12 +4,16 @@ The tests run on the CPU: a GPU is hidden from them, since a process that has us
 in test_cuda.py, which test_gpu.py starts in a process of its own.
 """
 
+import gc
 import os
 
 if "ISICLE_TEST_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for a GPU
+    gc.disable()  # it would take a third of the time of all imports; see pytest_collection_finish
 
 # isort: split
+import json
+import shutil
 import signal
 import sys
 from types import SimpleNamespace
@@ -31,12 +35,33 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def tree(tmp_path_factory):
+def made_once(tmp_path_factory, pytestconfig):
+    """(name, make) -> the folder that make(folder) has filled in the first of pytest's processes that needs it."""
+    base = tmp_path_factory.getbasetemp()
+    if hasattr(pytestconfig, "workerinput"):  # one of several processes, each of which has its own folder
+        base = base.parent
+
+    def find_or_make(name, make):
+        folder = base / name
+        is_made = base / f"{name}.made"
+        with Utils.locked(base / f"{name}.lock", f"making {name}"):
+            if not is_made.exists():
+                make(folder)
+                is_made.touch()
+        return folder
+
+    return find_or_make
+
+
+@pytest.fixture(scope="session")
+def tree(made_once):
     """An ImageFolder tree of 10 classes: 240 images of 32 pixels in train, 60 each in val and test."""
-    root = tmp_path_factory.mktemp("data") / "tiny"
-    for seed, (split, each) in enumerate({"train": 24, "val": 6, "test": 6}.items()):
-        save_shapes(root / split, each, seed=seed)
-    return root
+
+    def make(folder):
+        for seed, (split, each) in enumerate({"train": 24, "val": 6, "test": 6}.items()):
+            save_shapes(folder / "tiny" / split, each, seed=seed)
+
+    return made_once("data", make) / "tiny"
 
 
 @pytest.fixture(scope="session")
@@ -53,12 +78,22 @@ def quick(flags):
 
 
 @pytest.fixture(scope="session")
-def whole(quick, tmp_path_factory):
-    """A finished run of the quick flags, made by its own process: .folder .models_dir .code .out .err .argv."""
-    models_dir = tmp_path_factory.mktemp("whole")
-    argv = quick(models_dir)
-    done = run("TrainSimCLR.py", *argv)
-    return SimpleNamespace(folder=only_run(models_dir), models_dir=models_dir, argv=argv, **vars(done))
+def whole(quick, made_once, tmp_path_factory):
+    """A finished run of the quick flags, made by a process of its own: .folder .models_dir .code .out .err .argv.
+
+    Each of pytest's processes has a copy.
+    """
+
+    def make(folder):
+        done = run("TrainSimCLR.py", *quick(folder))
+        (folder / ".printed.json").write_text(json.dumps(vars(done)))
+
+    original = made_once("whole", make)
+    models_dir = shutil.copytree(original, tmp_path_factory.mktemp("copy") / "whole")
+    printed = (models_dir / ".printed.json").read_text().replace(str(original), str(models_dir))
+    return SimpleNamespace(
+        folder=only_run(models_dir), models_dir=models_dir, argv=quick(models_dir), **json.loads(printed)
+    )
 
 
 @pytest.fixture
@@ -96,6 +131,12 @@ def fork(tmp_path):
     yield start_child
     for child in children:
         child.kill()
+
+
+def pytest_collection_finish():
+    """Collect garbage from here on, but not among what the imports have made: forks share that memory."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_ignore_collect(collection_path, config):

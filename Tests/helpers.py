@@ -1,12 +1,16 @@
 """What several test files use: image files, users' errors, run folders and their checkpoints, processes."""
 
 import contextlib
+import importlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +20,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from Benchmarks.Forks import Child
 from Images import Shapes
 from Runs import Run
 from Utils import UserError
@@ -206,6 +211,30 @@ def run(*words, **options):
     return finish(start(*words, **options))
 
 
+class Forked:
+    """Stands for subprocess.Popen(command of a script): a fork of this process, without a new start of Python."""
+
+    def __init__(self, command, env, **_):
+        self.folder = tempfile.TemporaryDirectory()
+        pipe = Path(self.folder.name) / "lines"
+        os.mkfifo(pipe)
+        script = importlib.import_module(Path(command[1]).stem)
+        self.child = Child(script, command[2:], pipe, partial(os.environ.update, env))
+        self.stdout = pipe.open()
+        self.returncode = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stdout.close()
+        self.returncode = self.child.wait()
+        self.folder.cleanup()
+
+    def terminate(self):
+        self.child.send(signal.SIGTERM)
+
+
 def wait_for(condition, child):
     """Wait until condition() is true, while a child of the fixture `fork` runs."""
     end = time.monotonic() + 120
@@ -215,15 +244,14 @@ def wait_for(condition, child):
         time.sleep(0.002)
 
 
-def signal_when(process, number, condition):
-    """Send a signal to a process as soon as condition() is true, wait for its end; return .code .out .err."""
-    end = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, finish(process)
-        assert time.monotonic() < end
-        time.sleep(0.002)
-    process.send_signal(number)
-    return finish(process)
+def wait_for_next_second(folder):
+    """Wait until TensorBoard names a new file by a later second than those in a folder.
+
+    It reads them in the order of their names: of one second, that of a child after that of its parent.
+    """
+    last = max(int(path.name.split(".")[3]) for path in folder.glob("events.*"))
+    while int(time.time()) <= last:
+        time.sleep(0.01)
 
 
 def count_lines(folder, pattern):

@@ -5,11 +5,12 @@ import io
 import json
 import shlex
 import signal
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import one_error, wait_for
+from helpers import Forked, one_error, wait_for
 from PIL import Image
 
 import TrainCamNet
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 KEYS = {"arm", "seed", "linear", "knn", "steps", "epochs", "encoder_macs", "generator_macs", "command", "minutes"}
 KEYS |= {"device", "flags"}
 CHOSEN = ["simclr_full", "simclr_full_equal_compute", "isicle_full"]  # one that waits for the two others
+FORKED = SimpleNamespace(Popen=Forked, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)  # in place of subprocess
 GENERATOR = "--net tiny --distance pixels --candidates 4,2 --period 16 --visits 2 --periods 1 --bs 8 --no-single_code"
 
 
@@ -43,9 +45,10 @@ def arms(flags, tree, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(arms):
-    """What the first start printed and wrote."""
+    """What the first start, whose runs are forks of this process, printed and wrote."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Arms, "subprocess", FORKED)
         assert Arms.main(Arms.get_args(arms.argv())) == 0
     return printed.getvalue(), json.loads(arms.out.read_text())
 
@@ -85,6 +88,7 @@ def test_picture(done, arms):
 
 
 def test_started_again_it_runs_what_is_missing(done, arms, cli):
+    """The missing run has a process of its own."""
     records = done[1]
     arms.out.write_text(json.dumps(records[:-1]))
     again = cli(arms.argv(), Arms)
@@ -97,7 +101,8 @@ def test_started_again_it_runs_what_is_missing(done, arms, cli):
         assert after[-1][name] == records[-1][name], name  # not the revision, which may be another one by now
 
 
-def test_failing_run_is_one_line(arms, tmp_path, cli):
+def test_failing_run_is_one_line(arms, tmp_path, cli, monkeypatch):
+    monkeypatch.setattr(Arms, "subprocess", FORKED)
     more = ("--arms", "isicle_full", "--out", str(tmp_path / "a.json"), "--isicle", f"--generator {tmp_path}")
     failed = cli(arms.argv(*more), Arms)
     one_error(failed, "no checkpoint there")

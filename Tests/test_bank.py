@@ -2,12 +2,13 @@
 
 import json
 import os
-import signal
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import signal_when, start
+from helpers import wait_for
 
 import Utils
 from CamNet import Bank
@@ -81,30 +82,23 @@ def test_bank_of_something_else_is_refused(tmp_path, generator, split, what):
     assert file.read_bytes() == before
 
 
-FILL = """
-import sys, time, torch
-from CamNet import Bank
-from CamNet.Generator import Generator
-from Images import Shapes
-from Images.Split import Split
-torch.manual_seed(0)
-generator = Generator("tiny", 16, "gray+down2")
-labels = torch.arange(10).repeat(3)
-split = Split(Shapes.draw(labels, 16, torch.Generator().manual_seed(0)), labels, Shapes.CLASSES)
-Bank.SAVED_EVERY = 0
-restore = Bank.restore
-def slow(*arguments):
-    time.sleep(0.3)
-    return restore(*arguments)
-Bank.restore = slow
-Bank.fill(sys.argv[1], generator, split, 3, 0, torch.device("cpu"), bs=2)
-"""
-
-
-def test_killed_filling_goes_on_where_it_was(tmp_path, generator, split, monkeypatch):
+def test_killed_filling_goes_on_where_it_was(tmp_path, generator, split, monkeypatch, fork):
     file, note = tmp_path / "b.npy", tmp_path / "b.npy.part.json"
-    started = start("-c", FILL, file)
-    signal_when(started, signal.SIGKILL, lambda: note.exists() and json.loads(note.read_text())["done"] >= 6)
+
+    def fill_slowly(_):
+        restore = Bank.restore
+
+        def slow(*arguments):
+            time.sleep(0.1)
+            return restore(*arguments)
+
+        Bank.SAVED_EVERY = 0
+        Bank.restore = slow
+        Bank.fill(file, generator, split, 3, 0, torch.device("cpu"), bs=2)
+
+    child = fork(SimpleNamespace(__name__="filling", get_args=list, main=fill_slowly), [])
+    wait_for(lambda: note.exists() and json.loads(note.read_text())["done"] >= 6, child)
+    child.kill()
     done = json.loads(note.read_text())["done"]
     assert not file.exists()
     assert 6 <= done < 30

@@ -1,4 +1,4 @@
-"""Benchmarks/Speed.py, run in a process of its own; Gpu.py, Search.py, Redrawn.py and Soak.py in this one."""
+"""Benchmarks/Speed.py, run in a fork of this process; Gpu.py, Search.py, Redrawn.py and Soak.py in this one."""
 
 import contextlib
 import functools
@@ -6,11 +6,9 @@ import io
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +18,19 @@ import TrainCamNet
 import Utils
 from Benchmarks import Forks, Gpu, Redrawn, Search, Soak, Speed, Tables
 from CamNet.Bank import read
+from Images import Shapes
 
-ROOT = Path(__file__).resolve().parent.parent
 AUGMENTATION = ["ours", "torchvision, PIL images", "torchvision v2, uint8 tensors", "kornia, batch"]
 STEP = ["ours", "ours, ISICLE's pairs", "plain loop, PIL, fp32", "ours, fp32", "ours, without channels_last"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_shapes():
+    """Let there be 200 generated images to train on, in place of 8,000."""
+    with pytest.MonkeyPatch.context() as patch:
+        for split, count in {"train": 200, "val": 60, "test": 60}.items():
+            patch.setitem(Shapes.SIZES, split, count)
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------- Speed
@@ -32,13 +39,18 @@ STEP = ["ours", "ours, ISICLE's pairs", "plain loop, PIL, fp32", "ours, fp32", "
 @pytest.fixture(scope="module")
 def speed(tmp_path_factory):
     """What a quick run prints to standard output and to standard error, and what it writes."""
-    out = tmp_path_factory.mktemp("speed") / "new" / "speed.json"
+    folder = tmp_path_factory.mktemp("speed")
+    out = folder / "new" / "speed.json"
+    errors = folder / "errors"
     tiny = ["--device", "cpu", "--bs", "8", "--size", "16", "--seconds", "0.05", "--threads", "1", "--workers", "1"]
-    words = [sys.executable, "-m", "Benchmarks.Speed", "--quick", *tiny, "--out", str(out)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr, json.loads(out.read_text())
+
+    def errors_apart():
+        sys.stderr = errors.open("w", buffering=1)
+        os.dup2(sys.stderr.fileno(), 2)
+
+    child = Forks.Child(Speed, ["--quick", *tiny, "--out", str(out)], folder / "output", errors_apart)
+    assert child.wait() == 0, errors.read_text()
+    return child.output(), errors.read_text(), json.loads(out.read_text())
 
 
 def test_every_variant_is_measured(speed):
@@ -326,8 +338,8 @@ def test_a_cpu_never_writes_the_results_of_a_gpu(tmp_path, monkeypatch):
 def test_redrawn_positives_are_a_bank(tmp_path, capsys):
     file = tmp_path / "redrawn.npy"
     Redrawn.main(Redrawn.get_args([str(file), "--num_codes", "2"]))
-    assert capsys.readouterr().out == f"2 positives for each of 8000 images: {file}\n"
-    assert read(file, 8000, 32).shape == (8000, 2, 3, 32, 32)
+    assert capsys.readouterr().out == f"2 positives for each of 200 images: {file}\n"
+    assert read(file, 200, 32).shape == (200, 2, 3, 32, 32)
     with pytest.raises(Utils.UserError, match="cannot write"):
         Redrawn.main(Redrawn.get_args([str(tmp_path / "no" / "redrawn.npy"), "--num_codes", "1"]))
     with pytest.raises(SystemExit):

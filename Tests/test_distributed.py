@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.run
 import torch.multiprocessing as mp
-from helpers import TORCHRUN, count_lines, losses, only_run, signal_when, start
+from helpers import ROOT, count_lines, losses, only_run, wait_for
 from torch import nn
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -320,7 +321,7 @@ def test_the_features_of_three_processes_are_those_of_one(whole, tree, tmp_path,
 
 
 def test_a_dry_run_of_two_processes_is_told_once(tmp_path):
-    argv = flags_of("TrainISICLE", draw_images(tmp_path / "data"), tmp_path / "models", "--dry_run")
+    argv = flags_of("TrainISICLE", draw_images(tmp_path / "data"), tmp_path / "models", "--size", "8", "--dry_run")
     ranks = start_ranks(TrainISICLE, argv, tmp_path)
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output() + ranks[1].output()
     for line in ("dry run of the generator: nothing was written", "dry run: nothing was written"):
@@ -337,7 +338,8 @@ def begin(argv):
     return caught.value.code
 
 
-EPOCH = ("--epochs", "1", "--n_ramp", "0")
+BRIEF = "--corrupt gray --distance pixels --candidates 4 --period 16 --visits 1 --periods 1 --bs 8 --no-single_code"
+SHORT = ("--size", "8", "--epochs", "1", "--n_ramp", "0", "--camnet", BRIEF)
 
 
 def launch(machine, port, data, models_dir):
@@ -351,7 +353,7 @@ def launch(machine, port, data, models_dir):
         rdzv_endpoint=f"127.0.0.1:{port}",
         start_method="fork",
     )
-    argv = flags_of("TrainISICLE", data, models_dir, *EPOCH, "--data_dir", models_dir / f"cache{machine}")
+    argv = flags_of("TrainISICLE", data, models_dir, *SHORT, "--data_dir", models_dir / f"cache{machine}")
     assert list(elastic_launch(config, begin)(argv).values()) == [0]
 
 
@@ -359,7 +361,7 @@ def test_two_machines_end_in_the_bits_of_one(tmp_path):
     data = draw_images(tmp_path / "data")
     mp.start_processes(launch, (free_port(), data, tmp_path / "two"), 2, start_method="fork")
     assert all(any((tmp_path / "two" / f"cache{machine}" / ".cache").iterdir()) for machine in range(2))
-    ranks = start_ranks(TrainISICLE, flags_of("TrainISICLE", data, tmp_path / "one", *EPOCH), tmp_path)
+    ranks = start_ranks(TrainISICLE, flags_of("TrainISICLE", data, tmp_path / "one", *SHORT), tmp_path)
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output() + ranks[1].output()
     for cache in (tmp_path / "two").glob("cache*"):
         shutil.rmtree(cache)
@@ -376,13 +378,16 @@ def test_a_mistake_is_reported_once(quick, tmp_path):
     assert not (tmp_path / "models").exists()
 
 
-def test_sigterm_to_torchrun_saves_and_the_run_goes_on(quick, tmp_path, cli):
-    argv = quick(tmp_path, "--precision", "fp32", "--epochs", "2", "--no-baselines")
-    process = start(*TORCHRUN, "TrainSimCLR.py", *argv)
-    done = signal_when(process, signal.SIGTERM, lambda: count_lines(tmp_path, "*/metrics.jsonl") >= 5)
-    folder = only_run(tmp_path)
+def test_sigterm_to_torchrun_saves_and_the_run_goes_on(quick, tmp_path, cli, fork):
+    argv = quick(tmp_path / "models", "--precision", "fp32", "--epochs", "2", "--no-baselines")
+    torchrun = SimpleNamespace(__name__="torchrun", get_args=list, main=torch.distributed.run.main)
+    launcher = fork(torchrun, ["--nproc_per_node=2", ROOT / "TrainSimCLR.py", *argv])
+    wait_for(lambda: count_lines(tmp_path, "models/*/metrics.jsonl") >= 5, launcher)
+    launcher.send(signal.SIGTERM)
+    launcher.wait()
+    folder = only_run(tmp_path / "models")
     (saved,) = folder.glob("*+*.pt")
-    assert str(saved) in done.out
+    assert f"interrupted: saved {saved}" in launcher.output()
     before = losses(folder)
     assert cli([*argv, "--resume", "auto"]).code == 0  # in one process
     after = losses(folder)

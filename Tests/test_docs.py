@@ -7,10 +7,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, save_shapes
 from PIL import Image
+
+from Benchmarks.Forks import Child
 
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 FIRST_HOUR = (ROOT / "docs" / "first_hour.md").read_text()
@@ -93,6 +97,16 @@ def apply(diff, folder):
     return done.stderr
 
 
+def move_to(copy):
+    """Let this process import the repository's modules anew, from a copy of it."""
+    os.chdir(copy)
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and ROOT in Path(file).parents and ".venv" not in file:
+            del sys.modules[name]
+    sys.path[:] = [str(copy) if path == str(ROOT) else path for path in sys.path]
+
+
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory):
     """{title: {"error", "printed"}} of what the sections of extending.md do to a copy of the repository."""
@@ -117,10 +131,11 @@ def extended(tmp_path_factory):
         else:
             tried[title] = blocks(text, "python"), commands(text)
 
-    # all that they say, in one process
+    # all that they say, in a fork of this process that has forgotten the repository's modules
     (copy / "sections.json").write_text(json.dumps(tried))
-    done = subprocess.run([sys.executable, "-c", CHILD, *REGISTRIES], cwd=copy, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    document = SimpleNamespace(__name__="extending", get_args=list, main=lambda _: exec(CHILD, {}))
+    child = Child(document, REGISTRIES, copy / "log", lambda: move_to(copy))
+    assert child.wait() == 0, child.output()
     return json.loads((copy / "results.json").read_text()) | refused
 
 
@@ -146,28 +161,30 @@ def test_a_row_is_the_only_edit(extended):
     assert not result["error"], result["error"]
 
 
-def test_first_hour_runs(tmp_path):
+def test_first_hour_runs(tmp_path, fork):
     program = "\n".join(blocks(FIRST_HOUR, "python"))
     for name, value in SMALLER.items():
         program, count = re.subn(rf"^{name} = \d+ ", f"{name} = {value} ", program, flags=re.MULTILINE)
         assert count == 1, name
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    assert "--period 256 " in program
+    program = program.replace("--period 256 ", "--period 16 --candidates 4 ")
+    document = SimpleNamespace(
+        __name__="first_hour", get_args=lambda _: program, main=lambda program: exec(program, {"__name__": "__main__"})
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    child = fork(document, [], lambda: os.chdir(tmp_path))
+    assert child.wait() == 0, child.output()
+    printed = child.output()
 
     # the document shows lines of this form
-    for line in done.stdout.splitlines()[-5:]:
+    for line in printed.splitlines()[-5:]:
         form = re.sub(r"\d+", r"\\d+", re.escape(line))
         assert re.search(rf"^    {form}$", FIRST_HOUR, re.MULTILINE), line
 
     # numbers of the right kind, and pictures
-    assert f"features: ({SMALLER['N']}, 128) and ({SMALLER['N']}, 128)" in done.stdout
+    assert f"features: ({SMALLER['N']}, 128) and ({SMALLER['N']}, 128)" in printed
     for name in ("encoder", "untrained encoder", "raw pixels"):
-        knn, linear = re.search(
-            rf"^{name} +kNN ([\d.]+) %, linear probe ([\d.]+) %$", done.stdout, re.MULTILINE
-        ).groups()
+        scores = re.search(rf"^{name} +kNN ([\d.]+) %, linear probe ([\d.]+) %$", printed, re.MULTILINE)
+        knn, linear = scores.groups()
         assert 0 < float(knn) <= 100
         assert 0 < float(linear) <= 100
     for name in ("restorations", "neighbours"):

@@ -38,11 +38,17 @@ import TrainCamNet
 import TrainISICLE
 import TrainSimCLR
 import Utils
-from Benchmarks.Forks import Child, draw_images, flags_of, is_one_line, problem_of, start_ranks, state_of
+from Benchmarks import Forks
+from Benchmarks.Forks import Child, draw_images, is_one_line, problem_of, start_ranks, state_of
 from CamNet.Generator import Generator
 
 SCRIPTS = {"TrainSimCLR": TrainSimCLR, "TrainISICLE": TrainISICLE, "TrainCamNet": TrainCamNet}
 CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
+
+
+def flags_of(script, data, models_dir, *more):
+    """Return the command line of a tiny run on images of 8 pixels, where a generator has one level."""
+    return Forks.flags_of(script, data, models_dir, "--size", "8", *more)
 
 
 @pytest.fixture(scope="module")
@@ -392,7 +398,7 @@ def test_a_damaged_half_of_a_bank_is_filled_anew(copied, data, damage):
     state = torch.load(bank.parent / "2.pt", weights_only=True)
     generator = Generator(**state["config"])
     generator.load_state_dict(state["generator"])
-    split = Data.get_train_split(str(data), Data.Options(data_dir=data.parent / "data-cache", size=16))
+    split = Data.get_train_split(str(data), Data.Options(data_dir=data.parent / "data-cache", size=8))
 
     # as a kill leaves it after three of five parts
     images = np.load(bank)

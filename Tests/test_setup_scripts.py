@@ -1,7 +1,12 @@
-"""Data/SetupMiniImagenet.py and Data/InvertDirStructure.py, run as their users run them: in processes of their own."""
+"""Data/SetupMiniImagenet.py and Data/InvertDirStructure.py, run as their users run them.
+
+Most runs are made in this process; those with signals, another environment or a full disk in one of their own.
+"""
 
 import contextlib
 import csv
+import fcntl
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -16,9 +21,11 @@ import sys
 import tarfile
 import threading
 import time
+import warnings
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -30,10 +37,12 @@ PER_CLASS = 10  # 6 train, 2 val, 2 test
 
 
 def run(script, *args, ok=True, env=None, preexec_fn=None):
-    """Run a script and return its output; if it must fail, its error: one line that is safe to print, exit code 2."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "no_proxy": "127.0.0.1", **(env or {})}
-    command = [sys.executable, str(script), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, preexec_fn=preexec_fn)
+    """Run a script and return its output; if it must fail, its error: one line that is safe to print, exit code 2.
+
+    env: more variables of its environment; preexec_fn: called in its process first. With one of them it has its own.
+    """
+    args = [str(each) for each in args]
+    done = run_process(script, args, env, preexec_fn) if env or preexec_fn else run_here(script, args)
     assert all(line.isprintable() for line in (done.stdout + done.stderr).split("\n")), (done.stdout, done.stderr)
     if ok:
         assert done.returncode == 0, done.stderr
@@ -45,12 +54,54 @@ def run(script, *args, ok=True, env=None, preexec_fn=None):
     return done.stderr
 
 
+def run_process(script, args, env, preexec_fn):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "no_proxy": "127.0.0.1", **(env or {})}
+    command = [sys.executable, str(script), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, preexec_fn=preexec_fn)
+
+
+def run_here(script, args):
+    """Run a script in this process, without a new start of Python. A warning, which it would print, is an error."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    code = 0
+    flock = fcntl.flock
+    locks = []
+
+    def noted(handle, operation):
+        locks.append(handle)
+        flock(handle, operation)
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for hidden in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", hidden)  # as Python does in a process of its own
+        patch.setattr(fcntl, "flock", noted)
+        patch.setenv("no_proxy", "127.0.0.1")
+        patch.setattr(sys, "argv", [str(script), *args])
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", err)
+        try:
+            loaded(script).main(args)
+        except SystemExit as error:
+            code = error.code or 0
+    for handle in locks:  # they are held until a process ends
+        os.close(handle)
+    texts = []
+    for stream in (out, err):
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode())
+    return SimpleNamespace(returncode=code, stdout=texts[0], stderr=texts[1])
+
+
 def load(script):
     """Return a script as a module."""
     spec = importlib.util.spec_from_file_location(script.stem, script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+loaded = functools.cache(load)  # for runs in this process
 
 
 def jpeg(number):

@@ -26,6 +26,7 @@ from helpers import (
     save_shapes,
     tensors,
     wait_for,
+    wait_for_next_second,
 )
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -402,6 +403,7 @@ def test_sigkill_then_resume_auto_gives_the_same_bits(flags, whole, tmp_path, cl
     folder = only_run(tmp_path / "models")
     assert (folder / "1.pt").exists()
     assert not (folder / "3.pt").exists()
+    wait_for_next_second(folder)
     done = cli([*argv, "--resume", "auto"])
     assert done.code == 0
     assert "continuing at step" in done.out
@@ -466,6 +468,7 @@ def test_ctrl_c_at_the_single_code_and_resume_file_needs_no_other_flags(unfinish
     assert "Traceback" not in child.output()
     assert not (folder / "generator.json").exists()
     one_error(cli(["--resume", str(saved)]), saved, f"a checkpoint of {folder}")
+    wait_for_next_second(folder / "single_code")
     assert cli(["--resume", str(folder / "3.pt")]).code == 0
     assert measures(folder) == measures(whole.folder)
     check_same_run(folder, whole.folder)
