@@ -243,7 +243,7 @@ def test_written_weights(backbone, small_stem, ending, runs, export, tmp_path):
     assert out.stat().st_size < 1.02 * 4 * 11_200_000
 
 
-@pytest.mark.parametrize("backbone, small_stem", [("resnet18", True), ("resnet8", True), ("squeezenet1_1", False)])
+@pytest.mark.parametrize("backbone, small_stem", [*STEMS, ("resnet8", True), ("squeezenet1_1", False)])
 def test_onnx(backbone, small_stem, runs, export, tmp_path):
     folder = runs(backbone, small_stem)
     variables = run_code(export(folder, "--out", tmp_path / "encoder.onnx"))
