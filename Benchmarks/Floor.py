@@ -128,10 +128,15 @@ class Count(TorchDispatchMode):
         self.n_bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        with self:  # in inference mode, an operation that is made of others comes here as a whole
+            out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
+        out = func(*args, **kwargs)
         packet = func._overloadpacket
         if packet in flop_registry:
-            flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+            flops = flop_registry[packet](*args, **kwargs, out_val=out)
             self.macs[str(args[0].dtype).removeprefix("torch.")] += flops // 2
         elif not func.is_view and packet.__name__.removesuffix("_like") not in FREE:
             tensors = [each for each in tree_leaves((args, kwargs, out)) if isinstance(each, torch.Tensor)]

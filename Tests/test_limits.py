@@ -29,6 +29,9 @@ def test_operations_are_counted_by_their_type_and_bytes():
     with Floor.Count() as count:
         F.conv2d(images, weight, padding=1).sum().backward()
     assert count.macs == {"float32": 2 * one_way}  # the images need no gradient
+    with Floor.Count() as count, torch.inference_mode():
+        F.conv2d(images.bfloat16(), weight.bfloat16(), padding=1)
+    assert count.macs == {"bfloat16": one_way}
     with Floor.Count() as count:
         images.bfloat16()
         images.expand(7, 2, 3, 8, 8).flatten(2)  # views
@@ -50,6 +53,7 @@ def test_floors_and_profiles_of_all_stages(tmp_path, monkeypatch, capsys):
         assert row["products_floor"] == pytest.approx(products, abs=2e-5)
         assert row["bytes_floor"] == pytest.approx(row["bytes"] / content["rates"]["bandwidth"], abs=2e-5)
         assert row["seconds"] > 0
+        assert row["macs"]
         assert math.isclose(sum(row["shares"].values()), 1, abs_tol=0.01)
         assert row["stage"] in capsys.readouterr().out or row is not content["rows"][0]
     views, step, *_ = content["rows"]
