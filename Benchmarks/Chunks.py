@@ -38,6 +38,7 @@ def get_args(argv=None):
 
 def measure(bs, chunk_views, steps):
     """Return (peak memory before the first step, after the last, views per second). Call it in a new process."""
+    Utils.keep_memory()  # as the scripts do
     words = f"--device cpu --epochs 1000 --bs {bs} --chunk_views {chunk_views}"
     flags = TrainSimCLR.get_args(words.split())
     TrainSimCLR.check_flags(flags, 1)
