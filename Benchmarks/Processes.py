@@ -70,12 +70,14 @@ def work(args):
             step()
 
     # steps of SimCLR
+    Distributed.notice("  steps of SimCLR")
     trainer = simclr_trainer(rank, world)
     step = steps_of(trainer)
     step()
     speeds["SimCLR, steps"] = per_second(args.steps * trainer.args.bs, partial(repeat, step))
 
     # the generator: search, then steps
+    Distributed.notice("  generator")
     trainer, period = camnet_trainer(args.images)
     keys = period.keys[:, 0].contiguous()
     search = partial(trainer.search_codes, period, keys, Namespace(signal=None), "", quiet=True)
@@ -85,6 +87,7 @@ def work(args):
     speeds["generator, steps"] = per_second(args.steps * trainer.bs, partial(repeat, step))
 
     # the bank
+    Distributed.notice("  bank")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "bank.npy"
         together = {"first_only": Distributed.first_rank_only, "spread": Distributed.spread}
@@ -108,7 +111,7 @@ def ways(count):
 
 def run(args, processes, threads):
     """Return {what: images per second} of so many processes."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     script = ["-m", "Benchmarks.Processes", "--work", f"--images={args.images}", f"--steps={args.steps}"]
     words = [sys.executable, *(launcher if processes > 1 else []), *script]
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
