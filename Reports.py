@@ -30,6 +30,8 @@ class Meter:
 
     def __init__(self, device, step):
         self.device = device
+        self.waited = 0.0  # seconds of "data" in all that was read
+        self.elapsed = 0.0
         self.start(step)
 
     def start(self, step):
@@ -62,6 +64,8 @@ class Meter:
         for (_, before), (stage, after) in zip(self.marks, self.marks[1:]):
             seconds[stage] += self._between(before, after)
         total = sum(seconds.values())
+        self.waited += seconds["data"]
+        self.elapsed += total
         views = (step - self.step) * views_per_step
         shares = {stage: round(value / total, 4) for stage, value in seconds.items()}
         values = {"views_per_second": round(views / total, 1), "data_wait": shares.pop("data")}

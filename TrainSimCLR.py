@@ -42,6 +42,7 @@ from Backbones import (
 from Distributed import say
 from EncoderFiles import encoder_metadata, save_encoder
 from Flags import bounded
+from Images.Split import StreamedSplit
 from Optimizers import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 
 COLLAPSED = 0.02  # embedding_std: below this nearly all images have the same embedding; 1: spread evenly
@@ -367,7 +368,10 @@ class Trainer:
 
 
 def train_epoch(trainer, run, interruption):
-    """Train to the end of the epoch or to an interruption; return (mean loss, whether interrupted)."""
+    """Train to the end of the epoch or to an interruption.
+
+    Returns (mean loss, share of the time in which it waited for images, whether it was interrupted).
+    """
     args = trainer.args
     total = torch.zeros((), device=trainer.device)
     steps = 0
@@ -406,7 +410,8 @@ def train_epoch(trainer, run, interruption):
     mean = (total / steps).item()
     finite = Utils.all_finite(trainer.net.state_dict().values())
     check_health(trainer, run, mean if finite else float("nan"))
-    return mean, stopped
+    wait = meter.waited / meter.elapsed if meter.elapsed else 0.0
+    return mean, wait, stopped
 
 
 def show_pace(trainer, run, bar):
@@ -461,7 +466,7 @@ def is_scored(args, epoch):
     return epoch == args.epochs or bool(args.eval_iter and epoch % args.eval_iter == 0)
 
 
-def finish_epoch(trainer, run, splits, loss, interruption):
+def finish_epoch(trainer, run, splits, loss, wait, interruption):
     """Save and score if this epoch is one for it; print its line; return whether a signal has arrived."""
     args = trainer.args
     epoch = trainer.epoch
@@ -474,6 +479,8 @@ def finish_epoch(trainer, run, splits, loss, interruption):
             with Distributed.alone():
                 scores = interruption.cut_short(lambda: score_epoch(trainer, run, splits)) or {}
         text = "".join(f"  {name} {100 * value:.2f} %" for name, value in scores.items())
+        if isinstance(trainer.train_split, StreamedSplit):
+            text = f"  waiting for images {100 * wait:.0f} %{text}"
         tqdm.write(f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  {run.clock():.0f} s{text}")
     Distributed.barrier()
     return Distributed.any_process(interruption.signal is not None)
@@ -710,9 +717,9 @@ def pretrain(args, row, folder, splits, trainer):
         stopped = False
         with Signals.Deferred() as interruption:
             while trainer.step < trainer.steps and not stopped:
-                loss, stopped = train_epoch(trainer, run, interruption)
+                loss, wait, stopped = train_epoch(trainer, run, interruption)
                 if not stopped:
-                    stopped = finish_epoch(trainer, run, splits, loss, interruption)
+                    stopped = finish_epoch(trainer, run, splits, loss, wait, interruption)
             if run.writes and stopped:
                 run.interrupted(trainer.save(folder))
 

@@ -1,6 +1,7 @@
 """What every script needs: errors, devices and their memory, atomic writing of files, checkpoints."""
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import functools
@@ -47,6 +48,7 @@ def run_script(main, get_args):
     """Run `main(get_args())` and exit: 0 or what main returns; 2 and one line on an error that the user can correct;
     0 after SIGTERM and 130 after Ctrl-C."""
     Signals.raise_on_signal()
+    keep_memory()
     with contextlib.suppress(AttributeError):  # a stream of another program
         sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be valid text
     try:
@@ -186,6 +188,22 @@ def set_threads():
     """Let torch use one thread for each usable core, unless OMP_NUM_THREADS says how many (Linux only)."""
     if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
         torch.set_num_threads(usable_cores())
+
+
+M_TRIM_THRESHOLD = -1  # of glibc's malloc.h
+M_MMAP_THRESHOLD = -3
+KEPT_BLOCK = 2**26  # bytes; with 2**30 the peak memory of a step of 8,192 views was a third higher
+
+
+def keep_memory():
+    """Let this process keep the main memory that it frees, up to 2 GiB, to use it again; blocks over 64 MiB go back.
+
+    glibc would give it back to the system and ask for it anew in every step, which took a quarter of the search of
+    TrainCamNet.py. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt and mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK):
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def random_states(device):

@@ -6,9 +6,9 @@
 
 Augmentation, on one core: ours on a batch; torchvision on PIL images and, by its v2, on uint8 tensors, one image after
 another; kornia on a batch. With --device cuda ours and kornia's are on the GPU. Step, data loading included:
-`TrainSimCLR.Trainer`, also without some of its optimisations; a plain loop over a DataLoader, as in lightly's SimCLR
-example; then three views instead of two. All see the same images, model, batch size and loss, and take turns, so
-that other load on the machine affects them all.
+`TrainSimCLR.Trainer`, also without some of its optimisations; a plain loop over a DataLoader; the same loop with the
+transform, head and loss of lightly, if it is installed; then three views instead of two. All see the same images,
+encoder and batch size, and take turns, so that other load on the machine affects them all.
 
 --check compares the ratios with those in Results/speed-DEVICE.json and exits with 1 if one fell by over 15 %.
 """
@@ -37,7 +37,7 @@ import TrainISICLE
 import TrainSimCLR
 import Utils
 from Backbones import BACKBONES
-from Benchmarks.Alternatives import PlainLoop, kornia_transform, torchvision_transform
+from Benchmarks.Alternatives import LIGHTLY, LightlyLoop, PlainLoop, kornia_transform, torchvision_transform
 from CamNet.Bank import Bank
 from Flags import bounded
 from Images import Shapes
@@ -174,6 +174,8 @@ def step_variants(workers, device):
         "ours, fp32": partial(our_step, precision="tf32"),  # CPUs ignore tf32; see NOTES
         "ours, without channels_last": partial(our_step, channels_last=False),
     }
+    if find_spec("lightly") and find_spec("lightning_utilities"):
+        variants["lightly"] = partial(LightlyLoop, workers=workers)
     if device.type == "cuda":
         variants["ours, compiled"] = partial(our_step, compile=True)
     return variants
@@ -227,9 +229,13 @@ def say(text):
 def peak_memory(args, device, name):
     """Return the most bytes that three steps of a variant take. Call it in a new process."""
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    step = step_variants(args.workers, device)[name](*prepare(args, device), device)
+    say(f"memory: {name}: images")
+    flags, split = prepare(args, device)
+    say(f"memory: {name}: net")
+    step = step_variants(args.workers, device)[name](flags, split, device)
     with running(step):
-        for _ in range(3):
+        for count in range(3):
+            say(f"memory: {name}: step {count + 1}/3")
             step()
     return Utils.peak_memory(device)
 
@@ -250,6 +256,7 @@ def measure_all(args, device):
     memory = {} if args.check else measure_memory(args, device)
 
     # augmentation, on one thread
+    say("images")
     flags, split = prepare(args, device)
     threads = args.threads or torch.get_num_threads()
     torch.set_num_threads(1)
@@ -257,8 +264,11 @@ def measure_all(args, device):
     rows = measure("augmentation", variants, args.bs, args, device)
 
     # steps
+    say("nets of the steps")
     torch.set_num_threads(threads)
     variants = {name: build(flags, split, device) for name, build in step_variants(args.workers, device).items()}
+    if "lightly" not in variants:
+        print(f"lightly is not installed, so its row is left out: pip install --no-deps {LIGHTLY}")
     steps = measure("step", variants, 2 * args.bs, args, device)
     for row in steps:
         row["peak_memory_bytes"] = memory.get(row["variant"])
@@ -334,7 +344,7 @@ def main(args):
     made["workers"] = args.workers
     made["threads"] = {"augmentation": 1, "step": torch.get_num_threads()}
     installed = {package.name.lower(): package.version for package in metadata.distributions()}
-    made["versions"] = {name: installed.get(name) for name in ("torch", "torchvision", "kornia", "pillow")}
+    made["versions"] = {name: installed.get(name) for name in ("torch", "torchvision", "kornia", "lightly", "pillow")}
     made["flags"] = Utils.plain(args)
     made["rows"] = rows
     made["ratios"] = ratios

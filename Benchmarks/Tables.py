@@ -256,6 +256,60 @@ def speed_table(content):
     return markdown(["what", "variant", "views/s", "peak memory, MiB"], rows, below)
 
 
+def floor_table(content):
+    """Return the two tables of a file of Benchmarks/Floor.py: the floors of the stages, and their profiles."""
+    rows = []
+    profiles = []
+    for row in content["rows"]:
+        whole, products, rest = (1000 * row[name] for name in ("seconds", "products_floor", "bytes_floor"))
+        macs = ", ".join(f"{count / 1e9:.1f} {dtype}" for dtype, count in row["macs"].items())
+        cells = [f"{whole:.1f}", f"{products:.1f}", f"{rest:.1f}", f"{whole / (products + rest):.1f}"]
+        rows.append([row["stage"], macs, f"{row['bytes'] / 2**20:,.0f}", *cells])
+        profiles.append([row["stage"], *(f"{100 * share:.0f} %" for share in row["shares"].values())])
+    rates = {name: f"{value / 1e9:,.0f}" for name, value in content["rates"].items()}
+    measured = f"{rates['bfloat16']} x 10^9 MACs a second in bfloat16, {rates['float32']} in float32; "
+    measured += f"{rates['bandwidth']} x 10^9 bytes a second"
+    head = ["stage", "10^9 MACs", "MiB of other operations", "ms", "floor of MACs", "floor of bytes", "time / floor"]
+    below = f"Measured: {measured}. `{content['command']}`, {device_of(content)}"
+    first = markdown(head, rows, "Shares of the time:")
+    return f"{first}\n\n{markdown(['stage', *content['rows'][0]['shares']], profiles, below)}"
+
+
+def chunks_table(content):
+    """Return the table of a file of Benchmarks/Chunks.py."""
+    rows = []
+    for row in content["rows"]:
+        sizes = [f"{row[name] / 2**20:,.0f}" for name in ("before_bytes", "peak_memory_bytes")]
+        chunk = f"{row['chunk_views']:,}" if row["chunk_views"] else "all"
+        rows.append([f"{row['bs']:,}", chunk, *sizes, f"{row['views_per_second']:,.0f}"])
+    head = ["images in a step", "views at a time", "before the first step, MiB", "peak memory, MiB", "views/s"]
+    return markdown(head, rows, f"`{content['command']}`, {device_of(content)}")
+
+
+def processes_table(content):
+    """Return the table of a file of Benchmarks/Processes.py."""
+    rows = []
+    for row in content["rows"]:
+        first, *others = list(row["images_per_second"].values())
+        cells = [f"{first:,.0f}", *(f"{speed:,.0f} ({speed / first:.2f} x)" for speed in others)]
+        rows.append([row["what"], *cells])
+    head = ["images/s", *content["rows"][0]["images_per_second"]]
+    return markdown(head, rows, f"`{content['command']}`, {device_of(content)}")
+
+
+def decoding_table(content):
+    """Return the table of a file of Benchmarks/Decoding.py."""
+    rows = []
+    for row in content["rows"]:
+        speed = f"{row['images_per_second']:,.0f}"
+        equal = f"{100 * row['equal']:.1f} %"
+        rows.append([row["variant"], speed, f"{row['ratio']:.2f}", f"{row['difference']:.4f}", equal])
+    size = f"JPEGs of {content['bytes_per_image'] / 1000:,.0f} kB to {content['size']} pixels"
+    below = f"{size}. `{content['command']}`, cpu, 1 thread"
+    head = ["variant", "images/s on a core", "ours / it", "difference from Pillow", "equal values"]
+    return markdown(head, rows, below)
+
+
 def search_table(content):
     """Return the table of a file of Benchmarks/Search.py."""
     rows = []
@@ -377,6 +431,10 @@ MAKERS = {
     "output": output_block,
     "generator": generator_block,
     "search": search_table,
+    "floor": floor_table,
+    "chunks": chunks_table,
+    "processes": processes_table,
+    "decoding": decoding_table,
     "arms": arms_table,
     "main": main_table,
     "choice": choice_table,

@@ -22,6 +22,7 @@ from Images import Shapes
 
 AUGMENTATION = ["ours", "torchvision, PIL images", "torchvision v2, uint8 tensors", "kornia, batch"]
 STEP = ["ours", "ours, ISICLE's pairs", "plain loop, PIL, fp32", "ours, fp32", "ours, without channels_last"]
+STEP += ["lightly"] if find_spec("lightly") and find_spec("lightning_utilities") else []
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,7 +73,9 @@ def test_speed_says_what_it_measures_while_it_does(speed):
         for turn, value in enumerate(row["rounds"]):
             assert f"{row['part']}, round {turn + 1}/2: {row['variant']}: {value:,.0f} views/s" in lines
     for name in STEP:
-        assert any(line.startswith(f"memory: {name}: ") for line in lines)
+        said = [line.split(": ")[2] for line in lines if line.startswith(f"memory: {name}: ")]
+        assert said[:-1] == ["images", "net", "step 1/3", "step 2/3", "step 3/3"]
+        assert said[-1].endswith(" MiB")
 
 
 def test_ratios_are_of_the_same_round(speed):
@@ -101,6 +104,7 @@ def test_table_shows_the_same(speed):
         assert row["variant"] in line
         assert f"{row['views_per_second']:,.0f}" in line
     assert len(Tables.speed_table(speed[2]).splitlines()) == 4 + len(lines)
+    assert ("pip install --no-deps lightly==" in speed[0]) == ("lightly" not in STEP)
 
 
 COMMITTED = {

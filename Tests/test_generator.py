@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from CamNet import IMLE
 from CamNet.Corruptions import pyramid
 from CamNet.Distances import Pixels
-from CamNet.Generator import NETS, Generator, Mapping, State, StyledBlock
+from CamNet.Generator import NETS, DenseBlock, Generator, Mapping, State, StyledBlock, _OwnGradient
 from Images import Shapes
 
 SIZES = (16, 32, 64, 84, 96, 128, 256)
@@ -695,3 +695,16 @@ def test_gradients_reach_every_parameter():
     (image * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
     for name, parameter in generator.named_parameters():
         assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
+
+
+def test_gradients_of_their_own_have_the_same_bits(monkeypatch):
+    torch.manual_seed(0)
+    block = DenseBlock(16, 8).to(memory_format=torch.channels_last)
+    x = torch.rand(2, 16, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def gradients():
+        return torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()])
+
+    own = gradients()
+    monkeypatch.setattr(_OwnGradient, "apply", lambda x: x)
+    assert all(torch.equal(one, other) for one, other in zip(own, gradients(), strict=True))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 from functools import partial
@@ -319,6 +320,10 @@ def test_how_a_run_is_watched_and_fed_changes_no_bit(quick, whole, tmp_path, cli
     saved = sorted(path.name for path in folder.glob("*.pt"))
     assert saved == [*(["3.pt"] if "--save_iter" in more else ["1.pt", "2.pt", "3.pt"]), "encoder.pt"]
     in_table = 1 if "--no-baselines" in more else 3
+    epochs = [line for line in done.out.splitlines() if "  loss " in line]
+    assert len(epochs) == 3
+    assert all(re.search(r"  waiting for images \d+ %(  knn|$)", line) for line in epochs)
+    assert "waiting" not in whole.out  # its images are in memory
     assert done.out.count("linear ") == len(scores) - 1 + in_table  # the others stand in the lines of their epochs
 
 

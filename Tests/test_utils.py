@@ -3,6 +3,8 @@
 import errno
 import os
 import socket
+import subprocess
+import sys
 from argparse import Namespace
 
 import pytest
@@ -264,3 +266,18 @@ def test_threads_are_the_usable_cores_unless_the_environment_names_them(monkeypa
     monkeypatch.setattr(torch, "set_num_threads", calls.append)
     Utils.set_threads()
     assert calls == threads
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="for glibc")
+def test_freed_memory_is_used_again():
+    program = """if True:
+        import resource, torch, Utils
+        Utils.keep_memory()
+        for turn in range(8):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            both = torch.zeros(2**23), torch.zeros(2**22)
+            del both
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    done = subprocess.run([sys.executable, "-c", program], cwd=Utils.ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100  # pages; the 48 MiB have 12,288
