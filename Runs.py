@@ -166,19 +166,32 @@ def check_data(file, state, split, data):
     )
 
 
+def git(*words):
+    """Return what a git command prints about the repository of this code. CalledProcessError if it fails."""
+    command = ["git", *words]
+    return subprocess.check_output(command, cwd=Utils.ROOT, stderr=subprocess.DEVNULL, text=True).strip()
+
+
+def revision():
+    """Return the commit of this code, "-dirty" added if it has been edited since; "" without git or repository.
+
+    What benchmarks write into Results/ while they run is not an edit of the code.
+    """
+    try:
+        edited = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!Results")
+        return git("describe", "--always") + ("-dirty" if edited else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
 def provenance(device):
     """Return what every result is stored with: command, code revision, versions, hardware."""
-    revision = ""
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
-        revision = subprocess.check_output(
-            ["git", "describe", "--always", "--dirty"], cwd=Utils.ROOT, stderr=subprocess.DEVNULL, text=True
-        ).strip()
     hardware = f"cpu, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "revision": revision,
+        "revision": revision(),
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": torch.__version__,

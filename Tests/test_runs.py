@@ -147,6 +147,23 @@ def test_a_run_needs_no_git(tmp_path, monkeypatch):
     assert provenance(CPU)["revision"] == ""
 
 
+def test_a_revision_is_dirty_if_the_code_was_edited_not_if_results_were_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(Utils, "ROOT", tmp_path)
+    (tmp_path / "Results").mkdir()
+    code = tmp_path / "code.py"
+    figures = tmp_path / "Results" / "figures.json"
+    for file in (code, figures):
+        file.write_text("1")
+    Runs.git("init")
+    Runs.git("add", ".")
+    Runs.git("-c", "user.name=me", "-c", "user.email=me@localhost", "commit", "-m", "both")
+    commit = Runs.git("rev-parse", "--short", "HEAD")
+    figures.write_text("2")
+    assert provenance(CPU)["revision"] == commit
+    code.write_text("2")
+    assert provenance(CPU)["revision"] == f"{commit}-dirty"
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '"text"', '{"step": "x", "seconds": 1}', '{"step": 1}'])
 def test_damaged_lines_of_a_log_are_passed_over(tmp_path, text):
     (tmp_path / "metrics.jsonl").write_text(f'{text}\n{{"step": 2, "seconds": 1, "loss": 3}}\n')
