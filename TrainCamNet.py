@@ -399,7 +399,7 @@ class Period:
     """The images of a period, and what is computed once for them. keys: their chosen codes, int64 (n, L), or None."""
 
     def __init__(self, trainer, rows, images, keys):
-        self.rows = rows.to(trainer.device)  # of the train split
+        self.rows = None if trainer.searches else rows.to(trainer.device)  # of the train split, for `Energy.make_pairs`
         self.keys = None
         self.distances = None  # of the chosen codes: mean over the images, of each level
         self.condition = trainer.net.corruption(images, keys)

@@ -67,7 +67,12 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
 
 def test_flags_of_an_older_version_are_read_under_their_present_names():
     stored = {"m": "4,2", "compile": "auto", "camnet": "--m 4,2 --models_dir=a --m=8"}
-    now = {"candidates": "4,2", "compile": False, "camnet": "--candidates 4,2 --models_dir=a --candidates=8"}
+    now = {
+        "candidates": "4,2",
+        "compile": False,
+        "objective": "cimle",
+        "camnet": "--candidates 4,2 --models_dir=a --candidates=8",
+    }
     assert Utils.current_flags(stored) == Utils.current_flags(now) == now
 
 
