@@ -1,5 +1,6 @@
 """The registry of data sets: one row of DATASETS each, and the splits and augmentations that follow from it."""
 
+import difflib
 import http.client
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -330,10 +331,12 @@ def get_row(data, size=None):
         return row if size is None else replace(row, size=size)
     path = Path(data).expanduser()
     if not path.is_dir():
-        names = ", ".join(name for name in DATASETS if name != "folder")
+        names = [name for name in DATASETS if name != "folder"]
+        near = difflib.get_close_matches(str(data), names, n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
         raise UserError(
-            f"--data {shown(data)}: neither a data set nor a folder: choose from {names}, or the path of a folder of "
-            "images"
+            f"--data {shown(data)}: neither a data set nor a folder: {meant}choose from {', '.join(names)}, or the "
+            "path of a folder of images"
         )
     path = path.resolve()
     row = DATASETS["folder"]

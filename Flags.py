@@ -17,6 +17,16 @@ from Images.Folders import DATA_DIR
 LARGEST_SEED = 2**32 - 1  # other seeds are made from it by multiplication
 LARGEST_INT = 2**31 - 1  # of flags without an upper bound: the product of two fits into torch's 64 bits
 MOST_WORKERS = 1024
+OTHER_NAMES = {  # what other programs call a flag
+    "batch_size": "--bs",
+    "batchsize": "--bs",
+    "learning_rate": "--lr",
+    "momentum": "--mm",
+    "optimizer": "--opt",
+    "temperature": "--temp",
+    "weight_decay": "--wd",
+    "workers": "--n_workers",
+}
 NAMES = ", ".join(name for name in Data.DATASETS if name != "folder")
 
 
@@ -65,7 +75,7 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             advice = self.advice(unknown) if self.advice else ""
-            remedy = advice or f"no such flag{_meant(unknown[0].split('=')[0], self.flags())}; --help lists all"
+            remedy = advice or f"no such flag{_meant_flag(unknown[0].split('=')[0], self.flags())}; --help lists all"
             self.error(f"{unknown[0]}: {remedy}")
         return args
 
@@ -87,6 +97,16 @@ def _meant(word, names):
     """Return a question with the name that is closest to a misspelt word; "" if none is close."""
     near = difflib.get_close_matches(word, names, n=1)
     return f": did you mean {near[0]}?" if near else ""
+
+
+def _meant_flag(flag, flags):
+    """Return a question with the flag that is closest, without its dashes, or that other programs call so."""
+    name = flag.strip("-").replace("-", "_")
+    usual = OTHER_NAMES.get(name)
+    if usual in flags:
+        return f": did you mean {usual}?"
+    near = difflib.get_close_matches(name, [each.strip("-") for each in flags], n=1)
+    return f": did you mean --{near[0]}?" if near else ""
 
 
 def plain_parser(doc):

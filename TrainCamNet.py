@@ -656,8 +656,9 @@ def describe(args, trainer, folder):
     shape = f"{len(trainer.rows)} images of {trainer.split.size} px, {len(trainer.held_out)} more held out to measure"
     say(f"{data}: {shape}, on {trainer.device} in {precision}")
     say(f"{args.net} generator: {count_parameters(net):,} weights, {sides} px, undoes {net.corruption.spec}")
-    say(f"{args.periods} periods: {images}, then {trainer.steps_per_period} steps of {trainer.bs} images")
-    start = "the run would start in" if args.dry_run else "starting"
+    periods, steps = Reports.plural(args.periods, "period"), Reports.plural(trainer.steps_per_period, "step")
+    say(f"{periods}: {images}, then {steps} of {trainer.bs} images")
+    start = "the run folder would be" if args.dry_run else "starting"
     if trainer.step:
         start = f"continuing at step {trainer.step}"
     say(f"{start}: {Utils.shown(folder)}")

@@ -272,10 +272,17 @@ def farthest(candidates, count, images, encoder):
 NOT_CAMNETS = ("data", "size", "models_dir", "resume", "dry_run")  # flags of TrainCamNet.py that --camnet cannot have
 
 
+def _camnet_parser():
+    """Return the parser of --camnet, whose errors say so."""
+    parser = TrainCamNet.build_parser()
+    parser.prog = f"{Path(__file__).name} --camnet"
+    return parser
+
+
 def generator_flags(args):
     """Return the words of --camnet, and {flag: value} of those that decide what the generator learns."""
     words = shlex.split(args.camnet)
-    own = [name for name in NOT_CAMNETS if name in Flags.given_flags(TrainCamNet.build_parser(), words)]
+    own = [name for name in NOT_CAMNETS if name in Flags.given_flags(_camnet_parser(), words)]
     if own:
         raise Utils.UserError(f"--camnet {args.camnet}: --{own[0]} cannot be in it: give it to this script itself")
     given = Flags.parse([*words, f"--data={args.data}"], TrainCamNet.build_parser)

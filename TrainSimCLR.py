@@ -647,7 +647,7 @@ def describe(args, row, trainer, folder):
     say(f"{encoder}: {count_parameters(net.encoder):,} weights, head {count_parameters(net.head):,}")
     say(f"views: {trainer.augmentation}")
     say(f"{steps} of {args.bs} images x {len(trainer.positives)} views, {optimizer}")
-    start = "the run would start in" if args.dry_run else "starting"
+    start = "the run folder would be" if args.dry_run else "starting"
     if trainer.step:
         start = f"continuing at step {trainer.step}"
     say(f"{start}: {Utils.shown(folder)}")

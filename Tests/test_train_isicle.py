@@ -401,6 +401,7 @@ BAD = {
     "--pair corrupted --corrupt blur": ("--corrupt", "blur"),
     "--corrupt gray --camnet=--corrupt=gray+down2": ("--corrupt gray: ", "--camnet has --corrupt gray+down2"),
     "--camnet=--size=8": ("--camnet --size=8: --size", "give it to this script"),
+    "--camnet=--lr": ("TrainISICLE.py --camnet: error: argument --lr: expected one argument",),
     "--camnet=--dry_run": ("--dry_run cannot be in it",),
     "--distance pixels": ("--distance: this flag is the generator's", "--camnet '--distance pixels'"),
     "--periods=3 --flip": ("--periods=3: ", "--camnet --periods=3"),
