@@ -98,9 +98,9 @@ class BankSchedule:
         """Print the size of a bank that is not there yet, and how long so many processes take to fill it."""
         if self.file(index).exists():
             return
-        gib = len(self.split) * self.args.num_codes * 3 * self.split.size**2 / 2**30
-        size = f"{self.args.num_codes} restorations of {len(self.split)} images, {gib:.2f} GiB"
-        print(f"bank: {size}, about {self.estimate(seed) / processes:.0f} s", flush=True)
+        print(
+            f"bank: {describe_bank(self.args, self.split)}, about {self.estimate(seed) / processes:.0f} s", flush=True
+        )
 
     def estimate(self, seed, most=64):
         """Return the seconds that the filling takes in one process, estimated from a few images."""
@@ -117,6 +117,13 @@ class BankSchedule:
         file = self.file(index)
         file.unlink(missing_ok=True)
         file.with_name(file.name + ".json").unlink(missing_ok=True)
+
+
+def describe_bank(args, split):
+    """Return how many restorations the bank holds, and its size, in words."""
+    mib = len(split) * args.num_codes * 3 * split.size**2 / 2**20
+    size = f"{mib:,.1f} MiB" if mib < 1000 else f"{mib / 1024:,.1f} GiB"
+    return f"{args.num_codes} restorations of {len(split):,} images, {size}"
 
 
 def find_generator(args, split, asked):

@@ -323,7 +323,7 @@ class Trainer:
         for result in tqdm(results, f"{title}: search", len(parts), leave=False, disable=quiet):
             found.append(IMLE.Found(*result))
             seconds = (time.perf_counter() - started) * rounds
-            if self.step == 0 and len(found) == 1 and seconds > 30 and Distributed.is_first():
+            if self.step == 0 and len(found) == 1 and seconds > 5 and Distributed.is_first():
                 tqdm.write(f"the search of a period takes about {Reports.duration(seconds)}")
             if Distributed.any_process(interruption.signal is not None):
                 return False

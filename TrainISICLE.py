@@ -391,8 +391,7 @@ def try_out_bank(args, split, device, source, words, asked):
     """Return the source of a dry run: its bank holds K copies of each image instead of restorations."""
     if not Banks.find_generator(args, split, asked):
         TrainCamNet.main(TrainCamNet.get_args([*generator_words(args, words), "--dry_run"]))
-    gib = len(split) * args.num_codes * 3 * split.size**2 / 2**30
-    Distributed.say(f"bank: {args.num_codes} restorations of {len(split):,} images, {gib:.2f} GiB")
+    Distributed.say(f"bank: {Banks.describe_bank(args, split)}")
     images = torch.cat([images for _, images in split.batches(torch.arange(len(split)).split(512), device)])
     source.bank = Bank(images[:, None].expand(-1, args.num_codes, -1, -1, -1), device, on_device=False)
     return source

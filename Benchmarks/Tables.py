@@ -214,7 +214,6 @@ MAIN = [  # arms of the README
     "simclr_full_extra_view",
     "simclr_full_equal_compute",
     "simclr_full_extra_view_equal_compute",
-    "simclr_full_4_views_equal_compute",
     "gen_gen_crop",
     "multi_crop",
     "gen_gen_full",

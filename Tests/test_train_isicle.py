@@ -82,6 +82,7 @@ def first(quick, models):
 def test_a_run_makes_the_bank_and_ends_with_scores(first, models):
     assert "generator: " in first.out
     assert "made in" in first.out
+    assert "bank: 3 restorations of 240 images, 0.5 MiB, about" in first.out
     assert "kNN" in first.out
     assert (first.folder / "evaluation.json").exists()
     assert (first.folder / "3.pt").exists()
