@@ -28,7 +28,7 @@ demo: .venv/.installed
 	$(BIN)/python TrainISICLE.py --resume auto
 
 test: .venv/.installed-dev lint
-	@echo "== tests: about ten minutes on two cores; those that need a GPU or real images say why they are skipped"
+	@echo "== tests: five to ten minutes on two cores; those that need a GPU or real images say why they are skipped"
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 soak: .venv/.installed-dev
