@@ -349,3 +349,10 @@ def test_perfect_generator():
         if row.get("pair") == "real_real_gen" and row["epochs"] == best["epochs"] and not row["flags"]["bank"]:
             ours.append(100 * row["evaluation"]["linear"])
     says("README.md", f"would give {perfect:.1f} % in the linear probe instead of {max(ours):.1f}")
+
+
+def test_several_processes():
+    rows = {row["what"]: list(row["images_per_second"].values()) for row in records("processes-cpu")["rows"]}
+    for what, (alone, threads, processes) in rows.items():
+        agrees(threads > alone, f"threads help: {what}")
+        agrees((processes > alone) == ("SimCLR" not in what), f"processes help: {what}")
