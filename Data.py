@@ -1,6 +1,5 @@
 """The registry of data sets: one row of DATASETS each, and the splits and augmentations that follow from it."""
 
-import difflib
 import http.client
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from Images import Shapes
 from Images.Folders import Options, check_same_classes, check_size, folders_in, holds_images, load_folder, some
 from Images.Split import Split, StreamedSplit
 from Lazy import LazyModule
-from Utils import UserError, shown
+from Utils import UserError, nearest, shown
 
 torchvision = LazyModule("torchvision")
 
@@ -332,8 +331,8 @@ def get_row(data, size=None):
     path = Path(data).expanduser()
     if not path.is_dir():
         names = [name for name in DATASETS if name != "folder"]
-        near = difflib.get_close_matches(str(data), names, n=1)
-        meant = f"did you mean {near[0]}? " if near else ""
+        near = nearest(str(data), names)
+        meant = f"did you mean {near}? " if near else ""
         raise UserError(
             f"--data {shown(data)}: neither a data set nor a folder: {meant}choose from {', '.join(names)}, or the "
             "path of a folder of images"

@@ -1,7 +1,6 @@
 """What the flags of the scripts share: types, common groups, parsing, and the objects that they describe."""
 
 import argparse
-import difflib
 import math
 import re
 from pathlib import Path
@@ -95,8 +94,8 @@ class Parser(argparse.ArgumentParser):
 
 def _meant(word, names):
     """Return a question with the name that is closest to a misspelt word; "" if none is close."""
-    near = difflib.get_close_matches(word, names, n=1)
-    return f": did you mean {near[0]}?" if near else ""
+    near = Utils.nearest(word, names)
+    return f": did you mean {near}?" if near else ""
 
 
 def _meant_flag(flag, flags):
@@ -105,8 +104,8 @@ def _meant_flag(flag, flags):
     usual = OTHER_NAMES.get(name)
     if usual in flags:
         return f": did you mean {usual}?"
-    near = difflib.get_close_matches(name, [each.strip("-") for each in flags], n=1)
-    return f": did you mean --{near[0]}?" if near else ""
+    near = Utils.nearest(name, [each.strip("-") for each in flags])
+    return f": did you mean --{near}?" if near else ""
 
 
 def plain_parser(doc):

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import difflib
 import errno
 import fcntl
 import functools
@@ -83,6 +84,11 @@ RUNTIME_ERRORS = {  # part of the message of a RuntimeError: what it means, and 
     "NCCL": "another process of this run has ended: see its error; --resume auto continues",
     "Connection closed by peer": "another process of this run has ended: see its error; --resume auto continues",
 }
+
+
+def nearest(word, names):
+    """Return the name that is closest to a misspelt word, or None if none is close."""
+    return next(iter(difflib.get_close_matches(word, names, n=1)), None)
 
 
 def explain(error):
