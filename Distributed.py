@@ -11,6 +11,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 import Signals
@@ -244,6 +245,36 @@ class _Sum(torch.autograd.Function):
         return _Sum.forward(ctx, gradient)
 
 
+class _Normalise(torch.autograd.Function):
+    """Batch normalisation by the mean and variance of all processes, with its exact gradient.
+
+    x: (B, C, ...), a process's share; statistics: (2, C), mean and variance of all shares; count: values of a channel
+    in all shares. torch computes it in one pass, as it does for one process; only the sums of a channel are exchanged.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, statistics, count, eps):
+        ctx.save_for_backward(x, weight, statistics)
+        ctx.count, ctx.eps = count, eps
+        return F.batch_norm(x, *statistics, weight, bias, eps=eps)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, statistics = ctx.saved_tensors
+        mean, variance = statistics
+
+        # The gradient for statistics that do not depend on x.
+        constant = (mean, variance, None, None, False, ctx.eps, [True, True, True])
+        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(gradient, x, weight, *constant)
+
+        # What they add to it: a linear function of the normalised x, so a batch normalisation, too.
+        of_all = torch.stack([of_weight, of_bias])
+        dist.all_reduce(of_all)
+        slope, offset = of_all * weight * (variance + ctx.eps).rsqrt() / ctx.count
+        of_x -= F.batch_norm(x, mean, variance, slope, offset, eps=ctx.eps)
+        return of_x, of_weight, of_bias, None, None, None
+
+
 class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation over the equal shares of all processes; its state is that of BatchNorm1d and 2d."""
 
@@ -253,17 +284,22 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        dtype = x.dtype
-        axes = [0, *range(2, x.ndim)]  # all but the channels
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        x = x.to(self.weight.dtype)
-        mean = _Sum.apply(x.mean(axes)) / dist.get_world_size()
-        x = x - mean.view(shape)
-        variance = _Sum.apply(x.square().mean(axes)) / dist.get_world_size()
-        count = x.numel() // x.shape[1] * dist.get_world_size()
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        x = x * (variance + self.eps).rsqrt().view(shape)
-        return (x * self.weight.view(shape) + self.bias.view(shape)).to(dtype)
+        count = x.numel() // x.shape[1]
+        processes = dist.get_world_size()
+
+        # Mean and variance of each process's share: those that momentum 1 puts in the place of the running ones.
+        shares = self.running_mean.new_zeros(processes, 2, x.shape[1])
+        mean, variance = shares[dist.get_rank()]
+        F.batch_norm(x.detach(), mean, variance, training=True, momentum=1)
+        variance *= (count - 1) / count  # torch's is that of a sample
+        dist.all_reduce(shares)
+
+        # Mean and variance of all.
+        means, variances = shares.unbind(1)
+        mean = means.mean(0)
+        variance = (variances + (means - mean).square()).mean(0)
+        count *= processes
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        return _Normalise.apply(x, self.weight, self.bias, torch.stack([mean, variance]), count, self.eps)
