@@ -102,21 +102,27 @@ class BankSchedule:
             f"bank: {describe_bank(self.args, self.split)}, about {self.estimate(seed) / processes:.0f} s", flush=True
         )
 
-    def estimate(self, seed, most=64):
-        """Return the seconds that the filling takes in one process, estimated from a few images."""
-        rows, images = next(iter(self.split.batches([torch.arange(min(most, len(self.split)))], self.device)))
-        seconds = 0.0
-        for _ in range(2):  # the first warms up
-            started = time.perf_counter()
-            restore(self.generator, images, rows, 1, seed, self.autocast).cpu()
-            seconds = time.perf_counter() - started
-        return seconds * self.args.num_codes * len(self.split) / len(rows)
+    def estimate(self, seed):
+        """Return the seconds that the filling takes in one process."""
+        return filling_seconds(self.args, self.split, self.device, self.generator, self.autocast, seed)
 
     def remove(self, index):
         """Remove a bank that is not used any more."""
         file = self.file(index)
         file.unlink(missing_ok=True)
         file.with_name(file.name + ".json").unlink(missing_ok=True)
+
+
+def filling_seconds(args, split, device, generator, autocast, seed, most=64):
+    """Return the seconds that one process takes to fill a bank, estimated from a few images."""
+    rows, images = next(iter(split.batches([torch.arange(min(most, len(split)))], device)))
+    with torch.no_grad(), autocast():
+        frozen = generator.frozen()
+    for _ in range(2):  # the first warms up
+        started = time.perf_counter()
+        restore(frozen, images, rows, 1, seed, autocast).cpu()
+        seconds = time.perf_counter() - started
+    return seconds * args.num_codes * len(split) / len(rows)
 
 
 def describe_bank(args, split):

@@ -195,12 +195,16 @@ def escape(text):
 
 
 def differing_flags(groups):
-    """Return the names of flags that have more than one value among the runs that have them."""
+    """Return the names of flags that have more than one value among the runs on the same data.
+
+    Others that differ come with the data: they are of its recipe.
+    """
     values = {}
     for run in chain.from_iterable(groups):
         for name, value in run.flags.items():
-            values.setdefault(name, set()).add(str(value))
-    return [name for name in values if len(values[name]) > 1 and name not in ("data", "seed", "epochs", "periods")]
+            values.setdefault((name, run.is_generator, run.flags.get("data")), set()).add(str(value))
+    names = dict.fromkeys(name for (name, *_), seen in values.items() if len(seen) > 1)
+    return [name for name in names if name not in ("seed", "epochs", "periods")]
 
 
 def cells(group, differing, columns):

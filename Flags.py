@@ -1,6 +1,7 @@
 """What the flags of the scripts share: types, common groups, parsing, and the objects that they describe."""
 
 import argparse
+import importlib
 import math
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from Backbones import build_encoder, load_weights
 from Distributed import count, is_same, say
 from Images.Folders import DATA_DIR
 
+SCRIPTS = ("TrainSimCLR", "TrainISICLE", "TrainCamNet")
 LARGEST_SEED = 2**32 - 1  # other seeds are made from it by multiplication
 LARGEST_INT = 2**31 - 1  # of flags without an upper bound: the product of two fits into torch's 64 bits
 MOST_WORKERS = 1024
@@ -73,9 +75,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None, namespace=None):
         args, unknown = self.parse_known_args(argv, namespace)
         if unknown:
+            flag = unknown[0].split("=")[0]
             advice = self.advice(unknown) if self.advice else ""
-            remedy = advice or f"no such flag{_meant_flag(unknown[0].split('=')[0], self.flags())}; --help lists all"
-            self.error(f"{unknown[0]}: {remedy}")
+            remedy = advice or _script_of(flag)
+            self.error(f"{unknown[0]}: {remedy or f'no such flag{_meant_flag(flag, self.flags())}; --help lists all'}")
         return args
 
     def flags(self):
@@ -96,6 +99,15 @@ def _meant(word, names):
     """Return a question with the name that is closest to a misspelt word; "" if none is close."""
     near = Utils.nearest(word, names)
     return f": did you mean {near}?" if near else ""
+
+
+def _script_of(flag):
+    """Return a sentence with the training script that has a flag; "" if none has it."""
+    for name in SCRIPTS:
+        script = importlib.import_module(name)  # here, because the scripts import this file
+        if flag in script.build_parser().flags():
+            return f"this flag is one of {name}.py: leave it out, or start that script"
+    return ""
 
 
 def _meant_flag(flag, flags):

@@ -585,15 +585,15 @@ def measure(trainer, single):
     return result
 
 
-def find_state(args, folder):
+def find_state(args, folder, alone):
     """Return the checkpoints to continue from, of the run and of its net of one code, and whether all is complete.
 
-    Shows the measures of a complete run. Raises UserError if the run cannot continue.
+    Shows the measures of a complete run; alone: see `main`. Raises UserError if the run cannot continue.
     """
     checkpoint = Runs.checkpoint_for(args, folder)
     if is_complete(args, folder, checkpoint):
         print(f"this run is complete: measures from {Utils.shown(folder / 'generator.json')}")
-        show_result(folder, Utils.read_json(folder / "generator.json"))
+        show_result(folder, Utils.read_json(folder / "generator.json"), alone)
         return checkpoint, None, True
     return checkpoint, Utils.newest_checkpoint(folder / SINGLE) if args.resume else None, False
 
@@ -609,22 +609,23 @@ def is_complete(args, folder, checkpoint):
     return is_trained and Utils.read_json(folder / "generator.json", (*READ, "fit"), fitness_table) is not None
 
 
-def finish_run(folder, trainer, single):
-    """Measure the generator; print and write its measures. single: see `measure`."""
+def finish_run(folder, trainer, single, alone):
+    """Measure the generator; print and write its measures. single: see `measure`; alone: see `main`."""
     print("measuring", flush=True)
     result = measure(trainer, single)
-    show_result(folder, result)  # before it is written: the disk may be full
+    show_result(folder, result, alone)  # before it is written: the disk may be full
     Utils.write_json(folder / "generator.json", result)
 
 
-def show_result(folder, result):
-    """Print the measures of a generator, warn if it is not fit for positives, and say where everything is."""
+def show_result(folder, result, alone):
+    """Print the measures of a generator; if `alone`, warn if it is not fit for positives, and say where it is."""
     result = {name: Utils.shown(value) if isinstance(value, str) else value for name, value in result.items()}
     print(fitness_table(result))
-    reason = unfit(result)
-    if reason:
-        print(f"warning: this generator is not fit for positives: {reason}")
-    Runs.farewell(folder)
+    if alone:
+        reason = unfit(result)
+        if reason:
+            print(f"warning: this generator is not fit for positives: {reason}")
+        Runs.farewell(folder)
 
 
 @contextlib.contextmanager
@@ -664,8 +665,8 @@ def describe(args, trainer, folder):
     say(f"{start}: {Utils.shown(folder)}")
 
 
-def main(args):
-    """Train, train the same net on one code, measure; return 0. A signal ends the program after saving."""
+def prepare(args):
+    """Adjust flags that were not given; return the device and the run folder. Raises UserError on what does not fit."""
     *_, device = Distributed.start(Utils.pick_device(args.device))
     torch.backends.cudnn.deterministic = args.deterministic
     row = Data.get_row(args.data, args.size)
@@ -673,13 +674,21 @@ def main(args):
     fit_objective(args)
     fit_distance(args)
     usual = Flags.hyper_parameters(build_parser(args.data, device.type).parse_args([]))
-    folder = Runs.find_run(args, Path(__file__).stem, row.name, Flags.hyper_parameters(args), usual)
+    return device, Runs.find_run(args, Path(__file__).stem, row.name, Flags.hyper_parameters(args), usual)
+
+
+def main(args, alone=True):
+    """Train, train the same net on one code, measure; return 0. A signal ends the program after saving.
+
+    alone: False if a script goes on that itself says where the generator is, and whether it is fit.
+    """
+    device, folder = prepare(args)
     if args.dry_run:
-        split, generator, distance = build(args, device)
-        try_out(args, Trainer(args, split, generator, distance, codes_per_level(args), device), folder)
+        try_out(args, device, folder)
         return 0
     with Runs.claimed(folder), warnings_in_one_line():
-        checkpoint, single_checkpoint, complete = Distributed.first_rank_only(lambda: find_state(args, folder))
+        state = Distributed.first_rank_only(lambda: find_state(args, folder, alone))
+        checkpoint, single_checkpoint, complete = state
         if complete:
             return 0
 
@@ -701,12 +710,17 @@ def main(args):
                 describe(args, trainer, folder)
             run_stage(stage, args, stage_folder, title)
 
-        Distributed.first_rank_only(lambda: finish_run(folder, trainer, single))
+        Distributed.first_rank_only(lambda: finish_run(folder, trainer, single, alone))
         return 0
 
 
-def try_out(args, trainer, folder):
-    """Print what the run would do, and its time and memory, from part of a search and a few steps; write nothing."""
+def try_out(args, device, folder):
+    """Print what the run would do, and its time and memory, from part of a search and a few steps; write nothing.
+
+    Return the trainer, and the seconds that the run would take without a net of one code.
+    """
+    split, generator, distance = build(args, device)
+    trainer = Trainer(args, split, generator, distance, codes_per_level(args), device)
     describe(args, trainer, folder)
     say(f"measuring {'part of a search and ' if trainer.searches else ''}a few steps")
     rows = trainer.rows_of(0)[: trainer.searched_at_once]
@@ -730,6 +744,7 @@ def try_out(args, trainer, folder):
     twice = ", and as much for the net of one code" if args.single_code else ""
     say(f"generator: about {Reports.duration(seconds)}{twice}; memory {memory:.1f} GiB")
     say("dry run of the generator: nothing was written")
+    return trainer, seconds
 
 
 def run_stage(trainer, args, folder, title):

@@ -25,6 +25,7 @@ import Data
 import Distributed
 import Evaluate
 import Flags
+import Reports
 import TrainCamNet
 import TrainSimCLR
 import Utils
@@ -131,6 +132,7 @@ class Restored:
         self.bank = None
         self.encoder = None  # the one that is trained; set by the Trainer
         self.fingerprint = ""  # identifies the generator or the bank; checked on resume
+        self.seconds_before = 0.0  # of a dry run: what generator and bank take
         self.synthetic_share = 0.0  # of the last views
 
     def __len__(self):
@@ -280,7 +282,10 @@ def _camnet_parser():
 
 
 def generator_flags(args):
-    """Return the words of --camnet, and {flag: value} of those that decide what the generator learns."""
+    """Return the words of --camnet, and {flag: value} of those that decide what the generator learns.
+
+    Raises ValueError if the corruption that is asked for does not exist or fit.
+    """
     words = shlex.split(args.camnet)
     own = [name for name in NOT_CAMNETS if name in Flags.given_flags(_camnet_parser(), words)]
     if own:
@@ -290,13 +295,21 @@ def generator_flags(args):
     asked.pop("data")
     if args.corrupt and asked.get("corrupt", args.corrupt) != args.corrupt:
         raise Utils.UserError(f"--corrupt {args.corrupt}: --camnet has --corrupt {asked['corrupt']}: leave out one")
+    spec = args.corrupt or asked.get("corrupt")
+    if spec:
+        Corruption(spec, Data.get_row(args.data, args.size).size)  # ValueError if it is none
     return words, asked
 
 
 def generator_words(args, words):
     """Return the command line of TrainCamNet.py for the generator of a run; words: those of --camnet."""
-    shared = ("data", "size", "device", "n_workers", "data_dir", "storage", "models_dir", "precision", "corrupt")
-    argv = [f"--{name}={getattr(args, name)}" for name in shared if getattr(args, name) is not None]
+    argv = [f"--data={args.data}"]
+    if args.corrupt:
+        argv.append(f"--corrupt={args.corrupt}")
+    usual = TrainCamNet.get_args(argv)
+    for name in ("size", "device", "n_workers", "data_dir", "storage", "models_dir", "precision"):
+        if getattr(args, name) != getattr(usual, name):
+            argv.append(f"--{name}={getattr(args, name)}")
     if args.skip_bad:
         argv.append("--skip_bad")
     return [*argv, "--no-single_code", *words]
@@ -316,7 +329,8 @@ def train_generator(args, split, words, asked):
         if found:  # another run has trained it meanwhile
             return found
         Distributed.say(Utils.shown(f"no generator for {args.data} yet: it is trained first, as by {command}"))
-        TrainCamNet.main(TrainCamNet.get_args(argv))  # a signal that ends the training also ends the program
+        # a signal that ends the training also ends the program
+        TrainCamNet.main(TrainCamNet.get_args(argv), alone=False)
         Distributed.say("the generator is ready; next come its bank and the encoder")
         return Banks.find_generator(args, split, asked)
 
@@ -389,9 +403,17 @@ def make_positives(args, splits, device):
 
 def try_out_bank(args, split, device, source, words, asked):
     """Return the source of a dry run: its bank holds K copies of each image instead of restorations."""
-    if not Banks.find_generator(args, split, asked):
-        TrainCamNet.main(TrainCamNet.get_args([*generator_words(args, words), "--dry_run"]))
-    Distributed.say(f"bank: {Banks.describe_bank(args, split)}")
+    checkpoint = Banks.find_generator(args, split, asked)
+    if checkpoint:
+        schedule = Banks.BankSchedule(args, split, device, checkpoint, asked)
+        filling = 0.0 if schedule.file(0).exists() else schedule.estimate(args.seed)
+    else:
+        theirs = TrainCamNet.get_args([*generator_words(args, words), "--dry_run"])
+        trainer, source.seconds_before = TrainCamNet.try_out(theirs, *TrainCamNet.prepare(theirs))
+        filling = Banks.filling_seconds(args, split, device, trainer.ema, trainer.autocast, args.seed)
+    filling /= Distributed.count()
+    source.seconds_before += filling
+    Distributed.say(f"bank: {Banks.describe_bank(args, split)}, about {Reports.duration(filling)}")
     images = torch.cat([images for _, images in split.batches(torch.arange(len(split)).split(512), device)])
     source.bank = Bank(images[:, None].expand(-1, args.num_codes, -1, -1, -1), device, on_device=False)
     return source

@@ -144,6 +144,7 @@ class SamePair:
     """SimCLR's source of positives: the image itself, M times; the augmentation makes the views differ."""
 
     fingerprint = ""  # identifies the bank; checked on resume; empty: only the images are used
+    seconds_before = 0.0  # of a dry run: what must be made before the training
 
     def __init__(self, num_views):
         self.num_views = num_views
@@ -694,6 +695,10 @@ def try_out(args, row, folder, trainer):
                 break
     if trainer.pace.seconds is not None:  # otherwise the whole run is shorter than the measurement
         say(estimate(trainer))
+        before = trainer.positives.seconds_before
+        if before:
+            seconds = before + trainer.steps * trainer.pace.seconds
+            say(f"generator, bank and training: about {Reports.duration(seconds)} together")
     say("dry run: nothing was written")
     return 0
 

@@ -86,6 +86,14 @@ def test_best_first_with_the_flags_that_differ(tmp_path, capsys):
     assert [text.index(f"{number}  {tmp_path / name}") for number, name in ((1, "c"), (2, "b"), (3, "a"))]
 
 
+def test_flags_that_come_with_the_data_are_not_shown(tmp_path, capsys):
+    save_run(tmp_path / "a", data="shapes", lr=1.6, bs=256)
+    save_run(tmp_path / "b", data="shapes", lr=0.8, bs=256)
+    save_run(tmp_path / "c", data="cifar10", lr=1.2, bs=512)
+    found = rows(show(capsys, tmp_path))
+    assert sorted(row["flags"] for row in found) == ["lr 0.8", "lr 1.2", "lr 1.6"]
+
+
 def test_runs_that_differ_in_the_seed_are_one_row(tmp_path, capsys):
     values = [0.5, 0.6, 0.62]
     for seed, knn in enumerate(values):

@@ -1,6 +1,7 @@
 """TrainISICLE.py, by running it: the pair, the bank, the generator that it finds or trains, and what it refuses."""
 
 import json
+import re
 import shutil
 import time
 from functools import partial
@@ -401,6 +402,9 @@ BAD = {
     "--corrupt gray --generator RUN": ("--corrupt gray+down2 (here gray)",),
     "--pair corrupted --corrupt blur": ("--corrupt", "blur"),
     "--corrupt gray --camnet=--corrupt=gray+down2": ("--corrupt gray: ", "--camnet has --corrupt gray+down2"),
+    "--corrupt blur": ("--corrupt 'blur'", "is not gray"),
+    "--camnet=--corrupt=down5": ("--corrupt 'down5'", "16"),
+    "--num_views 3": ("--num_views: this flag is one of TrainSimCLR.py",),
     "--camnet=--size=8": ("--camnet --size=8: --size", "give it to this script"),
     "--camnet=--lr": ("TrainISICLE.py --camnet: error: argument --lr: expected one argument",),
     "--camnet=--dry_run": ("--dry_run cannot be in it",),
@@ -456,7 +460,7 @@ def test_an_unfit_generator_is_warned_of_once(generator, split, tree, tmp_path, 
 def test_a_generator_is_trained_where_there_is_none(monkeypatch, split, tree, tmp_path):
     asked = []
 
-    def train(args):
+    def train(args, alone):
         asked.append(args)
         folder = tmp_path / "TrainCamNet-x"
         parts = {name: {} for name in ("config", "net", "optimizer", "seconds")}
@@ -488,7 +492,9 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(quick, tmp_path, cli):
     assert (done.code, done.err) == (0, "")
     assert "generator: about" in done.out
     assert "bank: 8 restorations of 240 images" in done.out
+    assert re.search("bank: 8 restorations .*, about [0-9]", done.out)
     assert "training takes about" in done.out
+    assert "generator, bank and training: about" in done.out
     assert not (tmp_path / "m").exists()
 
 

@@ -394,6 +394,8 @@ BAD = {
     "--bs 241": ("--bs 241", "240"),
     "--bs 0": ("--bs", "at least 2"),
     "--epochs 0": ("--epochs", "at least 1"),
+    "--pair gen_gen": ("--pair: this flag is one of TrainISICLE.py",),
+    "--periods=3": ("--periods=3: this flag is one of TrainCamNet.py",),
     "--epoch 3": ("--epoch", "did you mean --epochs?"),
     "--batch_size 3": ("--batch_size: no such flag: did you mean --bs?",),
     "--nosuch 1": ("--nosuch: no such flag; --help",),
