@@ -135,7 +135,7 @@ def draw_arms(records, file):
     left.set_ylim(-0.6, len(groups) - 0.2)
     left.set_xlabel(f"linear probe accuracy\n% of {first['n_test']:,} {first['split']} images")
     right.set_xlabel("compute (10$^{12}$ multiply-accumulates,\ngenerator included: the hatched part)")
-    right.set_xlim(0, 1.6 * max(sum(Tables.compute_of(runs[0])) for runs in groups))
+    right.set_xlim(0, 1.8 * max(sum(Tables.compute_of(runs[0])) for runs in groups))
     for axes in (left, right):
         axes.grid(alpha=0.3, axis="x")
         axes.set_axisbelow(True)
