@@ -2,10 +2,14 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+SIMILARITIES = 2**22  # that are in memory at a time: 16 MiB in float32
 
 
 def nt_xent(z1, z2, temperature=0.5):
@@ -25,27 +29,45 @@ def multi_positive(z, temperature=0.5, form="out"):
     form: where the mean over an anchor's positives is taken (Khosla et al. 2020, arXiv:2004.11362):
         "out"  outside the logarithm, eq. 2: SupCon's and StableRep's loss;
         "in"   inside it, as a sum: -log(sum of positives / sum of all others).
-    Both are `nt_xent` when M = 2. Raises ValueError on another form or fewer than two views.
+    Both are `nt_xent` when M = 2. For more than SIMILARITIES, parts of the anchors follow one another, and each is
+    computed again in the backward pass. Raises ValueError on another form or fewer than two views.
     """
     if form not in ("out", "in"):
         raise ValueError(f"form {form!r}: choose 'out' or 'in'")
     if z.ndim != 3 or len(z) < 2:
         raise ValueError(f"z has shape {tuple(z.shape)}: expected (M, N, D) with M >= 2 views")
-    m, n, _ = z.shape
+    n = z.shape[1]
     with torch.autocast(z.device.type, enabled=False):  # it would round the similarities to 8 bits
         z = z.flatten(0, 1).to(torch.promote_types(z.dtype, torch.float32))
         z = F.normalize(z, dim=1)  # (MN, D), on the unit sphere
-        s = z @ z.T / temperature  # (MN, MN), cosine similarities over temperature
-        itself = torch.eye(m * n, dtype=torch.bool, device=z.device)
-        s = s.masked_fill(itself, float("-inf"))  # a view is neither its own positive nor its own negative
-        log_all = s.logsumexp(dim=1).view(m, n)  # (M, N), over the MN - 1 others
-        # (M, M, N): [a, p, i] is the similarity of view a and view p of image i
-        positives = s.view(m, n, m, n).diagonal(dim1=1, dim2=3)
-        if form == "in":
-            return (log_all - positives.logsumexp(dim=1)).mean()
-        same_view = torch.eye(m, dtype=torch.bool, device=z.device)[..., None]
-        positives = positives.masked_fill(same_view, 0.0)
-        return (log_all - positives.sum(dim=1) / (m - 1)).mean()
+        at_once = max(1, SIMILARITIES // len(z))
+        if at_once >= len(z):
+            return _losses_of(z, z, 0, n, temperature, form).mean()
+
+        # part after part
+        losses_of = partial(checkpoint, _losses_of, use_reentrant=False, preserve_rng_state=False)
+        starts = range(0, len(z), at_once)
+        losses = [losses_of(part, z, start, n, temperature, form) for start, part in zip(starts, z.split(at_once))]
+        return torch.cat(losses).mean()
+
+
+def _losses_of(anchors, z, start, n, temperature, form):
+    """Return the losses of `multi_positive` (A,) of A anchors, the rows of z (MN, D) from `start` on.
+
+    z: normalised; n: the number of images.
+    """
+    rows = torch.arange(start, start + len(anchors), device=z.device)
+    s = anchors @ z.T / temperature  # (A, MN), cosine similarities over temperature
+    s = s.scatter(1, rows[:, None], float("-inf"))  # a view is neither its own positive nor its own negative
+    log_all = s.logsumexp(dim=1)  # over the MN - 1 others
+
+    # the views of the anchor's image: (A, M), the anchor among them
+    views = torch.arange(len(z) // n, device=z.device)
+    positives = s.gather(1, (rows % n)[:, None] + n * views)
+    if form == "in":
+        return log_all - positives.logsumexp(dim=1)
+    positives = positives.masked_fill((rows // n)[:, None] == views, 0.0)
+    return log_all - positives.sum(dim=1) / (len(views) - 1)
 
 
 def squared_distance(z1, z2):

@@ -38,7 +38,7 @@ def get_args(argv=None):
     parser = Flags.plain_parser(__doc__)
     add = parser.add_argument
     add("--processes", type=bounded(int, 2), metavar="N", help="default: one for each core, at least 2")
-    add("--images", type=bounded(int, 64), default=1024, metavar="N", help="images that are searched and restored")
+    add("--images", type=bounded(int, 64), default=512, metavar="N", help="images that are searched and restored")
     add("--steps", type=bounded(int, 1), default=20, metavar="N", help="training steps")
     add("--rounds", type=bounded(int, 1), default=3, metavar="N", help="repetitions of all measurements")
     add("--out", default="Results/processes-cpu.json", metavar="FILE", help="JSON to write")

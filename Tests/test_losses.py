@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import Losses
 from Losses import FORMS, contrastive, multi_positive, nt_xent, view_statistics
 
 Z = np.sin(1 + 3 * np.arange(8)[:, None] + 0.7 * np.arange(6)[None])  # rows 0-3 view A, 4-7 view B
@@ -65,6 +66,30 @@ def test_equals_slow_reference(m, n, d, form):
         assert multi_positive(z, temperature, form).item() == pytest.approx(
             slow(z, temperature, form), rel=2e-5, abs=1e-6
         )
+
+
+@pytest.mark.parametrize("similarities", [1, 100, 15 * 14])
+@pytest.mark.parametrize("form", ["out", "in"])
+def test_many_anchors_are_compared_in_parts(monkeypatch, form, similarities):
+    z = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = [z.clone().requires_grad_(), z.clone().requires_grad_()]
+    loss = multi_positive(expected[0], 0.2, form)
+    loss.backward()
+    sizes = []
+
+    def counted(anchors, *rest):
+        sizes.append(len(anchors))
+        return losses_of(anchors, *rest)
+
+    losses_of = Losses._losses_of
+    monkeypatch.setattr(Losses, "_losses_of", counted)
+    monkeypatch.setattr(Losses, "SIMILARITIES", similarities)
+    in_parts = multi_positive(expected[1], 0.2, form)
+    assert sum(sizes) == 15
+    assert max(sizes) == max(1, similarities // 15)
+    in_parts.backward()
+    torch.testing.assert_close(in_parts, loss)
+    torch.testing.assert_close(expected[1].grad, expected[0].grad)
 
 
 def test_forms_agree_at_one_positive_and_views_are_symmetric():
