@@ -14,7 +14,7 @@ import Utils
 from CamNet.Bank import Bank, fill, fingerprint, read, restore
 from CamNet.Corruptions import Corruption
 from CamNet.Generator import Generator
-from CamNet.Measures import READ, unfit
+from CamNet.Measures import READ, REMEDY, unfit
 from Distributed import first_rank_only, say
 
 
@@ -203,7 +203,7 @@ def load_generator(file, args, split, asked):
     measures = Utils.read_json(file.parent / "generator.json", READ, unfit)
     reason = unfit(measures) if measures else None
     if reason:
-        say(f"warning: this generator is not fit for positives: {reason}")
+        say(f"warning: this generator is not fit for positives: {reason}: {REMEDY}")
     return state
 
 

@@ -116,12 +116,24 @@ def _load_tree(row, split, options):
         if not holds_images(root, "CLASS/IMAGE") and not holds_images(root, "IMAGE"):
             raise UserError(
                 f"--data {row.name}: no readable image in {shown(root)} as {{train,val,test}}/CLASS/IMAGE, as "
-                "CLASS/{train,validation,test}/IMAGE or as CLASS/IMAGE: put them so; Data/README.md shows the layouts"
-                + _what_is_in(root)
+                "CLASS/{train,validation,test}/IMAGE, as CLASS/IMAGE or as IMAGE: put them so"
+                f"{_nearest_layout(root)}; Data/README.md shows the layouts{_what_is_in(root)}"
             )
     if not folder.is_dir():
         raise UserError(f"--data {row.name}: no folder {shown(folder)}: {row.setup}{_what_is_in(root)}")
     return load_folder(folder, options.size or row.size, options, split=inner, name=f"{row.name}/{split}")
+
+
+def _nearest_layout(root):
+    """Return what would give a folder without a known layout one; "" if that is not known."""
+    names = folders_in(root)
+    renamed = {name: split for name in names for split in SPLITS if name.lower().startswith(split)}
+    if renamed:
+        return ": rename " + ", ".join(f"{shown(name)} to {split}" for name, split in renamed.items())
+    for name in names:
+        if _has_splits(root / name) or holds_images(root / name, "CLASS/IMAGE"):
+            return f", or give a folder in it: --data {shown(root / name)}"
+    return ""
 
 
 def _what_is_in(root):

@@ -8,7 +8,7 @@ Writes RUN/evaluation-EPOCH-SPLIT.json (fractions of 1, with the protocol) and p
 own evaluation.json is not changed.
 """
 
-import Signals  # noqa: F401  first: see TrainSimCLR.py
+import Signals  # first: see TrainSimCLR.py
 
 # isort: split
 import argparse
@@ -377,7 +377,8 @@ def main(args):
         )
 
     # scores
-    result = evaluate(encoder, untrained, splits, Flags.augmentation_for(run), device, state["epoch"])
+    with Signals.heartbeat("scoring") if Distributed.is_first() else contextlib.nullcontext():
+        result = evaluate(encoder, untrained, splits, Flags.augmentation_for(run), device, state["epoch"])
     if args.finetune:
         crop = Flags.augmentation_for(run, aug="crop")
         tuned = partial(fine_tune, encoder, splits, device, crop, args.finetune)

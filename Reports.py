@@ -73,7 +73,7 @@ class Meter:
 
 
 class Pace:
-    """Estimates how long a training takes, from its first steps."""
+    """Estimates how long a training takes, from the steps that are done."""
 
     SKIPPED = 1  # first steps, which are slower than the others
     SKIPPED_ON_CUDA = Graphs.WARM_UP + 1
@@ -84,7 +84,7 @@ class Pace:
         self.first = step + (self.SKIPPED_ON_CUDA if device.type == "cuda" else self.SKIPPED)
         self.steps = steps
         self.started = None
-        self.seconds = None  # of a step
+        self.seconds = None  # of a step, the mean so far
 
     def tick(self, step):
         """Note that `step` steps are done. Return whether the pace is now known for the first time."""
@@ -92,10 +92,11 @@ class Pace:
             self.started = time.perf_counter()
             self.started_at = step
         done = step - self.started_at if self.started else 0
-        if self.seconds is not None or done < self.MEASURED:
+        if done < self.MEASURED:
             return False
+        is_first = self.seconds is None
         self.seconds = (time.perf_counter() - self.started) / done
-        return True
+        return is_first
 
     def left(self, step):
         """Return the seconds that the training still takes."""
@@ -104,6 +105,8 @@ class Pace:
 
 def duration(seconds):
     """Return a duration in words."""
+    if seconds < 1:
+        return "less than 1 s"
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 6000:
@@ -113,7 +116,8 @@ def duration(seconds):
 
 def plural(count, noun):
     """Return a count with its noun."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{'' if count == 1 else ending}"
 
 
 def show_pairs(run, x, captions, step=0, images=8):

@@ -203,6 +203,9 @@ def provenance(device):
 def farewell(folder):
     """Print where the files of a finished run are."""
     print(f"checkpoints, pictures, logs: {Utils.shown(folder)}")
+    if (folder / "encoder.pt").exists():
+        command = shlex.join(["python", "Export.py", str(folder)])
+        print(Utils.shown(f"encoder: encoder.pt in it; how to load it: {command}"))
     print(Utils.shown(f"TensorBoard: {shlex.join(['tensorboard', '--logdir', str(folder.parent)])}"))
 
 

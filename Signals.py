@@ -11,6 +11,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
@@ -75,6 +76,27 @@ class Deferred:
     def exit_code(self):
         """Return the exit code for the signal that has arrived."""
         return EXIT_CODES.get(self.signal, 0)  # None: it came to another process of the run
+
+
+@contextlib.contextmanager
+def heartbeat(what, every=10.0):
+    """Say on standard error, every so many seconds, that a part of the program without a progress bar goes on.
+
+    By an alarm and not by a thread, so that data loaders can fork meanwhile. Only the main thread can set one.
+    """
+    started = time.monotonic()
+
+    def say(signum, frame):
+        with contextlib.suppress(OSError):  # standard error may be closed
+            os.write(2, f"{what}: {time.monotonic() - started:.0f} s so far\n".encode())
+
+    before = signal.signal(signal.SIGALRM, say)
+    signal.setitimer(signal.ITIMER_REAL, every, every)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def end_with_parent():

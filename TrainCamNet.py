@@ -38,7 +38,7 @@ from CamNet import IMLE, Distances, Energy
 from CamNet.Codes import Purpose, make_keys, uniforms
 from CamNet.Corruptions import pyramid
 from CamNet.Generator import NETS, Generator
-from CamNet.Measures import AT_ONCE, READ, SHOWN, HeldOut, fitness_table, unfit
+from CamNet.Measures import AT_ONCE, READ, REMEDY, SHOWN, HeldOut, fitness_table, unfit
 from Distributed import say
 from Flags import bounded
 from Optimizers import learning_rate
@@ -422,6 +422,7 @@ def train(trainer, run, interruption, title):
     """Train to the last period or to an interruption; return whether it was interrupted."""
     args = trainer.args
     pace = Reports.Pace(trainer.step, trainer.steps, trainer.device)
+    first_step, began = trainer.step, time.perf_counter()
     while trainer.step < trainer.steps:
         # search
         started = time.perf_counter()
@@ -445,9 +446,8 @@ def train(trainer, run, interruption, title):
             if pace.tick(trainer.step) and run.writes:
                 seconds = pace.left(trainer.step) + (args.periods - 1 - trainer.period) * (searched - started)
                 memory = Utils.peak_memory(trainer.device) / 2**30
-                tqdm.write(
-                    f"{title} 1 to {args.periods}: about {Reports.duration(seconds)} in all; memory {memory:.1f} GiB"
-                )
+                periods = bar.split("/")[0] + (f" to {args.periods}" if trainer.period + 1 < args.periods else "")
+                tqdm.write(f"{periods}: about {Reports.duration(seconds)} in all; memory {memory:.1f} GiB")
             if trainer.step % args.log_iter == 0 or trainer.step == 1:
                 value = check_loss(trainer, run, loss)
                 lr = trainer.optimizer.param_groups[0]["lr"]
@@ -465,8 +465,10 @@ def train(trainer, run, interruption, title):
         trainer.seconds["train"] += time.perf_counter() - searched
         if stopped and trainer.step % trainer.steps_per_period:
             return True
-        seconds = time.perf_counter() - started
-        Distributed.first_rank_only(partial(finish_period, trainer, run, title, mean, seconds))
+        now = time.perf_counter()
+        left = (now - began) / (trainer.step - first_step) * (trainer.steps - trainer.step)
+        times = f"{now - started:.0f} s" + (f", about {Reports.duration(left)} left" if left else "")
+        Distributed.first_rank_only(partial(finish_period, trainer, run, title, mean, times))
     return False
 
 
@@ -481,8 +483,11 @@ def check_loss(trainer, run, loss):
     return loss
 
 
-def finish_period(trainer, run, title, loss, seconds):
-    """Measure on a few images; save and draw samples if this period is one for it; print its line."""
+def finish_period(trainer, run, title, loss, times):
+    """Measure on a few images; save and draw samples if this period is one for it; print its line.
+
+    times: what it took and what is left, in words.
+    """
     args = trainer.args
     period = trainer.period
     is_last = trainer.step == trainer.steps
@@ -498,7 +503,7 @@ def finish_period(trainer, run, title, loss, seconds):
     if is_last or (args.save_iter and period % args.save_iter == 0):
         trainer.save(run.folder)  # last: what comes after a checkpoint is not made again after a kill
     text = "  ".join(f"{name.removeprefix('period_')} {value:.4f}" for name, value in values.items())
-    tqdm.write(f"{title} {period}/{args.periods}  {seconds:.0f} s  {text}")
+    tqdm.write(f"{title} {period}/{args.periods}  {times}  {text}")
 
 
 # ---------------------------------------------------------------------------------------------------- script
@@ -612,7 +617,8 @@ def is_complete(args, folder, checkpoint):
 def finish_run(folder, trainer, single, alone):
     """Measure the generator; print and write its measures. single: see `measure`; alone: see `main`."""
     print("measuring", flush=True)
-    result = measure(trainer, single)
+    with Signals.heartbeat("measuring"):
+        result = measure(trainer, single)
     show_result(folder, result, alone)  # before it is written: the disk may be full
     Utils.write_json(folder / "generator.json", result)
 
@@ -624,7 +630,7 @@ def show_result(folder, result, alone):
     if alone:
         reason = unfit(result)
         if reason:
-            print(f"warning: this generator is not fit for positives: {reason}")
+            print(f"warning: this generator is not fit for positives: {reason}: {REMEDY}")
         Runs.farewell(folder)
 
 

@@ -68,6 +68,7 @@ def build_parser(data="shapes", device_type="cpu", doc=__doc__, add_positives=No
     add_optimisation_flags(parser.add_argument_group("optimisation"))
     add_run_flags(Flags.add_run_group(parser, "epochs"))
     parser.set_defaults(**Data.get_row(data).recipe_for(device_type))
+    parser.epilog += f"\ndefaults: those of --data {Utils.shown(data)} on {device_type}"
     return parser
 
 
@@ -120,7 +121,7 @@ def add_optimisation_flags(group):
     add("--chunk_views", type=bounded(int, 0), default=0, metavar="N", help=chunk)
     add("--epochs", type=bounded(int, 1), metavar="E", help="passes over the data")
     add("--opt", choices=["SGD", "Adam"], help="optimizer; SGD has Nesterov momentum")
-    add("--lr", type=bounded(float, 0), help="peak learning rate; it is not scaled with --bs")
+    add("--lr", type=bounded(float, 0), help="peak learning rate; a --bs that you give does not change it")
     add("--mm", type=bounded(float, 0, 0.9999), metavar="M", help="momentum of SGD; beta1 of Adam")
     add("--wd", type=bounded(float, 0), help="weight decay; none on biases and norm layers")
     add("--n_ramp", type=bounded(float, 0), metavar="E", help="epochs of linear warm-up before the cosine to 0")
@@ -482,7 +483,10 @@ def finish_epoch(trainer, run, splits, loss, wait, interruption):
         text = "".join(f"  {name} {100 * value:.2f} %" for name, value in scores.items())
         if isinstance(trainer.train_split, StreamedSplit):
             text = f"  waiting for images {100 * wait:.0f} %{text}"
-        tqdm.write(f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  {run.clock():.0f} s{text}")
+        times = f"{run.clock():.0f} s"
+        if trainer.pace.seconds is not None and not is_last:
+            times += f", about {Reports.duration(trainer.pace.left(trainer.step))} left"
+        tqdm.write(f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  {times}{text}")
     Distributed.barrier()
     return Distributed.any_process(interruption.signal is not None)
 
@@ -492,8 +496,10 @@ def score_epoch(trainer, run, splits):
     if not is_scored(trainer.args, trainer.epoch):
         return {}
     can_probe = Evaluate.can_probe(splits)
-    scores = Evaluate.score(trainer.net.encoder, splits, trainer.device) if can_probe else {}
-    run.log(trainer.step, trainer.epoch, group="Pairs", **scores, **measure_pairs(trainer, can_probe))
+    with Signals.heartbeat("scoring"):
+        scores = Evaluate.score(trainer.net.encoder, splits, trainer.device) if can_probe else {}
+        pairs = measure_pairs(trainer, can_probe)
+    run.log(trainer.step, trainer.epoch, group="Pairs", **scores, **pairs)
     return scores
 
 
@@ -545,8 +551,9 @@ def finish_run(trainer, run, splits, again):
     untrained = None
     if trainer.args.baselines:
         untrained = Flags.encoder_for(trainer.args).to(trainer.device, memory_format=torch.channels_last)
-    result = Evaluate.evaluate(encoder, untrained, splits, trainer.augmentation, trainer.device, trainer.epoch)
-    result["pairs"] = measure_pairs(trainer, labelled=True)
+    with Signals.heartbeat("scoring"):
+        result = Evaluate.evaluate(encoder, untrained, splits, trainer.augmentation, trainer.device, trainer.epoch)
+        result["pairs"] = measure_pairs(trainer, labelled=True)
     print(Evaluate.scores_table(result))  # before they are written: the disk may be full
 
     # files, what TensorBoard shows, and last the log: what it lacks is scored again after a kill
@@ -635,15 +642,15 @@ def check_chunks(args, net, smallest):
         )
 
 
-def describe(args, row, trainer, folder):
+def describe(args, row, splits, trainer, folder):
     """Print the settings of the run, with the values that are used."""
     net = trainer.net
     precision = Utils.precision_name(args.precision, trainer.bf16)
     stem = stem_text(net.encoder)
     optimizer = f"{args.opt}{' + LARS' if args.lars else ''}, lr {args.lr:g}"
-    n = Reports.plural(len(trainer.train_split), "image")
+    n = Reports.plural(len(splits.train), "image")
     steps = Reports.plural(trainer.steps, "step")
-    say(f"{row.name}: {n} of {row.size} px, on {trainer.device} in {precision}")
+    say(f"{row.name}: {n} of {row.size} px, {labels_text(splits)}; on {trainer.device} in {precision}")
     encoder = f"{args.backbone}, {stem}" if stem else args.backbone
     say(f"{encoder}: {count_parameters(net.encoder):,} weights, head {count_parameters(net.head):,}")
     say(f"views: {trainer.augmentation}")
@@ -652,6 +659,16 @@ def describe(args, row, trainer, folder):
     if trainer.step:
         start = f"continuing at step {trainer.step}"
     say(f"{start}: {Utils.shown(folder)}")
+
+
+def labels_text(splits):
+    """Return what the images are scored by, in words."""
+    if not Evaluate.can_probe(splits):
+        return "too few labels to score by"
+    classes = Reports.plural(len(splits.train.classes), "class")
+    if splits.eval == "cv":
+        return f"{classes}, scored by cross-validation"
+    return f"{classes}, scored on {Reports.plural(len(splits.test), 'image')} of the split {splits.eval}"
 
 
 def main(args, make_positives=None, script=Path(__file__).stem, build_parser=build_parser):
@@ -670,7 +687,7 @@ def main(args, make_positives=None, script=Path(__file__).stem, build_parser=bui
     folder = Runs.find_run(args, script, row.name, Flags.hyper_parameters(args), usual)
     if args.dry_run:
         positives = make_positives(args, splits, device) if make_positives else SamePair(args.num_views)
-        return try_out(args, row, folder, Trainer(args, splits.train, positives, device, rank, world))
+        return try_out(args, row, splits, folder, Trainer(args, splits.train, positives, device, rank, world))
 
     # only one process, or group of processes, works on a run
     with Runs.claimed(folder):
@@ -683,10 +700,10 @@ def main(args, make_positives=None, script=Path(__file__).stem, build_parser=bui
         return pretrain(args, row, folder, splits, trainer)
 
 
-def try_out(args, row, folder, trainer):
+def try_out(args, row, splits, folder, trainer):
     """Print what the run would do, and its time and memory, from a few real steps; write nothing."""
     trainer.positives.start_epoch(0)
-    describe(args, row, trainer, folder)
+    describe(args, row, splits, trainer, folder)
     trainer.net.train()
     while trainer.pace.seconds is None and trainer.step < trainer.steps:
         for indices, images in trainer.batches():
@@ -713,7 +730,7 @@ def pretrain(args, row, folder, splits, trainer):
     resumed_step = first_step if args.resume else None
     run = Runs.Run(folder, args, trainer.device, resumed_step, writes=trainer.rank == 0)
     with contextlib.closing(run):
-        describe(args, row, trainer, folder)
+        describe(args, row, splits, trainer, folder)
         if run.writes and unscored:
             with Distributed.alone():
                 score_epoch(trainer, run, splits)

@@ -173,6 +173,9 @@ READ += ("distance", "corrupt")
 READ += ("seconds_search_per_1000", "seconds_train_per_1000", "peak_memory_bytes")  # by both functions below
 
 
+REMEDY = "train it for more --periods, or search more --candidates"  # for one that is unfit
+
+
 def unfit(result):
     """Return why the samples of this generator are not fit as positives, or None. result: see `HeldOut.measure`."""
     best = result["best_of_16"]
@@ -222,4 +225,5 @@ def fitness_table(result):
     memory = result["peak_memory_bytes"] / 2**30
     seconds = f"seconds per 1,000 images: search {search:.2f}, training {train:.2f}"
     lines.append(f"{seconds}; memory: {memory:.1f} GiB at most")
+    lines.append("Best of 16: lower is better. Best of 1 is higher where the codes differ, as they should.")
     return "\n".join(lines)

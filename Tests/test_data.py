@@ -313,6 +313,15 @@ def test_neither_layout(tmp_path, image):
             assert layout in message
 
 
+def test_an_error_says_what_would_make_a_layout(tmp_path):
+    black = np.zeros((8, 8, 3), np.uint8)
+    for place in ("deep/inner/star", "named/Training/star", "named/Testing/star"):
+        save(tmp_path / place / "0.png", black)
+    found = [one_line(lambda name=name: splits(tmp_path / name, data_dir=tmp_path)) for name in ("deep", "named")]
+    assert f"or give a folder in it: --data {tmp_path / 'deep' / 'inner'}" in found[0]
+    assert "rename Testing to test, Training to train" in found[1]
+
+
 def test_unlabelled_images_alone(tmp_path):
     save(tmp_path / "images/0.PNG", np.zeros((8, 8, 3), np.uint8))
     assert splits(tmp_path / "images", "cv", data_dir=tmp_path).train.labels.tolist() == [-1]

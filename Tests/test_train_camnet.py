@@ -188,6 +188,8 @@ def test_a_run_says_what_it_does_in_few_lines(whole):
         *(f"one code, {stage}" for stage in stages),
     ]
     assert len(out) < 30
+    assert all("s left  loss" in line or "min left  loss" in line for line in out if line.startswith("period 1/3"))
+    assert not any("left" in line for line in out if line.startswith("period 3/3"))
     assert out[-2].endswith(str(whole.folder))
 
 

@@ -2,9 +2,11 @@
 
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from argparse import Namespace
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from helpers import one_line
 from torch import nn
 
+import Signals
 import Utils
 from Utils import load_, newest_checkpoint, save_
 
@@ -26,6 +29,21 @@ def trained(width=3, seed=0):
     net(torch.rand(4, 2)).square().sum().backward()
     optimizer.step()
     return net, optimizer
+
+
+def test_a_heartbeat_speaks_until_its_end(capfd):
+    before = signal.getsignal(signal.SIGALRM)
+    with Signals.heartbeat("scoring", every=0.02):
+        time.sleep(0.1)
+    first = capfd.readouterr().err
+    time.sleep(0.05)
+    assert first.count("scoring: 0 s so far\n") >= 2
+    assert capfd.readouterr().err == ""
+    assert signal.getsignal(signal.SIGALRM) == before
+    with pytest.raises(KeyError), Signals.heartbeat("scoring", every=0.02):
+        raise KeyError
+    time.sleep(0.05)
+    assert capfd.readouterr().err == ""
 
 
 def test_save_and_load_round_trip(tmp_path):
