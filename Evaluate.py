@@ -316,6 +316,8 @@ def scores_table(result):
         others = {Utils.shown(name).replace("_", " "): value for name, value in pairs.items() if name not in ROWS}
         values = [f"{name} {value:.2f}" for name, value in others.items()]
         lines.append(f"pairs: {', '.join(values)}")
+    if result.get("linear", 0) < result.get("untrained_linear", 0):
+        lines.append("The encoder is worse than before training: it needs more images, --epochs, or --init FILE.")
     return "\n".join(lines)
 
 

@@ -136,7 +136,7 @@ def add_data_place(group):
     """Add --data and --size."""
     add = group.add_argument
     add("--data", default="shapes", help=f"{NAMES}, or the path of a folder of images")
-    add("--size", type=bounded(int, 8), metavar="PX", help="side that images of a folder are resized to")
+    add("--size", type=bounded(int, 8), metavar="PX", help="side of the images; those of files are resized to it")
 
 
 def add_reading(group):

@@ -105,10 +105,8 @@ class Pace:
 
 def duration(seconds):
     """Return a duration in words."""
-    if seconds < 1:
-        return "less than 1 s"
     if seconds < 100:
-        return f"{seconds:.0f} s"
+        return f"{max(1, seconds):.0f} s"
     if seconds < 6000:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"

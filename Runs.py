@@ -303,6 +303,8 @@ class Run:
         for name, value in hyper.items():
             value = "" if value is None else value
             shown[name] = Utils.shown(value) if isinstance(value, str) else value
+        if "/" in shown["data"]:  # TensorBoard cuts off the end of a long value
+            shown["data"] = f"{Path(shown['data']).name} ({shown['data']})"
 
         # the columns, which torch makes of this run's flags alone
         summaries = tensorboard.summary.hparams(shown, dict.fromkeys(SCORES, 0.0))

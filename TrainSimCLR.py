@@ -15,6 +15,7 @@ import Signals  # first: a signal during the other imports then ends the program
 import argparse
 import contextlib
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -705,17 +706,20 @@ def try_out(args, row, splits, folder, trainer):
     trainer.positives.start_epoch(0)
     describe(args, row, splits, trainer, folder)
     trainer.net.train()
+    started = time.perf_counter()
     while trainer.pace.seconds is None and trainer.step < trainer.steps:
         for indices, images in trainer.batches():
             trainer.update(indices, images)[0].item()  # waits for the device
             if trainer.pace.tick(trainer.step):
                 break
-    if trainer.pace.seconds is not None:  # otherwise the whole run is shorter than the measurement
-        say(estimate(trainer))
-        before = trainer.positives.seconds_before
-        if before:
-            seconds = before + trainer.steps * trainer.pace.seconds
-            say(f"generator, bank and training: about {Reports.duration(seconds)} together")
+    if trainer.pace.seconds is None:  # the whole run is shorter than that measurement
+        trainer.pace.seconds = (time.perf_counter() - started) / trainer.steps
+    trainer.step = 0
+    say(estimate(trainer))
+    before = trainer.positives.seconds_before
+    if before:
+        together = before + trainer.pace.left(0)
+        say(f"generator, bank and training: about {Reports.duration(together)} together")
     say("dry run: nothing was written")
     return 0
 

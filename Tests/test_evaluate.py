@@ -244,6 +244,8 @@ def test_evaluate(encoder, eval):
     assert result["linear"] == Evaluate.score(encoder, splits, CPU)["linear"]
     assert result["untrained_knn"] == Evaluate.score(untrained, splits, CPU)["knn"]
     assert json.loads(json.dumps(result)) == result
+    assert "worse than before" not in Evaluate.scores_table(result | {"linear": 0.5, "untrained_linear": 0.5})
+    assert "worse than before" in Evaluate.scores_table(result | {"linear": 0.4, "untrained_linear": 0.5})
     table = Evaluate.scores_table({**result, "finetune": 0.5})
     assert "kNN" in table
     assert "90 images" in table

@@ -136,8 +136,9 @@ def check_whole_board(folder):
     assert losses(folder).keys() >= {1}, "no loss of the first step"
     shown = flags_on_board(folder)
     stored = json.loads((folder / "args.json").read_text())["args"]
-    for name in ("data", "epochs", "lr", "seed", "backbone"):
+    for name in ("epochs", "lr", "seed", "backbone"):
         assert shown[name] == stored[name]
+    assert shown["data"] == f"tiny ({stored['data']})"
     result = json.loads((folder / "evaluation.json").read_text())
     for name in ("chance", "untrained", "pixels"):
         events = EventAccumulator(str(folder / name)).Reload()
@@ -184,6 +185,8 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(quick, tmp_path, cli):
     assert (done.code, done.err) == (0, "")
     assert "90 steps of 8 images x 2 views" in done.out
     assert "training takes about" in done.out
+    short = cli(quick(tmp_path / "models", "--dry_run", "--bs", "120", "--epochs", "1", "--n_ramp", "0"))
+    assert re.search("2 steps .*training takes about [1-9]", short.out, re.DOTALL), short.out
     assert not (tmp_path / "models").exists()
 
 
