@@ -91,6 +91,7 @@ def heartbeat(what, every=10.0):
             os.write(2, f"{what}: {time.monotonic() - started:.0f} s so far\n".encode())
 
     before = signal.signal(signal.SIGALRM, say)
+    signal.siginterrupt(signal.SIGALRM, False)  # libraries that wait for the network or a disk go on
     signal.setitimer(signal.ITIMER_REAL, every, every)
     try:
         yield
