@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import zipfile
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -82,6 +83,8 @@ def load_weights(encoder, file):
 
     Layers of the classifier, which the encoder lacks, are left out. Raises ValueError if anything else does not fit.
     """
+    if not Path(file).is_file():
+        raise ValueError(f"--init {file}: no such file")
     try:
         if zipfile.is_zipfile(file):  # older files of torchvision are none
             Utils.check_archive(file)

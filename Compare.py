@@ -268,8 +268,8 @@ def write_plot(file, groups):
         for index, run in [(index, run) for index, group in numbered for run in group]:
             steps, values = run.curve(name, factor)
             (line,) = axes.plot(steps, values, color=f"C{index % 10}", marker="os^Dv*"[index % 6], markersize=4)
-            _, script, flags, _, seeds, _ = cells(groups[index - 1], differing, {})
-            legend[f"{index}  {script}  {flags}  seed {seeds}"] = line
+            data, script, flags, _, seeds, _ = cells(groups[index - 1], differing, {})
+            legend[f"{index}  {data}  {script}  {flags}  seed {seeds}"] = line
             if steps:
                 axes.annotate(f" {index}", (steps[-1], values[-1]), color=f"C{index % 10}")
     figure.legend(legend.values(), legend.keys(), loc="outside lower left")

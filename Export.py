@@ -126,6 +126,7 @@ def loading_code(metadata, file, library, is_plain):
     weights alone, not under the key "encoder". Raises UserError where timm has no such model.
     """
     size = metadata["image_size"]
+    file = file.resolve()  # the code can be run in any folder
     if file.suffix == ".onnx":
         imports = ["import numpy", "import onnxruntime"]
         lines = [f"session = onnxruntime.InferenceSession({str(file)!r})"]
@@ -161,8 +162,9 @@ def _model_code(metadata, library):
         imports = ["import timm", "import torch"]
         lines = [f'model = timm.create_model("{name}", num_classes=0)']
     elif not is_torchvision(name):
-        comment = f"of ISICLE: torchvision has no {name}; a file.onnx does not need it"
-        imports = ["import torch", f"from Backbones import build_encoder  # {comment}"]
+        comment = f"torchvision has no {name}; a file.onnx does not need this repository"
+        imports = ["import sys", "import torch", f"sys.path.insert(0, {str(Utils.ROOT)!r})  # {comment}"]
+        imports.append("from Backbones import build_encoder")
         return imports, [f'model = build_encoder("{name}", small_stem={metadata["small_stem"]}, size={size})']
     else:
         imports = ["import torch", "import torchvision"]

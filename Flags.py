@@ -76,6 +76,8 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
+            if not flag.startswith("-"):
+                self.error(f"{flag}: a word without a flag{_meant_word(flag, self.flags())}; --help lists all flags")
             advice = self.advice(unknown) if self.advice else ""
             remedy = advice or _script_of(flag)
             self.error(f"{unknown[0]}: {remedy or f'no such flag{_meant_flag(flag, self.flags())}; --help lists all'}")
@@ -99,6 +101,13 @@ def _meant(word, names):
     """Return a question with the name that is closest to a misspelt word; "" if none is close."""
     near = Utils.nearest(word, names)
     return f": did you mean {near}?" if near else ""
+
+
+def _meant_word(word, flags):
+    """Return what a word without a flag is probably for; "" if that is not known."""
+    if "--data" in flags and (word in Data.DATASETS or Path(word).expanduser().is_dir()):
+        return f": images are given by --data {Utils.shown(word)}"
+    return ""
 
 
 def _script_of(flag):

@@ -135,7 +135,9 @@ def check_unused(folder):
     """Raise UserError if a folder holds a run already."""
     if (Path(folder) / "args.json").exists():
         place = Utils.shown(folder)
-        raise UserError(f"{place} holds a run: --resume auto continues it, --suffix NAME begins another next to it")
+        has_ended = any((Path(folder) / name).exists() for name in ("encoder.pt", "generator.json"))
+        what = "a complete run: --resume auto shows its scores" if has_ended else "a run: --resume auto continues it"
+        raise UserError(f"{place} holds {what}, --suffix NAME begins another next to it")
 
 
 def checkpoint_for(args, folder):

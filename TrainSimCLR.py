@@ -633,6 +633,14 @@ def check_views(args, count):
         raise Utils.UserError("--loss align: it is for more than two views: choose lout, or a --pair of three")
 
 
+def note_unused(args):
+    """Print which given flags change nothing."""
+    if args.gen_weight != 1 and args.loss in ("lout", "lin"):
+        say(f"--gen_weight {args.gen_weight:g} has no effect with --loss {args.loss}")
+    if getattr(args, "num_pos", 3) != 3 and args.pair != "multi":
+        say(f"--num_pos {args.num_pos} has no effect with --pair {args.pair}: only --pair multi has it")
+
+
 def check_chunks(args, net, smallest):
     """Raise UserError if a chunk of --chunk_views has a single view and the net has batch normalisation."""
     has_batch_norm = any(isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in net.modules())
@@ -684,6 +692,9 @@ def main(args, make_positives=None, script=Path(__file__).stem, build_parser=bui
     check_memory(args, row, world, device)
     splits = Flags.splits_for(args, device)
     check_images(args, row, len(splits.train), world, device)
+    if args.init:
+        Flags.encoder_for(args)  # before a generator is trained: UserError if the weights do not fit
+    note_unused(args)
     usual = Flags.hyper_parameters(build_parser(args.data, device.type).parse_args([]))
     folder = Runs.find_run(args, script, row.name, Flags.hyper_parameters(args), usual)
     if args.dry_run:

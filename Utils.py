@@ -158,7 +158,8 @@ def pick_device(name):
         device = torch.device(name)
         torch.empty(1, device=device).item()  # the meta device has no numbers
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}: try --device auto") from error
+        reason = str(error).splitlines()[0].split("Expected one of")[0].strip()  # a list of twenty kinds
+        raise UserError(f"--device {name}: {reason or 'torch has no such device'}: try --device auto") from error
     return device
 
 

@@ -255,7 +255,7 @@ def test_plot(tmp_path, capsys, monkeypatch):
     assert len(titles["loss"].lines) == 2  # the loss of a generator is another one
     legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert len(legend) == 3
-    assert legend[0] == "1  TrainSimCLR  lr 0.5  seed 0"
+    assert legend[0] == "1  shapes  TrainSimCLR  lr 0.5  seed 0"
 
 
 def test_plot_without_matplotlib(tmp_path, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """docs/ does what it says: its diffs apply and work, and its Python runs; in child processes, on few images."""
 
+import codeop
 import json
 import os
 import re
@@ -159,6 +160,17 @@ def test_a_row_is_the_only_edit(extended):
     result = extended["registries"]
     assert "passed" in result["printed"]
     assert not result["error"], result["error"]
+
+
+@pytest.mark.parametrize("block", blocks(FIRST_HOUR, "python"))
+def test_first_hour_can_be_pasted_line_by_line(block):
+    """As in an interactive Python, which needs an empty line after a loop."""
+    typed = []
+    for line in [*block.splitlines(), ""]:
+        typed.append(line)
+        if codeop.compile_command("\n".join(typed), symbol="single"):  # SyntaxError if it can never be complete
+            typed = []
+    assert "".join(typed) == ""
 
 
 def test_first_hour_runs(tmp_path, fork):
