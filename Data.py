@@ -49,6 +49,7 @@ class Row:
     setup: str = ""  # for image folders: what the user should do if the folder of a split is missing
     folder: Path | None = None  # of `--data PATH`: where its files lie; None: data_dir / name
     splits: dict = field(default_factory=dict)  # names of split folders that differ: {"test": "val"}
+    p_gen: float | str = "auto"  # default of this flag of TrainISICLE.py
 
     def recipe_for(self, device_type):
         """Return the defaults of the encoder's training flags on a type of device, such as "cuda"."""
@@ -310,7 +311,7 @@ _DOWNLOAD = "put images there as CLASS/IMAGE, or move away the folder that it is
 _SET_UP = "run `python Data/SetupMiniImagenet.py`"
 
 _ROWS = [  # loader, name, size, has_val, recipe, generator_recipe, on_cpu, generator_on_cpu, on_long, setup
-    Row(_load_shapes, "shapes", 32, True, _SHAPES, _TINY),
+    Row(_load_shapes, "shapes", 32, True, _SHAPES, _TINY, p_gen=0.5),  # chosen on its validation split
     Row(_load_cifar("CIFAR10"), "cifar10", 32, False, _CIFAR, _SMALL, _ON_CPU, _TINY_10, _CIFAR_LONG, _DOWNLOAD),
     Row(_load_cifar("CIFAR100"), "cifar100", 32, False, _CIFAR, _SMALL, _ON_CPU, _TINY_10, _CIFAR_LONG, _DOWNLOAD),
     Row(_load_torchvision(_stl10), "stl10", 96, False, _LARGE, _SMALL, _ON_CPU, _TINY_6, {}, _DOWNLOAD),

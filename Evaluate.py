@@ -117,6 +117,34 @@ def knn_accuracy(train, train_labels, test, test_labels, k=PROTOCOL["knn_k"], te
     return right.item() / len(test)
 
 
+@torch.no_grad()
+def neighbours_kept(encoder, images, versions, k=20):
+    """Return, for each set of versions, which share of an image's k nearest neighbours its version has, too: 0 to 1.
+
+    images: uint8 (N, 3, S, S), among which neighbours are looked for, by cosine similarity of features in evaluation
+    mode. versions: float (Q, 3, S, S) in [0, 1] each, of the first Q images. An image is no neighbour of its version.
+    """
+    mode = encoder.training
+    encoder.eval()
+
+    def features(x):
+        return F.normalize(torch.cat([embed(encoder, part) for part in x.split(512)]), dim=1)
+
+    known = features(to_float(images))
+    k = min(k, len(known) - 1)
+
+    def neighbours(x):
+        return (x @ known.T).fill_diagonal_(-2).topk(k, dim=1).indices
+
+    found = []
+    for version in versions:
+        own = neighbours(known[: len(version)])
+        theirs = neighbours(features(version))
+        found.append((theirs[:, :, None] == own[:, None]).any(dim=2).float().mean().item())
+    encoder.train(mode)
+    return found
+
+
 def fit_linear(train, train_labels, l2=PROTOCOL["linear_l2"], iterations=PROTOCOL["linear_iterations"]):
     """Return weight (C, F) and bias (C,) of softmax regression: mean cross-entropy + l2 / 2 |weight|^2 at its minimum.
 

@@ -55,6 +55,12 @@ PAIRS = {  # --pair NAME
 }
 
 
+# --p_gen auto, with a pair that has the image
+MOST = 0.5  # the highest probability
+TRIAL = 0.2  # share of the epochs, the first ones, without restorations; then the encoder compares neighbours
+COMPARED = 2000  # images
+ASKED = 500  # of them, whose neighbours are compared
+
 # ---------------------------------------------------------------------------------------------------- flags
 
 
@@ -66,6 +72,7 @@ def get_args(argv=None):
 def build_parser(data="shapes", device_type="cpu"):
     """Return the parser: SimCLR's, with the flags of where the positives come from."""
     parser = TrainSimCLR.build_parser(data, device_type, __doc__, add_positives)
+    parser.set_defaults(p_gen=Data.get_row(data).p_gen)
     parser.advice = advise
     return parser
 
@@ -79,12 +86,18 @@ def advise(words):
     return f"this flag is the generator's: give it by --camnet {shlex.quote(flag)}"
 
 
+def probability(text):
+    """The argparse type of --p_gen: a float from 0 to 1, or "auto"."""
+    return text if text == "auto" else bounded(float, 0, 1)(text)
+
+
 def add_positives(group):
     add = group.add_argument
     pairs = "; ".join(f"{name}: {pair.what}" for name, pair in PAIRS.items())
     add("--pair", choices=list(PAIRS), default="real_real_gen", help=f"views of a step; {pairs}")
-    p_gen = "probability of each restoration of the pair; otherwise the image takes its place"
-    add("--p_gen", type=bounded(float, 0, 1), default=0.5, metavar="P", help=p_gen)
+    p_gen = "probability of each restoration of the pair; otherwise the image takes its place; auto: 0 at first, then "
+    p_gen += f"at most {MOST:g}, less where a restoration has other nearest neighbours than its image"
+    add("--p_gen", type=probability, default="auto", metavar="P", help=p_gen)
     add(
         "--gen_warmup",
         type=bounded(float, 0),
@@ -122,13 +135,18 @@ class Restored:
     The draw depends only on seed, step and image, so it is the same in a resumed run and with several processes.
     """
 
-    def __init__(self, args, bank_of_epoch=None, warmup_steps=0):
-        """bank_of_epoch: epoch -> Bank; None: .bank stays as it is. warmup_steps: those of --gen_warmup."""
+    def __init__(self, args, bank_of_epoch=None, warmup_steps=0, split=None):
+        """bank_of_epoch: epoch -> Bank; None: .bank stays as it is. warmup_steps: those of --gen_warmup. split: the
+        train split, for --p_gen auto."""
         self.args = args
         self.pair = PAIRS[args.pair]
         self.made = args.num_pos if self.pair.made is None else self.pair.made  # different restorations per step
+        self.split = split
         self.bank_of_epoch = bank_of_epoch
         self.warmup_steps = warmup_steps
+        self.p_gen = args.p_gen  # probability of a restoration; None: not known yet
+        if args.p_gen == "auto":
+            self.p_gen = None if self.pair.real and args.epochs > 1 else MOST
         self.bank = None
         self.encoder = None  # the one that is trained; set by the Trainer
         self.fingerprint = ""  # identifies the generator or the bank; checked on resume
@@ -148,11 +166,34 @@ class Restored:
         """Take the bank of an epoch; see TrainSimCLR.SamePair."""
         if self.bank_of_epoch:
             self.bank = self.bank_of_epoch(epoch)
+        if self.p_gen is None and epoch >= TRIAL * self.args.epochs:
+            self.p_gen = Distributed.first_rank_only(self.measured_p_gen)
+
+    def measured_p_gen(self):
+        """Return the probability of a restoration by what the encoder has learnt so far; no label is used.
+
+        At most MOST, and at most the share of its image's neighbours that a restoration keeps, where 1 is what a
+        random view keeps.
+        """
+        rows = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(0))[:COMPARED]
+        rows, images = next(iter(self.split.batches([rows], next(self.encoder.parameters()).device)))
+        asked = images[:ASKED]
+        view = Flags.augmentation_for(self.args)(asked, torch.Generator().manual_seed(0))
+        restored = self.synthetic(rows[:ASKED], asked, step=0)
+        of_view, of_restored = Evaluate.neighbours_kept(self.encoder, images, [view, to_float(restored)])
+        share = of_restored / max(of_view, 1e-6)
+        p_gen = round(min(MOST, share), 3)
+        print(
+            f"--p_gen auto: {p_gen:g}: restorations keep {of_restored:.0%} of their images' nearest neighbours, "
+            f"random views {of_view:.0%}",
+            flush=True,
+        )
+        return p_gen
 
     def probability(self, step):
         """Return the probability of a restoration, where the pair has one."""
         progress = (step + 1) / self.warmup_steps if self.warmup_steps else 1.0
-        return self.args.p_gen * min(1.0, progress)
+        return (self.p_gen or 0.0) * min(1.0, progress)
 
     def __call__(self, indices, images, step):
         """Return M batches uint8 (b, 3, H, W), the real ones first; see TrainSimCLR.SamePair."""
@@ -369,7 +410,7 @@ def check_disk(args, split):
 def make_positives(args, splits, device):
     """Return the source of positives of a run's flags. Raises UserError on flags that do not go together."""
     split = splits.train
-    source = Restored(args, warmup_steps=args.gen_warmup * (len(split) // args.bs))
+    source = Restored(args, warmup_steps=args.gen_warmup * (len(split) // args.bs), split=split)
     TrainSimCLR.check_views(args, len(source))  # before a generator is trained
     if args.p_gen == 0:
         return source
@@ -416,6 +457,7 @@ def try_out_bank(args, split, device, source, words, asked):
     Distributed.say(f"bank: {Banks.describe_bank(args, split)}, about {Reports.duration(filling)}")
     images = torch.cat([images for _, images in split.batches(torch.arange(len(split)).split(512), device)])
     source.bank = Bank(images[:, None].expand(-1, args.num_codes, -1, -1, -1), device, on_device=False)
+    source.p_gen = MOST if source.p_gen is None else source.p_gen  # to measure steps with restorations
     return source
 
 

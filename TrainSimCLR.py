@@ -146,6 +146,7 @@ class SamePair:
     """SimCLR's source of positives: the image itself, M times; the augmentation makes the views differ."""
 
     fingerprint = ""  # identifies the bank; checked on resume; empty: only the images are used
+    p_gen = None  # the probability of a restoration that a run has measured
     seconds_before = 0.0  # of a dry run: what must be made before the training
 
     def __init__(self, num_views):
@@ -242,6 +243,7 @@ class Trainer:
             data_n=len(self.train_split),
             data_fingerprint=self.data_fingerprint,
             positives=self.positives.fingerprint,
+            p_gen=self.positives.p_gen,
             encoder=self.net.encoder,
             head=self.net.head,
             optimizer=self.optimizer,
@@ -259,6 +261,9 @@ class Trainer:
                 "or begin another run with --suffix NAME"
             )
         Utils.load_parts(file, state, encoder=self.net.encoder, head=self.net.head, optimizer=self.optimizer)
+        if state.get("p_gen") is not None:
+            with Utils.fitting(file, "p_gen"):
+                self.positives.p_gen = min(1.0, max(0.0, float(state["p_gen"])))
         self.step = state["step"]
         self.pace = Reports.Pace(self.step, self.steps, self.device)
         with Utils.fitting(file, "random"):

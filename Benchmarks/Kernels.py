@@ -90,7 +90,7 @@ def simclr_trainer(bs, device, words=()):
 
 def isicle_trainer(bs, device, words=(), on_device=True):
     """Return the trainer of TrainISICLE.py by the recipe of CIFAR-10 and flags `words`, with a bank of noise."""
-    args = TrainISICLE.get_args([*RECIPE, "--size", str(SIZE), "--bs", str(bs), *words])
+    args = TrainISICLE.get_args([*RECIPE, "--p_gen", "0.5", "--size", str(SIZE), "--bs", str(bs), *words])
     if args.pair == "corrupted":
         return _trainer(args, TrainISICLE.Corrupted(args, Corruption(args.corrupt, SIZE)), device)
     positives = TrainISICLE.Restored(args)

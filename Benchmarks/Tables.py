@@ -168,8 +168,9 @@ def title_of(row):
     default = defaults_of(script, row["flags"]["data"])
     title = row["title"]
     for name in ("p_gen", "corrupt"):
-        if row["flags"].get(name) != default.get(name):
-            title += f", --{name} {row['flags'][name]:g}" if name == "p_gen" else f", --{name} {row['flags'][name]}"
+        value = row["flags"].get(name)
+        if value != default.get(name):
+            title += f", --{name} {value:g}" if isinstance(value, float) else f", --{name} {value}"
     return title
 
 

@@ -228,6 +228,28 @@ def test_score_leaves_everything_as_it_was(encoder, eval):
     assert first["knn"] > 0.5
 
 
+def test_neighbours_kept_are_those_of_a_slow_reference():
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5))
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (30, 3, 2, 2), generator=rng, dtype=torch.uint8)
+    version = (images[:9] / 255 + 0.3 * torch.rand(9, 3, 2, 2, generator=rng)).clamp(0, 1)
+    itself, kept = Evaluate.neighbours_kept(encoder, images, [images[:9] / 255, version], k=4)
+    assert encoder.training
+    assert itself == 1
+
+    with torch.no_grad():
+        known = F.normalize(encoder.eval()(images / 255), dim=1).tolist()
+        asked = F.normalize(encoder(version), dim=1).tolist()
+
+    def neighbours(x, row):
+        others = [other for other in range(30) if other != row]
+        return set(sorted(others, key=lambda other: -sum(a * b for a, b in zip(x, known[other])))[:4])
+
+    shared = [len(neighbours(asked[row], row) & neighbours(known[row], row)) / 4 for row in range(9)]
+    assert 0.2 < kept < 1
+    assert kept == pytest.approx(sum(shared) / 9)
+
+
 @pytest.mark.parametrize("eval", ["val", "cv"])
 def test_evaluate(encoder, eval):
     splits, views = colour_splits(eval), Data.get_ssl_data_augs("shapes", size=16)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from helpers import (
     content,
     count_lines,
+    different,
     lines,
     losses,
     no_file_larger_than,
@@ -71,7 +72,7 @@ def split(quick):
 @pytest.fixture(scope="module")
 def first(quick, models):
     """A finished run: .folder .argv .out."""
-    argv = quick(models, "--num_codes", "3")
+    argv = quick(models, "--num_codes", "3", "--p_gen", "0.5")
     child = Child(TrainISICLE, argv, models / "first.log")
     assert child.wait() == 0, child.output()
     return SimpleNamespace(folder=only_run(models, "TrainISICLE-*"), argv=argv, out=child.output())
@@ -204,6 +205,47 @@ def test_p_gen_is_the_share_of_restorations():
     share = torch.cat([(ask(positives, step) > 0).flatten() for step in range(500)]).float().mean()
     assert share == pytest.approx(0.25, abs=0.02)
     assert 0 < positives.logged()["synthetic_share"] < 0.8  # of the 12 last views
+
+
+def shares(folder):
+    """The share of restorations among the views of each epoch, in order."""
+    by_epoch = {}
+    for line in lines(folder):
+        if "synthetic_share" in line:
+            by_epoch.setdefault(line["epoch"] - (line["step"] % 30 == 0), []).append(line["synthetic_share"])
+    return [sum(values) / len(values) for values in by_epoch.values()]
+
+
+def test_auto_measures_p_gen_after_the_first_epochs(quick, models, generator, tmp_path, cli):
+    """And a run that is resumed before or after it ends in the same bits."""
+    argv = ["--num_codes", "3", "--no-baselines"]
+    shutil.copytree(models, tmp_path / "a", ignore=shutil.ignore_patterns("TrainISICLE-*"))
+    done = cli(quick(tmp_path / "a", *argv))
+    assert done.code == 0, done.err
+    p_gen, kept, usual = map(float, re.search(r"auto: (\S+): .* keep (\d+)% .* views (\d+)%", done.out).groups())
+    assert p_gen == pytest.approx(min(0.5, kept / usual), abs=0.05)
+    folder = only_run(tmp_path / "a", "TrainISICLE-*")
+    assert shares(folder) == pytest.approx([0, p_gen / 3, p_gen / 3], abs=0.06)
+    assert torch.load(folder / "3.pt", weights_only=True)["p_gen"] == p_gen
+
+    for last in ("1.pt", "2.pt"):
+        copy = tmp_path / last
+        shutil.copytree(tmp_path / "a", copy)
+        other = only_run(copy, "TrainISICLE-*")
+        for file in other.glob("[0-9].pt"):
+            if file.name > last:
+                file.unlink()
+        done = cli([*quick(copy, *argv), "--resume", "auto"])
+        assert done.code == 0, done.err
+        assert ("auto: " in done.out) == (last == "1.pt")
+        assert different(other / "3.pt", folder / "3.pt") == []
+
+
+@pytest.mark.parametrize("more", ["--epochs 1 --n_ramp 0", "--pair gen_gen"])
+def test_auto_is_a_half_where_nothing_can_be_measured(quick, more):
+    positives = TrainISICLE.Restored(TrainISICLE.get_args(quick("nowhere", *more.split())))
+    assert positives.args.p_gen == "auto"
+    assert positives.p_gen == TrainISICLE.MOST
 
 
 def test_p_gen_rises_in_the_warm_up():
@@ -402,6 +444,8 @@ BAD = {
     "--corrupt gray --generator RUN": ("--corrupt gray+down2 (here gray)",),
     "--pair corrupted --corrupt blur": ("--corrupt", "blur"),
     "--corrupt gray --camnet=--corrupt=gray+down2": ("--corrupt gray: ", "--camnet has --corrupt gray+down2"),
+    "--p_gen much": ("--p_gen", "'much' is no number"),
+    "--p_gen 2": ("--p_gen", "from 0 to 1"),
     "--corrupt blur": ("--corrupt 'blur'", "is not gray"),
     "--camnet=--corrupt=down5": ("--corrupt 'down5'", "16"),
     "--num_views 3": ("--num_views: this flag is one of TrainSimCLR.py",),

@@ -417,7 +417,6 @@ BAD = {
     "--lr fast": ("--lr", "'fast'"),
     "--opt LARS": ("--opt", "SGD"),
     "--device cuda:99": ("--device cuda:99", "--device auto"),
-    "--device gpu": ("--device gpu",),
     "--models_dir FILE": ("FILE",),
     "--models_dir /proc/nowhere": ("/proc/nowhere",),
     f"--suffix {'s' * 61}": ("--suffix", "60"),
