@@ -318,7 +318,8 @@ def test_rate_on_cifar10():
     for row in records("choice-cifar10"):
         corrupt = row.get("generator_flags", {}).get("corrupt")
         runs[row["flags"]["lr"], corrupt, *(row["flags"].get(name) for name in told)] = row["evaluation"]
-    fast = {key[1:]: scores for key, scores in runs.items() if key[0] == 1.2}
+    crop = told.index("aug") + 2
+    fast = {key[1:]: scores for key, scores in runs.items() if key[0] == 1.2 and key[crop] == "full"}
     assert len(fast) == 3
     for score in ("knn", "linear"):
         for rest, scores in fast.items():
@@ -326,6 +327,12 @@ def test_rate_on_cifar10():
     three_views = next(scores for rest, scores in fast.items() if 3 in rest)
     best = max(scores["linear"] for scores in fast.values())
     agrees(three_views["linear"] == best, "three real views are ahead at twice the learning rate")
+
+    # four restorations, crop and flip only
+    simclr = next(scores for rest, scores in fast.items() if 2 in rest)
+    for key, scores in runs.items():
+        if key[crop] == "crop" and key[0] == 1.2:
+            agrees(scores["knn"] > simclr["knn"] and scores["linear"] > simclr["linear"], "above SimCLR with jitter")
 
 
 def test_choice_on_shapes():
