@@ -17,6 +17,7 @@ import torch
 
 import Flags
 import Runs
+import Signals
 import TrainSimCLR
 import Utils
 from Benchmarks.Gpu import FULL, Bench, steps_of
@@ -53,6 +54,7 @@ def measure(bs, chunk_views, steps):
     return before, Utils.peak_memory(CPU), round(speed, 1)
 
 
+@Signals.heartbeat("measuring")
 def main(args):
     """Measure, print a line for each row, write them; return the exit code."""
     made = Runs.provenance(CPU)

@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 
 import Flags
 import Runs
+import Signals
 import Utils
 from Flags import bounded
 from Images import Shapes
@@ -106,6 +107,7 @@ def measure(paths, size, rounds):
     return rows
 
 
+@Signals.heartbeat("measuring")
 def main(args):
     """Measure on one thread, print a table, write it; return the exit code."""
     torch.set_num_threads(1)

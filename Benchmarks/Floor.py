@@ -28,6 +28,7 @@ from torch.utils.flop_counter import flop_registry
 
 import Flags
 import Runs
+import Signals
 import TrainCamNet
 import TrainSimCLR
 import Utils
@@ -201,6 +202,7 @@ def shares(function, tries):
 # ---------------------------------------------------------------------------------------------------- script
 
 
+@Signals.heartbeat("measuring")
 def main(args):
     """Measure, print a table, write it; return the exit code."""
     torch.set_num_threads(args.threads or torch.get_num_threads())

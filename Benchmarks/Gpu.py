@@ -30,6 +30,7 @@ import torch
 import Flags
 import Graphs
 import Runs
+import Signals
 import TrainCamNet
 import TrainISICLE
 import TrainSimCLR
@@ -418,6 +419,7 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
+@Signals.heartbeat("measuring")
 def main(args):
     """Run the parts, write their rows; return 0, or 1 if a part has an error or a test failed."""
     if args.device.startswith("cuda") and not torch.cuda.is_available():

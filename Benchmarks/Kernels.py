@@ -17,6 +17,7 @@ import torch
 
 import Flags
 import Runs
+import Signals
 import TrainCamNet
 import TrainISICLE
 import TrainSimCLR
@@ -166,6 +167,7 @@ CAMNETS = {
 # ---------------------------------------------------------------------------------------------------- script
 
 
+@Signals.heartbeat("measuring")
 def main(args):
     """Count, print a line for each row, write the rows; return the exit code."""
     with PretendCuda(Utils.ROOT) as gpu:

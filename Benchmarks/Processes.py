@@ -24,6 +24,7 @@ import torch
 import Distributed
 import Flags
 import Runs
+import Signals
 import Utils
 from Benchmarks.Floor import CPU, camnet_trainer, simclr_trainer
 from Benchmarks.Gpu import steps_of
@@ -121,6 +122,7 @@ def run(args, processes, threads):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@Signals.heartbeat("measuring")
 def main(args):
     """Measure all ways in turns, print a table, write it; return the exit code."""
     if args.work:

@@ -23,6 +23,7 @@ import torch
 
 import Flags
 import Runs
+import Signals
 import TrainCamNet
 import Utils
 from Benchmarks.Collect import newest_generator
@@ -218,6 +219,7 @@ def _wait(device):
         torch.cuda.synchronize(device)
 
 
+@Signals.heartbeat("measuring")
 def main(args):
     """Measure, print a table, write it; return the exit code."""
     device = Utils.pick_device(args.device)

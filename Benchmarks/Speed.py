@@ -33,6 +33,7 @@ from torchvision.transforms import v2
 
 import Flags
 import Runs
+import Signals
 import TrainISICLE
 import TrainSimCLR
 import Utils
@@ -331,6 +332,7 @@ def check(device, ratios):
     return 0
 
 
+@Signals.heartbeat("measuring")
 def main(args):
     """Measure, print a table, write it; return the exit code."""
     device = Utils.pick_device(args.device)
