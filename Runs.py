@@ -27,7 +27,7 @@ torchvision = LazyModule("torchvision")
 
 NOT_FINITE = "loss or weights are not finite"
 FIRST = ("data", "epochs", "lr", "pair", "seed")  # columns of TensorBoard's table of runs, which it sorts by name
-TEXT = ("data", "pair", "net", "corrupt", "backbone")  # flags whose values are words
+TEXT = ("data", "pair", "p_gen", "net", "corrupt", "backbone")  # flags whose values are, or can be, words
 SCORES = ("Accuracy/knn", "Accuracy/linear", "Pairs/alignment", "Train/best_of_1", "Train/diversity_pixels")
 METRICS = "metrics.jsonl"
 NAME_LENGTH = 100  # of a run folder's name, without its hash
@@ -303,7 +303,7 @@ class Run:
         """
         shown = {}
         for name, value in hyper.items():
-            value = "" if value is None else value
+            value = str(value) if name == "p_gen" else "" if value is None else value
             shown[name] = Utils.shown(value) if isinstance(value, str) else value
         if "/" in shown["data"]:  # TensorBoard cuts off the end of a long value
             shown["data"] = f"{Path(shown['data']).name} ({shown['data']})"

@@ -180,7 +180,8 @@ class Restored:
         asked = images[:ASKED]
         view = Flags.augmentation_for(self.args)(asked, torch.Generator().manual_seed(0))
         restored = self.synthetic(rows[:ASKED], asked, step=0)
-        of_view, of_restored = Evaluate.neighbours_kept(self.encoder, images, [view, to_float(restored)])
+        k = min(20, max(1, len(images) // 10))
+        of_view, of_restored = Evaluate.neighbours_kept(self.encoder, images, [view, to_float(restored)], k)
         share = of_restored / max(of_view, 1e-6)
         p_gen = round(min(MOST, share), 3)
         print(

@@ -15,6 +15,7 @@ from helpers import (
     content,
     count_lines,
     different,
+    flags_on_board,
     lines,
     losses,
     no_file_larger_than,
@@ -227,6 +228,7 @@ def test_auto_measures_p_gen_after_the_first_epochs(quick, models, generator, tm
     folder = only_run(tmp_path / "a", "TrainISICLE-*")
     assert shares(folder) == pytest.approx([0, p_gen / 3, p_gen / 3], abs=0.06)
     assert torch.load(folder / "3.pt", weights_only=True)["p_gen"] == p_gen
+    assert flags_on_board(folder)["p_gen"] == "auto"
 
     for last in ("1.pt", "2.pt"):
         copy = tmp_path / last
