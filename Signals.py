@@ -90,21 +90,23 @@ def heartbeat(what, every=10.0):
         with contextlib.suppress(OSError):  # standard error may be closed
             os.write(2, f"{what}: {time.monotonic() - started:.0f} s so far\n".encode())
 
-    before = signal.signal(signal.SIGALRM, say)
-    signal.siginterrupt(signal.SIGALRM, False)  # libraries that wait for the network or a disk go on
-    signal.setitimer(signal.ITIMER_REAL, every, every)
+    before = signal.getsignal(signal.SIGALRM)
     try:
+        signal.signal(signal.SIGALRM, say)
+        signal.siginterrupt(signal.SIGALRM, False)  # libraries that wait for the network or a disk go on
+        signal.setitimer(signal.ITIMER_REAL, every, every)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
-def end_with_parent():
-    """Let the system send SIGTERM to this process when torchrun, which started it, dies (Linux only)."""
+def end_with_parent(signum=signal.SIGTERM):
+    """Let the system send a signal to this process when the one that started it, torchrun for example, dies (Linux
+    only)."""
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signum)
 
 
 def _is_own_script():

@@ -248,8 +248,8 @@ class Restored:
         return self.bank.take(indices, first)[:, 0].to(images.device)
 
     def logged(self):
-        """Return the share of synthetic images among the last views, for the log."""
-        return {"synthetic_share": self.synthetic_share}
+        """Return --p_gen as it is used, and the share of synthetic images among the last views, for the log."""
+        return {"p_gen": self.p_gen or 0.0, "synthetic_share": self.synthetic_share}
 
 
 class Corrupted(Restored):

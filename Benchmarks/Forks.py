@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+import Signals
 import Utils
 from CamNet.Bank import fingerprint
 from Images import Shapes
@@ -66,6 +67,7 @@ class Child:
 
     def _become(self, script, argv, prepare):
         code = 1
+        Signals.end_with_parent(signal.SIGKILL)
         tqdm.set_lock(threading.RLock())  # tqdm's own one is shared by forks: one that is killed could hold it for ever
         try:
             sys.stdout = sys.stderr = self.log.open("w", buffering=1)

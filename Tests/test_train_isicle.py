@@ -185,7 +185,7 @@ def test_a_pair_holds_the_image_and_restorations_of_it(pair, real):
             assert (view == 0).all()
         else:
             assert ((view - 1) // 10 == torch.arange(6)).all()  # a restoration of its own image
-    assert positives.logged() == {"synthetic_share": pytest.approx(1 - sum(real) / len(real))}
+    assert positives.logged() == {"p_gen": 1.0, "synthetic_share": pytest.approx(1 - sum(real) / len(real))}
     if pair == "gen_twice":
         assert torch.equal(*views)
 
@@ -226,6 +226,7 @@ def test_auto_measures_p_gen_after_the_first_epochs(quick, models, generator, tm
     p_gen, kept, usual = map(float, re.search(r"auto: (\S+): .* keep (\d+)% .* views (\d+)%", done.out).groups())
     assert p_gen == pytest.approx(min(0.5, kept / usual), abs=0.05)
     folder = only_run(tmp_path / "a", "TrainISICLE-*")
+    assert [line["p_gen"] for line in lines(folder) if "p_gen" in line] == [0.0] * 30 + [p_gen] * 60
     assert shares(folder) == pytest.approx([0, p_gen / 3, p_gen / 3], abs=0.06)
     assert torch.load(folder / "3.pt", weights_only=True)["p_gen"] == p_gen
     assert flags_on_board(folder)["p_gen"] == "auto"
