@@ -11,10 +11,10 @@ import Data
 import Distributed
 import Runs
 import Utils
+from CamNet import Measures
 from CamNet.Bank import Bank, fill, fingerprint, read, restore
 from CamNet.Corruptions import Corruption
 from CamNet.Generator import Generator
-from CamNet.Measures import READ, REMEDY, unfit
 from Distributed import first_rank_only, say
 
 
@@ -116,7 +116,7 @@ class BankSchedule:
 def filling_seconds(args, split, device, generator, autocast, seed, most=64):
     """Return the seconds that one process takes to fill a bank, estimated from a few images."""
     rows, images = next(iter(split.batches([torch.arange(min(most, len(split)))], device)))
-    with torch.no_grad(), autocast():
+    with autocast():
         frozen = generator.frozen()
     for _ in range(2):  # the first warms up
         started = time.perf_counter()
@@ -200,10 +200,10 @@ def load_generator(file, args, split, asked):
     say(f"generator: {Utils.shown(file)}")
     if state.get("data_fingerprint") != split.fingerprint():
         say(f"warning: this generator was trained on other images ({Utils.shown(state['args']['data'])})")
-    measures = Utils.read_json(file.parent / "generator.json", READ, unfit)
-    reason = unfit(measures) if measures else None
-    if reason:
-        say(f"warning: this generator is not fit for positives: {reason}: {REMEDY}")
+    measures = Utils.read_json(file.parent / "generator.json", Measures.READ, Measures.unfit)
+    warning = Measures.warning(measures) if measures else None
+    if warning:
+        say(warning)
     return state
 
 

@@ -66,8 +66,7 @@ class Run:
         self.script = script[0] if script else "?"
         self.is_generator = self.script == "TrainCamNet"
 
-        if self.script != "TrainCamNet":
-            self.flags.pop("eval", None)  # the scores themselves say of which split they are
+        self.flags.pop("eval", None)  # the scores themselves say of which split they are
 
         # Progress: epochs done and wanted.
         last = next(self.objects("metrics.jsonl"), {})

@@ -255,7 +255,8 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, statistics, count, eps):
         ctx.save_for_backward(x, weight, statistics)
-        ctx.count, ctx.eps = count, eps
+        ctx.count = count
+        ctx.eps = eps
         return F.batch_norm(x, *statistics, weight, bias, eps=eps)
 
     @staticmethod

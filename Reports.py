@@ -112,6 +112,12 @@ def duration(seconds):
     return f"{seconds / 3600:.1f} h"
 
 
+def times(spent, left):
+    """Return in words what has passed and what is left. left: seconds; 0 or None: nothing, or not known."""
+    text = f"{spent:.0f} s"
+    return f"{text}, about {duration(left)} left" if left else text
+
+
 def plural(count, noun):
     """Return a count with its noun."""
     ending = "es" if noun.endswith("s") else "s"

@@ -303,7 +303,10 @@ class Run:
         """
         shown = {}
         for name, value in hyper.items():
-            value = str(value) if name == "p_gen" else "" if value is None else value
+            if value is None:
+                value = ""
+            if name == "p_gen":  # a number or "auto"
+                value = str(value)
             shown[name] = Utils.shown(value) if isinstance(value, str) else value
         if "/" in shown["data"]:  # TensorBoard cuts off the end of a long value
             shown["data"] = f"{Path(shown['data']).name} ({shown['data']})"

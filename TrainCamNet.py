@@ -34,11 +34,11 @@ import Reports
 import Runs
 import Utils
 from Backbones import count_parameters
-from CamNet import IMLE, Distances, Energy
+from CamNet import IMLE, Distances, Energy, Measures
 from CamNet.Codes import Purpose, make_keys, uniforms
 from CamNet.Corruptions import pyramid
 from CamNet.Generator import NETS, Generator
-from CamNet.Measures import AT_ONCE, READ, REMEDY, SHOWN, HeldOut, fitness_table, unfit
+from CamNet.Measures import AT_ONCE, READ, SHOWN, HeldOut, fitness_table, unfit
 from Distributed import say
 from Flags import bounded
 from Optimizers import learning_rate
@@ -422,7 +422,8 @@ def train(trainer, run, interruption, title):
     """Train to the last period or to an interruption; return whether it was interrupted."""
     args = trainer.args
     pace = Reports.Pace(trainer.step, trainer.steps, trainer.device)
-    first_step, began = trainer.step, time.perf_counter()
+    first_step = trainer.step
+    began = time.perf_counter()
     while trainer.step < trainer.steps:
         # search
         started = time.perf_counter()
@@ -467,7 +468,7 @@ def train(trainer, run, interruption, title):
             return True
         now = time.perf_counter()
         left = (now - began) / (trainer.step - first_step) * (trainer.steps - trainer.step)
-        times = f"{now - started:.0f} s" + (f", about {Reports.duration(left)} left" if left else "")
+        times = Reports.times(now - started, left)
         Distributed.first_rank_only(partial(finish_period, trainer, run, title, mean, times))
     return False
 
@@ -628,9 +629,9 @@ def show_result(folder, result, alone):
     result = {name: Utils.shown(value) if isinstance(value, str) else value for name, value in result.items()}
     print(fitness_table(result))
     if alone:
-        reason = unfit(result)
-        if reason:
-            print(f"warning: this generator is not fit for positives: {reason}: {REMEDY}")
+        warning = Measures.warning(result)
+        if warning:
+            print(warning)
         Runs.farewell(folder)
 
 

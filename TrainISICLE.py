@@ -55,6 +55,8 @@ PAIRS = {  # --pair NAME
 }
 
 
+NUM_POS = 3  # default of --num_pos
+
 # --p_gen auto, with a pair that has the image
 MOST = 0.5  # the highest probability
 TRIAL = 0.2  # share of the epochs, the first ones, without restorations; then the encoder compares neighbours
@@ -106,7 +108,7 @@ def add_positives(group):
         help="epochs until the probability reaches --p_gen",
     )
     add("--num_codes", type=bounded(int, 1), default=8, metavar="K", help="restorations of each image in the bank")
-    add("--num_pos", type=bounded(int, 2), default=3, metavar="M", help="views of --pair multi")
+    add("--num_pos", type=bounded(int, 2), default=NUM_POS, metavar="M", help="views of --pair multi")
     pick = "which of the K restorations a step uses; farthest: those whose features differ most"
     add("--pick", choices=["random", "farthest"], default="random", help=pick)
     refresh = "epochs until the bank is made again with new codes; 0: one bank for the whole run"
@@ -411,6 +413,8 @@ def check_disk(args, split):
 def make_positives(args, splits, device):
     """Return the source of positives of a run's flags. Raises UserError on flags that do not go together."""
     split = splits.train
+    if args.num_pos != NUM_POS and args.pair != "multi":
+        Distributed.say(f"--num_pos {args.num_pos} has no effect with --pair {args.pair}: only --pair multi has it")
     source = Restored(args, warmup_steps=args.gen_warmup * (len(split) // args.bs), split=split)
     TrainSimCLR.check_views(args, len(source))  # before a generator is trained
     if args.p_gen == 0:

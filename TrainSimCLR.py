@@ -489,9 +489,8 @@ def finish_epoch(trainer, run, splits, loss, wait, interruption):
         text = "".join(f"  {name} {100 * value:.2f} %" for name, value in scores.items())
         if isinstance(trainer.train_split, StreamedSplit):
             text = f"  waiting for images {100 * wait:.0f} %{text}"
-        times = f"{run.clock():.0f} s"
-        if trainer.pace.seconds is not None and not is_last:
-            times += f", about {Reports.duration(trainer.pace.left(trainer.step))} left"
+        left = None if trainer.pace.seconds is None else trainer.pace.left(trainer.step)
+        times = Reports.times(run.clock(), left)
         tqdm.write(f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  {times}{text}")
     Distributed.barrier()
     return Distributed.any_process(interruption.signal is not None)
@@ -642,8 +641,6 @@ def note_unused(args):
     """Print which given flags change nothing."""
     if args.gen_weight != 1 and args.loss in ("lout", "lin"):
         say(f"--gen_weight {args.gen_weight:g} has no effect with --loss {args.loss}")
-    if getattr(args, "num_pos", 3) != 3 and args.pair != "multi":
-        say(f"--num_pos {args.num_pos} has no effect with --pair {args.pair}: only --pair multi has it")
 
 
 def check_chunks(args, net, smallest):

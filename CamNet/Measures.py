@@ -173,9 +173,6 @@ READ += ("distance", "corrupt")
 READ += ("seconds_search_per_1000", "seconds_train_per_1000", "peak_memory_bytes")  # by both functions below
 
 
-REMEDY = "train it for more --periods, or search more --candidates"  # for one that is unfit
-
-
 def unfit(result):
     """Return why the samples of this generator are not fit as positives, or None. result: see `HeldOut.measure`."""
     best = result["best_of_16"]
@@ -196,6 +193,15 @@ def unfit(result):
     if not share > LEAST_SHARE:
         return f"samples differ by {share:.0%} of their distance to the image: less than {LEAST_SHARE:.0%}"
     return None
+
+
+def warning(result):
+    """Return a line that warns of a generator that is not fit for positives, with the remedy, or None."""
+    reason = unfit(result)
+    if reason is None:
+        return None
+    remedy = "train it for more --periods, or search more --candidates"
+    return f"warning: this generator is not fit for positives: {reason}: {remedy}"
 
 
 def fitness_table(result):
