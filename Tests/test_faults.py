@@ -499,6 +499,13 @@ def test_evaluation_asks_for_the_new_place_of_data_that_have_moved(copied, data,
 # ---------------------------------------------------------------------------------------------------- kills
 
 
+def rest(seconds):
+    """Do nothing for a while. In short sleeps: a signal just before a sleep is handled by Python only after it."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.01)
+
+
 def hang(module, name, flag, times=1, seconds=300):
     """Return a function for Child: the `times`th call of module.name makes the file `flag` and then takes long."""
 
@@ -510,7 +517,7 @@ def hang(module, name, flag, times=1, seconds=300):
             calls.append(1)
             if len(calls) == times:
                 flag.touch()
-                time.sleep(seconds)
+                rest(seconds)
             return work(*args, **options)
 
         setattr(module, name, slow)
