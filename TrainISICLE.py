@@ -174,8 +174,8 @@ class Restored:
     def measured_p_gen(self):
         """Return the probability of a restoration by what the encoder has learnt so far; no label is used.
 
-        At most MOST, and at most the share of its image's neighbours that a restoration keeps, where 1 is what a
-        random view keeps.
+        At most MOST, and at most the square of the share of its image's neighbours that a restoration keeps, where 1
+        is what a random view keeps. The square, since with the share itself natural images lost by restorations.
         """
         rows = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(0))[:COMPARED]
         rows, images = next(iter(self.split.batches([rows], next(self.encoder.parameters()).device)))
@@ -185,7 +185,7 @@ class Restored:
         k = min(20, max(1, len(images) // 10))
         of_view, of_restored = Evaluate.neighbours_kept(self.encoder, images, [view, to_float(restored)], k)
         share = of_restored / max(of_view, 1e-6)
-        p_gen = round(min(MOST, share), 3)
+        p_gen = round(min(MOST, share**2), 3)
         print(
             f"--p_gen auto: {p_gen:g}: restorations keep {of_restored:.0%} of their images' nearest neighbours, "
             f"random views {of_view:.0%}",

@@ -224,7 +224,7 @@ def test_auto_measures_p_gen_after_the_first_epochs(quick, models, generator, tm
     done = cli(quick(tmp_path / "a", *argv))
     assert done.code == 0, done.err
     p_gen, kept, usual = map(float, re.search(r"auto: (\S+): .* keep (\d+)% .* views (\d+)%", done.out).groups())
-    assert p_gen == pytest.approx(min(0.5, kept / usual), abs=0.05)
+    assert p_gen == pytest.approx(min(0.5, (kept / usual) ** 2), abs=0.05)
     folder = only_run(tmp_path / "a", "TrainISICLE-*")
     assert [line["p_gen"] for line in lines(folder) if "p_gen" in line] == [0.0] * 30 + [p_gen] * 60
     assert shares(folder) == pytest.approx([0, p_gen / 3, p_gen / 3], abs=0.06)
