@@ -565,7 +565,6 @@ def finish_run(trainer, run, splits, again):
     Utils.write_json(file, result)
     scores = {name: result[name] for name in ("knn", "linear")}
     run.show_flags(Flags.hyper_parameters(trainer.args))
-    run.baseline("chance", {"knn": result["chance"], "linear": result["chance"]}, trainer.step)
     if untrained:
         run.baseline("untrained", {name: result[f"untrained_{name}"] for name in scores}, trainer.step)
         run.baseline("pixels", {"knn": result["pixels_knn"]}, trainer.step)
@@ -748,6 +747,8 @@ def pretrain(args, row, folder, splits, trainer):
     run = Runs.Run(folder, args, trainer.device, resumed_step, writes=trainer.rank == 0)
     with contextlib.closing(run):
         describe(args, row, splits, trainer, folder)
+        if run.writes and Evaluate.can_probe(splits):
+            run.baseline("chance", dict.fromkeys(("knn", "linear"), Evaluate.chance(splits)), trainer.steps)
         if run.writes and unscored:
             with Distributed.alone():
                 score_epoch(trainer, run, splits)

@@ -274,6 +274,8 @@ def test_title_says_what_was_not_the_default(done):
     assert Tables.title_of(default) == row["title"]
     other = row | {"flags": row["flags"] | {"p_gen": 1.0, "corrupt": "gray"}}
     assert Tables.title_of(other) == f"{row['title']}, --p_gen 1, --corrupt gray"
+    folder = row | {"flags": row["flags"] | {"data": "/on/another/machine", "p_gen": 0.5}}
+    assert Tables.title_of(folder) == f"{row['title']}, --p_gen 0.5"
 
 
 def test_command_is_the_shortest_that_has_the_flags(done):

@@ -529,7 +529,7 @@ KILLED_AT = {
     "after a save": ("TrainSimCLR", TrainSimCLR, "score_epoch", 1),
     "after another save": ("TrainSimCLR", TrainSimCLR, "score_epoch", 2),
     "in the final scoring": ("TrainSimCLR", Evaluate, "evaluate", 1),
-    "after evaluation.json": ("TrainSimCLR", Runs.Run, "baseline", 1),
+    "after evaluation.json": ("TrainSimCLR", Runs.Run, "show_flags", 1),
     "before the projector": ("TrainSimCLR", Reports, "show_embedding", 1),
     "before encoder.pt": ("TrainSimCLR", TrainSimCLR, "save_encoder", 1),
     "before a picture": ("TrainCamNet", Runs.Run, "picture", 1),
@@ -716,7 +716,7 @@ def test_a_full_disk_is_one_line_wherever_it_is_met(copied, cli, monkeypatch, pl
     monkeypatch.setattr(target, name, fail)
     done = cli(run.argv)
     one_error(done, "cannot write", "No space left", "free space")
-    assert ("linear probe" in done.out) == (place in ("baselines", "the projector", "evaluation.json"))
+    assert ("linear probe" in done.out) == (place in ("the projector", "evaluation.json"))
     monkeypatch.undo()
     monkeypatch.setattr(sys, "argv", sys.argv)
     assert cli(run.argv).code == 0

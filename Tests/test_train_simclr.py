@@ -252,6 +252,8 @@ def test_sigterm_saves_inside_the_epoch_and_resume_auto_gives_the_same_bits(inte
     assert str(folder / "1+5.pt") in done.out
     assert not (folder / "evaluation.json").exists()
     assert losses(folder).keys() == set(range(1, 36))
+    chance = EventAccumulator(str(folder / "chance")).Reload().Scalars("Accuracy/linear")
+    assert [(point.step, round(point.value)) for point in chance] == [(0, 10), (90, 10)]  # shown from the start
     done = cli([*argv, "--resume", "auto"])
     assert done.code == 0
     assert "continuing at step 35:" in done.out
