@@ -63,7 +63,7 @@ class BankSchedule:
         try:
             images = read(self.file(index), len(self.split), self.split.size)
         except ValueError as error:
-            raise Utils.UserError(f"{error}; or delete it") from error
+            raise Utils.UserError(f"{error}: delete it; it is then made again") from error
         self.bank = None  # room for the next one
         self.bank = Bank(images, self.device, Utils.is_held(self.args.bank_storage, images.nbytes, self.device))
         self.index = index

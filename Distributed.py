@@ -1,6 +1,6 @@
 """Several processes as one (torchrun): they share a batch, or a list of parts, and the result is that of one process.
 
-Only this file asks which process this is, and how many there are.
+All calls of torch.distributed are in this file.
 """
 
 import contextlib

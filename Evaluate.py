@@ -1,6 +1,6 @@
 """Score an encoder by kNN, linear probes and fine-tuning, next to chance, raw pixels and the untrained encoder.
 
-    python Evaluate.py Models/RUN/40.pt                       # the file holds all that is needed
+    python Evaluate.py Models/RUN/40.pt                       # flags and weights come from the file
     python Evaluate.py Models/RUN --eval test --finetune 20   # the newest checkpoint of a run
     torchrun --nproc_per_node=2 Evaluate.py Models/RUN        # the processes share the features
 
@@ -365,7 +365,7 @@ def get_args(argv=None):
     finetune = "also fine-tune a copy of the encoder, for that many epochs"
     add("--finetune", type=Flags.bounded(int, 0), default=0, metavar="EPOCHS", help=finetune)
     add("--out", metavar="FILE", help="file to write; default: evaluation-EPOCH-SPLIT.json next to the checkpoint")
-    Flags.add_reading(parser.add_argument_group("reading images (default: as in the run)"))
+    Flags.add_reading(parser.add_argument_group("reading images (default but for --device: as in the run)"))
     parser.set_defaults(n_workers=None, data_dir=None, storage=None, skip_bad=None)
     return parser.parse_args(argv)
 
@@ -381,7 +381,7 @@ def main(args):
         raise Utils.UserError(f"{args.checkpoint} holds no checkpoint: give a .pt file or another folder")
     state = Utils.load_(file)
     if not {"args", "encoder", "epoch"} <= state.keys():
-        raise Utils.UserError(f"{file} holds no encoder: give a checkpoint of TrainSimCLR.py")
+        raise Utils.UserError(f"{file} holds no encoder: give a checkpoint of TrainSimCLR.py or TrainISICLE.py")
     Utils.check_run(file, state)
     given = {key: value for key, value in vars(args).items() if value is not None}
     flags = usual_flags(file, state["args"]) | state["args"] | given

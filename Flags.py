@@ -173,7 +173,7 @@ def add_run_group(parser, unit):
     add("--suffix", default="", help="a word of your own in the run folder's name")
     resume = "continue from a checkpoint, with its flags; auto: from the newest one of this run, if there is one"
     add("--resume", metavar="FILE|auto", help=resume)
-    dry_run = "print what the run would do, its time and its memory, from a few real steps; write nothing"
+    dry_run = "print what the run would do, its time and its memory, from a few real steps; make no run folder"
     add("--dry_run", action="store_true", help=dry_run)
     add("--log_iter", type=bounded(int, 1), default=20, metavar="N", help="steps between logged lines")
     save = f"{unit} between checkpoints; 0: only at the end"

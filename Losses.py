@@ -135,6 +135,7 @@ def view_statistics(z):
                        evenly over the sphere, 0 when all embeddings are equal (collapse)
         alignment      mean squared distance between the first two views of an image, 0 (equal) to 4
         uniformity     log of the mean Gaussian potential exp(-2 d^2) between images, 0 (collapse) to about -4
+    The first and the last are those of the first view.
     """
     z = F.normalize(z.float(), dim=2)
     n, d = z.shape[1:]

@@ -1,7 +1,8 @@
 """Train CAM-Net, the generator of restorations, by conditional implicit maximum likelihood (cIMLE); measure it.
 
     python TrainCamNet.py                                        # generated shapes: minutes on two cores
-    python TrainCamNet.py --data cifar10 --net small             # LPIPS; --data PATH takes any folder of images
+    python TrainCamNet.py --data cifar10 --distance squeeze      # LPIPS; its weights are downloaded once
+    python TrainCamNet.py --data PATH                            # any folder of images
     python TrainCamNet.py --data Data/camnet_data/miniImagenet   # what Data/InvertDirStructure.py wrote
     torchrun --nproc_per_node=2 TrainCamNet.py --data cifar10    # they share the search, and each batch
 
@@ -44,9 +45,9 @@ from Flags import bounded
 from Optimizers import learning_rate
 
 HELD_OUT = 256  # images that the generator is measured on, at most a tenth of the data
+FEW = 32  # of these images, which are measured after every period
 CHUNK = 1024  # candidates in a forward pass of the search
 CUDA_CHUNK = 4096  # on CUDA, where most of the time of a smaller one is launching kernels
-FEW = 32  # of these, which are measured after every period
 SINGLE = "single_code"  # subfolder of a run: the same net, trained on one code per image
 
 
@@ -125,7 +126,7 @@ def add_search_flags(group, device_type):
     add("--alpha", type=bounded(float, 0), default=0.1, help=alpha)
     side = "side to which smaller images are enlarged for LPIPS; 0: as they are"
     add("--lpips_side", type=bounded(int, 0), default=64, metavar="PX", help=side)
-    weights = "weights of the LPIPS backbone; default: torchvision's, downloaded once"
+    weights = "file of torchvision's weights of the LPIPS backbone; default: they are downloaded once"
     add("--lpips_weights", metavar="FILE", help=weights)
 
 
@@ -637,12 +638,12 @@ def show_result(folder, result, alone):
 
 @contextlib.contextmanager
 def warnings_in_one_line():
-    """Print warnings from this file, such as that memory ran out in the search, without file, line and source."""
+    """Print the warning that memory ran out in the search without file, line and source."""
     with warnings.catch_warnings():
         usual = warnings.showwarning
 
         def show(message, category, filename, *rest):
-            if Path(filename) == Path(__file__):
+            if issubclass(category, IMLE.OutOfMemoryWarning):
                 tqdm.write(f"warning: {message}", file=sys.stderr)
             else:
                 usual(message, category, filename, *rest)
@@ -750,7 +751,7 @@ def try_out(args, device, folder):
     memory = Utils.peak_memory(trainer.device) / 2**30
     twice = ", and as much for the net of one code" if args.single_code else ""
     say(f"generator: about {Reports.duration(seconds)}{twice}; memory {memory:.1f} GiB")
-    say("dry run of the generator: nothing was written")
+    say("dry run of the generator: no run folder was made")
     return trainer, seconds
 
 

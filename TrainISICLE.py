@@ -58,10 +58,10 @@ PAIRS = {  # --pair NAME
 NUM_POS = 3  # default of --num_pos
 
 # --p_gen auto, with a pair that has the image
-MOST = 0.5  # the highest probability
-TRIAL = 0.2  # share of the epochs, the first ones, without restorations; then the encoder compares neighbours
-COMPARED = 2000  # images
-ASKED = 500  # of them, whose neighbours are compared
+P_GEN_MAX = 0.5
+UNRESTORED = 0.2  # share of the epochs, the first ones, that have no restorations; then neighbours are compared
+QUERIES = 500  # images whose nearest neighbours are compared with those of their restorations
+NEIGHBOURS_AMONG = 2000  # images among which neighbours are looked for
 
 # ---------------------------------------------------------------------------------------------------- flags
 
@@ -97,15 +97,16 @@ def add_positives(group):
     add = group.add_argument
     pairs = "; ".join(f"{name}: {pair.what}" for name, pair in PAIRS.items())
     add("--pair", choices=list(PAIRS), default="real_real_gen", help=f"views of a step; {pairs}")
-    p_gen = "probability of each restoration of the pair; otherwise the image takes its place; auto: 0 at first, then "
-    p_gen += f"at most {MOST:g}, less where a restoration has other nearest neighbours than its image"
+    p_gen = "probability of each restoration of the pair; otherwise the image takes its place; auto: 0 in the first "
+    p_gen += f"fifth of the epochs, then at most {P_GEN_MAX:g}, less where restorations have other nearest neighbours "
+    p_gen += f"than their images; {P_GEN_MAX:g} for pairs without the image and in runs of one epoch"
     add("--p_gen", type=probability, default="auto", metavar="P", help=p_gen)
     add(
         "--gen_warmup",
         type=bounded(float, 0),
         default=0.0,
         metavar="E",
-        help="epochs until the probability reaches --p_gen",
+        help="epochs, from the first one on, in which the probability rises to --p_gen",
     )
     add("--num_codes", type=bounded(int, 1), default=8, metavar="K", help="restorations of each image in the bank")
     add("--num_pos", type=bounded(int, 2), default=NUM_POS, metavar="M", help="views of --pair multi")
@@ -148,7 +149,7 @@ class Restored:
         self.warmup_steps = warmup_steps
         self.p_gen = args.p_gen  # probability of a restoration; None: not known yet
         if args.p_gen == "auto":
-            self.p_gen = None if self.pair.real and args.epochs > 1 else MOST
+            self.p_gen = None if self.pair.real and args.epochs > 1 else P_GEN_MAX
         self.bank = None
         self.encoder = None  # the one that is trained; set by the Trainer
         self.fingerprint = ""  # identifies the generator or the bank; checked on resume
@@ -168,24 +169,24 @@ class Restored:
         """Take the bank of an epoch; see TrainSimCLR.SamePair."""
         if self.bank_of_epoch:
             self.bank = self.bank_of_epoch(epoch)
-        if self.p_gen is None and epoch >= TRIAL * self.args.epochs:
+        if self.p_gen is None and epoch >= UNRESTORED * self.args.epochs:
             self.p_gen = Distributed.first_rank_only(self.measured_p_gen)
 
     def measured_p_gen(self):
         """Return the probability of a restoration by what the encoder has learnt so far; no label is used.
 
-        At most MOST, and at most the square of the share of its image's neighbours that a restoration keeps, where 1
-        is what a random view keeps. The square, since with the share itself natural images lost by restorations.
+        It is the square of the share of its image's neighbours that a restoration keeps, where 1 is what a random view
+        keeps; at most P_GEN_MAX. The square, since with the share itself natural images lost by restorations.
         """
-        rows = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(0))[:COMPARED]
+        rows = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(0))[:NEIGHBOURS_AMONG]
         rows, images = next(iter(self.split.batches([rows], next(self.encoder.parameters()).device)))
-        asked = images[:ASKED]
+        asked = images[:QUERIES]
         view = Flags.augmentation_for(self.args)(asked, torch.Generator().manual_seed(0))
-        restored = self.synthetic(rows[:ASKED], asked, step=0)
+        restored = self.synthetic(rows[:QUERIES], asked, step=0)
         k = min(20, max(1, len(images) // 10))
         of_view, of_restored = Evaluate.neighbours_kept(self.encoder, images, [view, to_float(restored)], k)
         share = of_restored / max(of_view, 1e-6)
-        p_gen = round(min(MOST, share**2), 3)
+        p_gen = round(min(P_GEN_MAX, share**2), 3)
         print(
             f"--p_gen auto: {p_gen:g}: restorations keep {of_restored:.0%} of their images' nearest neighbours, "
             f"random views {of_view:.0%}",
@@ -210,7 +211,7 @@ class Restored:
         columns = self.columns(indices, step)
 
         # restorations, by one copy to the device: of the numbers, or of images that a mapped bank has read
-        if self.bank.on_device:
+        if self.bank.is_tensor:
             sent = send({"rows": indices, "columns": columns, "is_restored": is_restored}, images.device)
             restored = self.bank.take(sent["rows"], sent["columns"])
         else:
@@ -255,11 +256,13 @@ class Restored:
 
 
 class Corrupted(Restored):
-    """A control without a generator: both views are c(x), enlarged to the size of the image."""
+    """A control without a generator: both views are always c(x), enlarged to the size of the image."""
 
     def __init__(self, args, corruption):
         super().__init__(args)
         self.corruption = corruption
+        self.fingerprint = corruption.spec
+        self.p_gen = 1.0
         self.synthetic_share = 1.0
 
     @property
@@ -315,7 +318,7 @@ def farthest(candidates, count, images, encoder):
 # ---------------------------------------------------------------------------------------------------- generator, bank
 
 
-NOT_CAMNETS = ("data", "size", "models_dir", "resume", "dry_run")  # flags of TrainCamNet.py that --camnet cannot have
+REFUSED_IN_CAMNET = ("data", "size", "models_dir", "resume", "dry_run")  # flags of TrainCamNet.py
 
 
 def _camnet_parser():
@@ -331,7 +334,7 @@ def generator_flags(args):
     Raises ValueError if the corruption that is asked for does not exist or fit.
     """
     words = shlex.split(args.camnet)
-    own = [name for name in NOT_CAMNETS if name in Flags.given_flags(_camnet_parser(), words)]
+    own = [name for name in REFUSED_IN_CAMNET if name in Flags.given_flags(_camnet_parser(), words)]
     if own:
         raise Utils.UserError(f"--camnet {args.camnet}: --{own[0]} cannot be in it: give it to this script itself")
     given = Flags.parse([*words, f"--data={args.data}"], TrainCamNet.build_parser)
@@ -354,8 +357,9 @@ def generator_words(args, words):
     for name in ("size", "device", "n_workers", "data_dir", "storage", "models_dir", "precision"):
         if getattr(args, name) != getattr(usual, name):
             argv.append(f"--{name}={getattr(args, name)}")
-    if args.skip_bad:
-        argv.append("--skip_bad")
+    for name in ("skip_bad", "deterministic"):
+        if getattr(args, name):
+            argv.append(f"--{name}")
     return [*argv, "--no-single_code", *words]
 
 
@@ -381,6 +385,8 @@ def train_generator(args, split, words, asked):
 
 def check_flags(args):
     """Raise UserError on flags that do not go together."""
+    if args.bank and args.pair == "corrupted":
+        raise Utils.UserError(f"--bank {args.bank}: --pair corrupted needs no restorations: leave one of them out")
     if args.bank:
         for name in ("generator", "corrupt", "camnet", "refresh"):
             if getattr(args, name):
@@ -417,7 +423,7 @@ def make_positives(args, splits, device):
         Distributed.say(f"--num_pos {args.num_pos} has no effect with --pair {args.pair}: only --pair multi has it")
     source = Restored(args, warmup_steps=args.gen_warmup * (len(split) // args.bs), split=split)
     TrainSimCLR.check_views(args, len(source))  # before a generator is trained
-    if args.p_gen == 0:
+    if args.p_gen == 0 and args.pair != "corrupted":
         return source
     check_flags(args)
     with Utils.as_user_error():
@@ -428,7 +434,10 @@ def make_positives(args, splits, device):
 
         # a bank that the user made
         if args.bank:
-            images = read(args.bank, len(split), split.size)
+            try:
+                images = read(args.bank, len(split), split.size)
+            except ValueError as error:
+                raise Utils.UserError(f"--bank {error}: save one by numpy.save") from error
             check_count(args, source, images.shape[1], f"--bank {args.bank}: it holds")
             source.bank = Bank(images, device, Utils.is_held(args.bank_storage, images.nbytes, device))
             source.fingerprint = fingerprint_array(images)
@@ -448,7 +457,7 @@ def make_positives(args, splits, device):
 
 
 def try_out_bank(args, split, device, source, words, asked):
-    """Return the source of a dry run: its bank holds K copies of each image instead of restorations."""
+    """Return the source of a dry run: its bank holds black images instead of restorations."""
     checkpoint = Banks.find_generator(args, split, asked)
     if checkpoint:
         schedule = Banks.BankSchedule(args, split, device, checkpoint, asked)
@@ -460,9 +469,9 @@ def try_out_bank(args, split, device, source, words, asked):
     filling /= Distributed.count()
     source.seconds_before += filling
     Distributed.say(f"bank: {Banks.describe_bank(args, split)}, about {Reports.duration(filling)}")
-    images = torch.cat([images for _, images in split.batches(torch.arange(len(split)).split(512), device)])
-    source.bank = Bank(images[:, None].expand(-1, args.num_codes, -1, -1, -1), device, on_device=False)
-    source.p_gen = MOST if source.p_gen is None else source.p_gen  # to measure steps with restorations
+    black = torch.zeros((), dtype=torch.uint8, device=device)  # expanded it takes no more memory
+    source.bank = Bank(black.expand(len(split), args.num_codes, 3, split.size, split.size), device, copied=False)
+    source.p_gen = P_GEN_MAX if source.p_gen is None else source.p_gen  # to measure steps with restorations
     return source
 
 

@@ -1,12 +1,13 @@
 """Pre-train an encoder with SimCLR (Chen et al. 2020, arXiv:2002.05709), and score it.
 
     python TrainSimCLR.py                                   # generated shapes: minutes on two cores
-    python TrainSimCLR.py --data cifar10 --epochs 100       # ResNet-18; --data PATH takes any folder of images
+    python TrainSimCLR.py --data cifar10 --epochs 100       # ResNet-18 on a GPU, a small net on a CPU
+    python TrainSimCLR.py --data PATH                       # any folder of images
     torchrun --nproc_per_node=2 TrainSimCLR.py --data cifar10
     tensorboard --logdir Models
 
-Writes Models/RUN/: args.json, metrics.jsonl, TensorBoard events, EPOCH.pt, pairs.png, evaluation.json. RUN is made of
-the script's name, the data and the flags that decide what is learnt.
+Writes Models/RUN/: checkpoints, encoder.pt, scores, logs; Models/README.md lists the files. RUN is made of the script's
+name, the data and the flags that decide what is learnt.
 """
 
 import Signals  # first: a signal during the other imports then ends the program with one line
@@ -185,6 +186,7 @@ class Trainer:
     """What a step changes (net, optimizer, random state, position), and the step itself."""
 
     def __init__(self, args, train_split, positives, device, rank=0, world=1):
+        check_views(args, len(positives))
         self.args = args
         self.train_split = train_split
         self.positives = positives
@@ -257,8 +259,8 @@ class Trainer:
         Runs.check_data(file, state, self.train_split, self.args.data)
         if state.get("positives", "") != self.positives.fingerprint:
             raise Utils.UserError(
-                f"{file}: its positives came from another generator or bank: name that one by --generator or --bank, "
-                "or begin another run with --suffix NAME"
+                f"{file}: its positives came from another generator, bank or corruption: name that one by --generator, "
+                "--bank or --corrupt, or begin another run with --suffix NAME"
             )
         Utils.load_parts(file, state, encoder=self.net.encoder, head=self.net.head, optimizer=self.optimizer)
         if state.get("p_gen") is not None:
@@ -586,7 +588,7 @@ def check_flags(args, world):
     with Utils.as_user_error():
         check_backbone(args.backbone, args.small_stem, row.size)
     if args.bs % world:
-        Flags.fit(args, "bs", args.bs // world * world, f"it must be a multiple of the {world} processes")
+        Flags.fit(args, "bs", max(args.bs // world, 1) * world, f"it must be a multiple of the {world} processes")
     return row
 
 
@@ -633,7 +635,8 @@ def check_images(args, row, n, world, device):
 def check_views(args, count):
     """Raise UserError if the loss needs more views than there are."""
     if args.loss == "align" and count == 2:
-        raise Utils.UserError("--loss align: it is for more than two views: choose lout, or a --pair of three")
+        more = "--pair real_real_gen" if "pair" in args else "--num_views 3"
+        raise Utils.UserError(f"--loss align: it is for more than two views: choose --loss lout, or {more}")
 
 
 def note_unused(args):
@@ -706,7 +709,6 @@ def main(args, make_positives=None, script=Path(__file__).stem, build_parser=bui
     with Runs.claimed(folder):
         checkpoint = Distributed.first_rank_only(lambda: Runs.checkpoint_for(args, folder))
         positives = make_positives(args, splits, device) if make_positives else SamePair(args.num_views)
-        check_views(args, len(positives))
         trainer = Trainer(args, splits.train, positives, device, rank, world)
         if checkpoint:
             trainer.load(checkpoint)
@@ -732,7 +734,7 @@ def try_out(args, row, splits, folder, trainer):
     if before:
         together = before + trainer.pace.left(0)
         say(f"generator, bank and training: about {Reports.duration(together)} together")
-    say("dry run: nothing was written")
+    say("dry run: no run folder was made")
     return 0
 
 

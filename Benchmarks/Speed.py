@@ -162,7 +162,7 @@ def isicle_step(flags, split, device, pair=TWO_RESTORATIONS):
     own = TrainISICLE.get_args(list(pair))
     bank = torch.randint(256, (len(split), own.num_codes, 3, split.size, split.size), dtype=torch.uint8)
     positives = TrainISICLE.Restored(argparse.Namespace(**(vars(own) | vars(flags))))  # SimCLR's augmentation
-    positives.bank = Bank(bank.numpy(), device, on_device=True)
+    positives.bank = Bank(bank.numpy(), device, copied=True)
     return our_step(positives.args, split, device, positives=positives)
 
 

@@ -59,16 +59,16 @@ def read(file, n, size):
         images = np.load(file, mmap_mode="r")
     except Exception as error:  # NumPy raises half a dozen types on damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"--bank {file}: no array that NumPy can read ({reason}): save one by numpy.save") from error
+        raise ValueError(f"{file}: no array that NumPy can read ({reason})") from error
     shape = getattr(images, "shape", ())
     fits = len(shape) == 5 and shape[0] == n and shape[1] > 0 and shape[2:] == (3, size, size)
     if not fits or images.dtype != np.uint8:
         wanted = f"uint8 ({n}, K, 3, {size}, {size}), in the order of the train split"
         found = f"{getattr(images, 'dtype', type(images).__name__)} {shape}"
-        raise ValueError(f"--bank {file}: {found}, expected {wanted}")
+        raise ValueError(f"{file}: {found}, expected {wanted}")
     crc = _read_note(_note_of(Path(file))).get("crc")
     if crc is not None and images.nbytes <= CHECKED and crc != checksum(images):
-        raise ValueError(f"--bank {file}: it is damaged (wrong checksum): delete it")
+        raise ValueError(f"{file}: it is damaged (wrong checksum)")
     return images
 
 
@@ -207,8 +207,9 @@ class _Filling:
     def _allocate(self):
         try:
             self.images = np.lib.format.open_memmap(self.part, mode="w+", dtype=np.uint8, shape=self.shape)
-            with self.part.open("r+b") as handle:
-                os.posix_fallocate(handle.fileno(), 0, os.fstat(handle.fileno()).st_size)
+            if hasattr(os, "posix_fallocate"):  # not on macOS, where a full disk is noticed later
+                with self.part.open("r+b") as handle:
+                    os.posix_fallocate(handle.fileno(), 0, os.fstat(handle.fileno()).st_size)
             self.save()
         except OSError:
             self.part.unlink(missing_ok=True)
@@ -288,13 +289,13 @@ def _write_note(note, content):
 class Bank:
     """Restorations uint8 (N, K, 3, H, W), on a device or as a memory map, from which views are picked."""
 
-    def __init__(self, images, device, on_device):
-        """images: array, memory map or tensor. on_device: copy them to the device, or leave them where they are."""
-        if on_device:
+    def __init__(self, images, device, copied):
+        """images: array, memory map or tensor. copied: copy an array to the device, or leave it where it is."""
+        if copied:
             images = torch.from_numpy(np.array(images)).to(device)
         self.images = images
         self.device = torch.device(device)
-        self.on_device = isinstance(images, torch.Tensor)
+        self.is_tensor = isinstance(images, torch.Tensor)  # on the device
         self.k = images.shape[1]
 
     def __len__(self):
@@ -302,7 +303,7 @@ class Bank:
 
     def take(self, rows, columns):
         """Return uint8 (b, c, 3, H, W), where the bank is: columns (b, c) of the restorations of rows (b,), int64."""
-        if not self.on_device:
+        if not self.is_tensor:
             return torch.from_numpy(self.images[rows.cpu().numpy()[:, None], columns.cpu().numpy()])
         rows = rows.to(self.device, non_blocking=True)
         columns = columns.to(self.device, non_blocking=True)

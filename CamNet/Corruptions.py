@@ -92,7 +92,7 @@ def _parse(spec):
 
 
 class Corruption:
-    """The corruption `spec` of size x size images: first grey, then smaller, then masked.
+    """The corruption `spec` of size x size images: first grey; then without low frequencies, or smaller; then masked.
 
     spec is one of these, or several joined by + in any order:
     gray: luminance by ITU-R 601.
@@ -139,6 +139,8 @@ class Corruption:
 
     def __call__(self, images, keys=None):
         """Return the condition c(x), float32 (B, channels, resolution, resolution) in [0, 1].
+
+        With detail<k>, single values can lie outside: what remains of x without its low frequencies can exceed ±1.
 
         images: (B, 3, size, size), uint8 or float in [0, 1].
         keys: int64 (B,), needed for masks only: an image's mask follows from its key alone, on every device and in any

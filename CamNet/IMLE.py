@@ -46,6 +46,10 @@ class _Best(NamedTuple):
     state: State  # after this level
 
 
+class OutOfMemoryWarning(UserWarning):
+    """Memory ran out in the search, which goes on with smaller chunks."""
+
+
 class Search:
     """Finds codes whose outputs are close to given images.
 
@@ -129,7 +133,8 @@ class Search:
                 if self.chunk == 1 or not _is_out_of_memory(error):
                     raise
                 self.chunk = max(1, min(self.chunk, images.candidates.numel()) // 2)
-                warnings.warn(f"out of memory in the search: continuing with --chunk {self.chunk}", stacklevel=5)
+                note = f"out of memory in the search: continuing with --chunk {self.chunk}"
+                warnings.warn(note, OutOfMemoryWarning, stacklevel=2)
                 continue
             results.append(best)
             done = rows.stop

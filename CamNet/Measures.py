@@ -39,7 +39,7 @@ def sample_grid(generator, condition, keys, k, vary="both"):
     return torch.stack(columns, dim=1)
 
 
-def best_of(distance, samples, targets, ks=(1, 4, 16)):
+def best_of(distance, samples, targets, ks=KS):
     """Return {k: mean over images of the least distance among the first k samples}.
 
     samples: (B, K, 3, S, S) and targets (B, 3, S, S) in [0, 1]; ks up to K.
@@ -168,9 +168,10 @@ class HeldOut:
         return result | {"n_images": len(self.images)}
 
 
+# what `unfit`, `warning` and `fitness_table` read
 READ = ("best_of_1", "best_of_16", "bicubic", "diversity_pixels", "diversity_distance", "n_images")
 READ += ("distance", "corrupt")
-READ += ("seconds_search_per_1000", "seconds_train_per_1000", "peak_memory_bytes")  # by both functions below
+READ += ("seconds_search_per_1000", "seconds_train_per_1000", "peak_memory_bytes")
 
 
 def unfit(result):

@@ -159,7 +159,7 @@ def test_read_refuses_what_does_not_fit(tmp_path):
     (tmp_path / "text.npy").write_text("no array")
     cases = [("good", 6, 8), ("good", 5, 16), ("float", 5, 8), ("flat", 5, 8), ("text", 5, 8), ("absent", 5, 8)]
     for name, n, size in cases:
-        with pytest.raises(ValueError, match=rf"^--bank \S+{name}.npy: ") as caught:
+        with pytest.raises(ValueError, match=rf"^\S+{name}.npy: ") as caught:
             Bank.read(tmp_path / f"{name}.npy", n, size)
         assert "\n" not in str(caught.value)
 

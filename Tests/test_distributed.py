@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed.run
 import torch.multiprocessing as mp
-from helpers import ROOT, count_lines, losses, only_run, wait_for
+from helpers import ROOT, count_lines, losses, one_line, only_run, wait_for
 from torch import nn
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -324,7 +324,7 @@ def test_a_dry_run_of_two_processes_is_told_once(tmp_path):
     argv = flags_of("TrainISICLE", draw_images(tmp_path / "data"), tmp_path / "models", "--size", "8", "--dry_run")
     ranks = start_ranks(TrainISICLE, argv, tmp_path)
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output() + ranks[1].output()
-    for line in ("dry run of the generator: nothing was written", "dry run: nothing was written"):
+    for line in ("dry run of the generator: no run folder was made", "dry run: no run folder was made"):
         assert ranks[0].output().count(line) == 1
     assert ranks[1].output() == ""
     assert not (tmp_path / "models").exists()
@@ -376,6 +376,8 @@ def test_a_mistake_is_reported_once(quick, tmp_path):
     (error,) = ranks[0].output().splitlines()
     assert "error: --bs 33: it must be a multiple of the 2 processes" in error
     assert not (tmp_path / "models").exists()
+    fewer = TrainSimCLR.get_args(["--bs", "2"])
+    one_line(lambda: TrainSimCLR.check_flags(fewer, world=4), "--bs 2", "4 processes", "4")
 
 
 def test_sigterm_to_torchrun_saves_and_the_run_goes_on(quick, tmp_path, cli, fork):

@@ -147,7 +147,7 @@ def test_the_recipe_is_simclrs():
 def bank_of(values):
     """Return a Bank in which restoration j of image i is full of the value values[i, j]."""
     content = torch.as_tensor(values).byte()[:, :, None, None, None].expand(-1, -1, 3, 8, 8)
-    return TrainISICLE.Bank(content.contiguous().numpy(), "cpu", on_device=True)
+    return TrainISICLE.Bank(content.contiguous().numpy(), "cpu", copied=True)
 
 
 def source(pair="gen_gen", k=5, n=6, warmup_steps=0, **more):
@@ -248,7 +248,7 @@ def test_auto_measures_p_gen_after_the_first_epochs(quick, models, generator, tm
 def test_auto_is_a_half_where_nothing_can_be_measured(quick, more):
     positives = TrainISICLE.Restored(TrainISICLE.get_args(quick("nowhere", *more.split())))
     assert positives.args.p_gen == "auto"
-    assert positives.p_gen == TrainISICLE.MOST
+    assert positives.p_gen == TrainISICLE.P_GEN_MAX
 
 
 def test_p_gen_rises_in_the_warm_up():
@@ -268,6 +268,8 @@ def test_corrupted_is_what_the_generator_sees():
     images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     one, other = control(torch.arange(4), images, 0)
     assert len(control) == 2
+    assert control.fingerprint == "gray+down2"  # a resumed run has the same
+    assert control.logged() == {"p_gen": 1.0, "synthetic_share": 1.0}
     assert torch.equal(one, other)
     grey = (images.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1)
     half = grey.unflatten(1, (4, 2)).unflatten(3, (4, 2)).mean((2, 4))[:, None]
@@ -303,7 +305,7 @@ def test_pick_farthest_reads_the_bank_once():
         reads.append(columns.shape)
         return bank.take(rows, columns)
 
-    restored.bank = SimpleNamespace(k=bank.k, on_device=True, take=take)
+    restored.bank = SimpleNamespace(k=bank.k, is_tensor=True, take=take)
     first, second = restored(torch.arange(2), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), 0)
     assert reads == [(2, 4)]
     columns = TrainISICLE.farthest(bank.take(torch.arange(2), torch.arange(4).expand(2, -1)), 2, None, Angle())
@@ -424,7 +426,7 @@ def test_resume_with_other_positives_is_refused(first):
     device = torch.device("cpu")
     positives = TrainISICLE.Restored(args)
     trainer = TrainSimCLR.Trainer(args, Flags.splits_for(args, device).train, positives, device)
-    one_line(lambda: trainer.load(first.folder / "3.pt"), "another generator or bank", "--suffix")
+    one_line(lambda: trainer.load(first.folder / "3.pt"), "another generator, bank or corruption", "--suffix")
     positives.fingerprint = Utils.load_(first.folder / "3.pt")["positives"]
     assert len(positives.fingerprint) == 8
     trainer.load(first.folder / "3.pt")
@@ -446,6 +448,8 @@ BAD = {
     "--generator EMPTY": ("EMPTY", "no checkpoint"),
     "--corrupt gray --generator RUN": ("--corrupt gray+down2 (here gray)",),
     "--pair corrupted --corrupt blur": ("--corrupt", "blur"),
+    "--pair corrupted --p_gen 0 --corrupt blur": ("--corrupt", "blur"),
+    "--pair corrupted --bank ONE.npy": ("ONE.npy", "--pair corrupted"),
     "--corrupt gray --camnet=--corrupt=gray+down2": ("--corrupt gray: ", "--camnet has --corrupt gray+down2"),
     "--p_gen much": ("--p_gen", "'much' is no number"),
     "--p_gen 2": ("--p_gen", "from 0 to 1"),
@@ -519,12 +523,13 @@ def test_a_generator_is_trained_where_there_is_none(monkeypatch, split, tree, tm
 
     (tmp_path / "TrainCamNet-x").mkdir()
     monkeypatch.setattr(TrainCamNet, "main", train)
-    argv = ["--data", str(tree), "--size", "16", "--models_dir", str(tmp_path), "--corrupt", "gray"]
+    argv = ["--data", str(tree), "--size", "16", "--models_dir", str(tmp_path), "--corrupt", "gray", "--deterministic"]
     args = TrainISICLE.get_args([*argv, "--camnet", "--periods 7 --seed 3"])
     wanted = (args, split, *TrainISICLE.generator_flags(args))
     assert TrainISICLE.train_generator(*wanted) == tmp_path / "TrainCamNet-x" / "1.pt"
     found = (asked[0].corrupt, asked[0].models_dir, asked[0].resume, asked[0].periods, asked[0].seed)
     assert found == ("gray", str(tmp_path), "auto", 7, 3)
+    assert asked[0].deterministic
     assert TrainISICLE.train_generator(*wanted) == tmp_path / "TrainCamNet-x" / "1.pt"
     assert len(asked) == 1  # the second time it is found
 

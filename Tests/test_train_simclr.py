@@ -188,6 +188,7 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(quick, tmp_path, cli):
     short = cli(quick(tmp_path / "models", "--dry_run", "--bs", "120", "--epochs", "1", "--n_ramp", "0"))
     assert re.search("2 steps .*training takes about [1-9]", short.out, re.DOTALL), short.out
     assert not (tmp_path / "models").exists()
+    one_error(cli(quick(tmp_path / "models", "--dry_run", "--loss", "align")), "--loss align", "--num_views 3")
 
 
 def test_an_epoch_whose_scoring_was_killed_is_scored(unfinished, cli):
