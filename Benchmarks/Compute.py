@@ -26,7 +26,7 @@ def encoder_macs(flags, steps):
     """Return the MACs of training the encoder by these flags of TrainSimCLR.py or TrainISICLE.py, that many steps."""
     # encoder and head, one image
     encoder = Flags.encoder_for(flags).eval()
-    size = Data.get_row(flags.data, flags.size).size
+    size = flags.size or Data.get_row(flags.data).size
     forward = count_macs(encoder, torch.rand(1, 3, size, size))
     head = build_head(encoder.num_features, flags.proj_hidden, flags.proj_dim, flags.proj_norm).eval()
     projection = count_macs(head, torch.rand(1, encoder.num_features))
@@ -49,7 +49,7 @@ def training_macs(record):
 def generator_macs(flags, n, k, banks=1):
     """Return the MACs of search and training by flags of TrainCamNet.py, and of banks of k restorations of n images."""
     # a forward up to each level, and the features of its output
-    size = Data.get_row(flags.data, flags.size).size
+    size = flags.size or Data.get_row(flags.data).size
     net = TrainCamNet.build_generator(flags, size).eval()
     keys = torch.zeros(1, dtype=torch.int64)
     condition = net.corruption(torch.rand(1, 3, size, size), keys)
