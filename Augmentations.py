@@ -176,6 +176,11 @@ class Augmentation:
     Crop and resize to `size`, mirror, jitter (brightness, contrast, saturation, hue in an order drawn for each image),
     grey, blur, solarise, each with its probability; normalise. `crop_scale` None resizes the whole image; `jitter` None
     leaves the colours; `blur_kernel` None is a tenth of `size`, odd, at least 3; `mean` None does not normalise.
+
+    size: in pixels. crop_scale: smallest and largest share of the area, in (0, 1]. crop_ratio: width / height, > 0.
+    jitter: strengths of brightness, contrast and saturation (>= 0) and of hue (0 to 0.5). blur_kernel: odd, in pixels.
+    blur_sigma: lowest and highest, in pixels, > 0. Names that end in _p: probabilities.
+    Raises ValueError on other values.
     """
 
     size: int

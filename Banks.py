@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 import Data
+import Devices
 import Distributed
+import Locks
 import Runs
 import Utils
 from CamNet import Measures
@@ -34,7 +36,7 @@ class BankSchedule:
         self.generator = generator.to(device, memory_format=torch.channels_last)
         Utils.load_parts(checkpoint, state, generator=self.generator)
         self.fingerprint = fingerprint(self.generator.state_dict())[:8]
-        self.bf16 = Utils.set_precision(args.precision, device)
+        self.bf16 = Devices.set_precision(args.precision, device)
         self.index = None  # of the current bank
         self.bank = None
 
@@ -50,7 +52,7 @@ class BankSchedule:
 
     def autocast(self):
         """Return the context of the run's precision."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        return Devices.autocast(self.device, self.bf16)
 
     def __call__(self, epoch):
         last = self.args.epochs - 1  # a complete run that is resumed needs no further bank
@@ -65,7 +67,7 @@ class BankSchedule:
         except ValueError as error:
             raise Utils.UserError(f"{error}: delete it; it is then made again") from error
         self.bank = None  # room for the next one
-        self.bank = Bank(images, self.device, Utils.is_held(self.args.bank_storage, images.nbytes, self.device))
+        self.bank = Bank(images, self.device, Devices.is_held(self.args.bank_storage, images.nbytes, self.device))
         self.index = index
         return self.bank
 
@@ -78,7 +80,7 @@ class BankSchedule:
         first_rank_only(lambda: self.announce(index, seed, processes))
         started = time.perf_counter()
         lock = file.with_name(f".{file.name}.lock")
-        with Utils.as_user_error(), Utils.locked_by_first(lock, f"filling {file}"):
+        with Utils.as_user_error(), Locks.locked_by_first(lock, f"filling {file}"):
             made = fill(
                 file,
                 self.generator,

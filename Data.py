@@ -289,8 +289,8 @@ _SMALL = {
     "lr": 4e-4,
     "ema": 0.999,
 }
-# What a CPU can do within the hour: the small net; --epochs is cut to what CPU_PIXELS allows. The learning rate and
-# the temperature were chosen by cross-validation on CIFAR-10 (Results/choice-cifar10.json).
+# For a CPU: the small net; --epochs is cut to what two cores do in about half an hour (CPU_PIXELS). The learning rate
+# and the temperature were chosen by cross-validation on CIFAR-10 (Results/choice-cifar10.json).
 _ON_CPU = {
     "backbone": "resnet8",
     "proj_hidden": 256,

@@ -25,6 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 import Data
+import Devices
 import Distributed
 import Flags
 import Utils
@@ -41,24 +42,30 @@ PROTOCOL = {
     "linear_iterations": 100,
     "linear_aug_passes": 5,  # over train, each with new random views, all in one fit
     "folds": 3,
-    "selection": "none: the last epoch, all images of the split",
+    "selection": "none: the weights of this epoch, all labelled images of the split",
 }
+
+
+@contextlib.contextmanager
+def evaluation_mode(net):
+    """Switch a net to evaluation mode and back."""
+    mode = net.training
+    net.eval()
+    try:
+        yield
+    finally:
+        net.train(mode)
 
 
 @contextlib.contextmanager
 def frozen(encoder):
     """Switch to evaluation mode and back. Raises AssertionError if a weight or statistic has changed in between."""
     before = copy.deepcopy(encoder.state_dict())
-    mode = encoder.training
-    encoder.eval()
     # float32, as the protocol says: no tf32 in convolutions
     cudnn = torch.backends.cudnn
     exact = cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False)
-    try:
-        with exact:
-            yield
-    finally:
-        encoder.train(mode)
+    with evaluation_mode(encoder), exact:
+        yield
     changed = [name for name, value in encoder.state_dict().items() if not torch.equal(value, before[name])]
     if changed:
         raise AssertionError(f"evaluation changed the encoder: {', '.join(changed)}")
@@ -119,16 +126,17 @@ def knn_accuracy(train, train_labels, test, test_labels, k=PROTOCOL["knn_k"], te
 
 @torch.no_grad()
 def neighbours_kept(encoder, images, versions, k=20):
-    """Return, for each set of versions, which share of an image's k nearest neighbours its version has, too: 0 to 1.
+    """Return a share in [0, 1] for each set of versions: how many of an image's k nearest neighbours its version has.
+
+    It is averaged over the images.
 
     images: uint8 (N, 3, S, S), among which neighbours are looked for, by cosine similarity of features in evaluation
     mode. versions: float (Q, 3, S, S) in [0, 1] each, of the first Q images. An image is no neighbour of its version.
     """
-    mode = encoder.training
-    encoder.eval()
 
     def features(x):
-        return F.normalize(torch.cat([embed(encoder, part) for part in x.split(512)]), dim=1)
+        with evaluation_mode(encoder):
+            return F.normalize(torch.cat([embed(encoder, part) for part in x.split(512)]), dim=1)
 
     known = features(to_float(images))
     k = min(k, len(known) - 1)
@@ -141,7 +149,6 @@ def neighbours_kept(encoder, images, versions, k=20):
         own = neighbours(known[: len(version)])
         theirs = neighbours(features(version))
         found.append((theirs[:, :, None] == own[:, None]).any(dim=2).float().mean().item())
-    encoder.train(mode)
     return found
 
 
@@ -274,7 +281,7 @@ def fine_tune(encoder, splits, device, views, epochs, bs=256, lr=0.05, seed=0):
         linear = nn.Linear(encoder.num_features, len(splits.train.classes))
         net = nn.Sequential(copy.deepcopy(encoder), linear).to(device)
         optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
-        n_batches = -(-len(rows) // bs)
+        n_batches = math.ceil(len(rows) / bs)
         if n_batches > 1 and len(rows) % bs == 1:  # batch normalisation needs two images
             n_batches -= 1
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * n_batches)
@@ -370,10 +377,8 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
-def main(args):
-    """Score one checkpoint; return the exit code."""
-    # the checkpoint; the flags of its run, where this command does not give others
-    *_, device = Distributed.start(Utils.pick_device(args.device))
+def read_run(args):
+    """Return (file, content, flags) of the checkpoint: its run's flags, where this command does not give others."""
     file = Path(args.checkpoint)
     if file.is_dir():
         file = Distributed.first_rank_only(partial(Utils.newest_checkpoint, file))
@@ -384,12 +389,18 @@ def main(args):
         raise Utils.UserError(f"{file} holds no encoder: give a checkpoint of TrainSimCLR.py or TrainISICLE.py")
     Utils.check_run(file, state)
     given = {key: value for key, value in vars(args).items() if value is not None}
-    flags = usual_flags(file, state["args"]) | state["args"] | given
-    run = argparse.Namespace(**flags)
+    run = argparse.Namespace(**usual_flags(file, state["args"]) | state["args"] | given)
     if args.data:  # a folder's images are resized to what the encoder has seen; a named data set has its own size
         run.size = None if args.data in Data.DATASETS else run.image_size
     else:
         Flags.check_place(run.data, file)
+    return file, state, run
+
+
+def main(args):
+    """Score one checkpoint; return the exit code."""
+    *_, device = Distributed.start(Devices.pick_device(args.device))
+    file, state, run = read_run(args)
 
     # the encoder, as it was before training and as it is
     untrained = Flags.encoder_for(run).to(device, memory_format=torch.channels_last)
@@ -436,7 +447,8 @@ def file_name(args, result):
 
 
 NUMBER = (int, float)
-KINDS = {"size": (int, type(None)), "init": (str, type(None)), "seed": int}  # of flags; others: as their defaults
+# types of these flags; other flags: the type of their default
+KINDS = {"size": (int, type(None)), "init": (str, type(None)), "seed": int}
 
 
 def usual_flags(file, stored):

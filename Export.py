@@ -28,9 +28,12 @@ import torch
 from tqdm import tqdm
 
 import Data
+import Devices
 import Distributed
+import Evaluate
 import Flags
 import Utils
+from Augmentations import to_float
 from Backbones import classifier_name, is_resnet, is_torchvision, model_options
 from EncoderFiles import load_encoder, plain_weights
 from Utils import UserError
@@ -72,7 +75,7 @@ def main(args):
     out = Path(args.out).expanduser() if args.out else None
     if out:
         check_out(out, TABLES if args.features else WEIGHTS)
-    *_, device = Distributed.start(Utils.pick_device(args.device))
+    *_, device = Distributed.start(Devices.pick_device(args.device))
     encoder = load_encoder(args.run)
     if args.features:
         export_features(args, encoder, out, device)
@@ -242,7 +245,7 @@ class Table(NamedTuple):
 
 def export_features(args, encoder, out, device):
     """Write the features of --features DATA to `out`. Several processes share the batches."""
-    Utils.set_precision("fp32", device)
+    Devices.set_precision("fp32", device)
     size = args.size or encoder.metadata["image_size"]
     check_size(encoder, size)
     root, split = open_split(args, size)
@@ -296,8 +299,7 @@ def compute_features(net, split, root, device, bs):
 
     def embedded(own):
         for _, images in split.batches(own, device):
-            images = (images.float() / 255).contiguous(memory_format=torch.channels_last)
-            yield (net(images).float().cpu(),)
+            yield (Evaluate.embed(net, to_float(images)).cpu(),)
 
     parts = []
     with tqdm(total=len(split), desc="features", unit="image", disable=Utils.quiet()) as bar:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import Data
+import Devices
 import Utils
 from Backbones import build_encoder, load_weights
 from Distributed import count, is_same, say
@@ -62,7 +63,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._fill_text(text, width, indent)
 
     def _get_help_string(self, action):
-        if action.default in (None, "", False):
+        is_switch = isinstance(action, argparse._StoreTrueAction)  # off unless it is given
+        if is_switch or action.default is None or action.default == "":
             return action.help
         return super()._get_help_string(action)
 
@@ -79,8 +81,8 @@ class Parser(argparse.ArgumentParser):
             if not flag.startswith("-"):
                 self.error(f"{flag}: a word without a flag{_meant_word(flag, self.flags())}; --help lists all flags")
             advice = self.advice(unknown) if self.advice else ""
-            remedy = advice or _script_of(flag)
-            self.error(f"{unknown[0]}: {remedy or f'no such flag{_meant_flag(flag, self.flags())}; --help lists all'}")
+            no_such_flag = f"no such flag{_meant_flag(flag, self.flags())}; --help lists all"
+            self.error(f"{unknown[0]}: {advice or _script_of(flag) or no_such_flag}")
         return args
 
     def flags(self):
@@ -141,6 +143,12 @@ def plain_parser(doc):
     )
 
 
+def set_recipe(parser, recipe, data, device_type):
+    """Make a recipe {flag: value} the defaults of a parser; the end of --help says whose they are."""
+    parser.set_defaults(**recipe)
+    parser.epilog += f"\ndefaults: those of --data {Utils.shown(data)} on {device_type}"
+
+
 def add_data_place(group):
     """Add --data and --size."""
     add = group.add_argument
@@ -178,7 +186,8 @@ def add_run_group(parser, unit):
     add("--log_iter", type=bounded(int, 1), default=20, metavar="N", help="steps between logged lines")
     save = f"{unit} between checkpoints; 0: only at the end"
     add("--save_iter", type=bounded(int, 0), default=10, metavar=unit[0].upper(), help=save)
-    precision = "number format of the net; auto: bf16 if the hardware has it, otherwise tf32 (on a CPU: fp32)"
+    precision = "number format of the net; tf32: of its convolutions on CUDA, otherwise fp32; auto: bf16 if the "
+    precision += "hardware has it, otherwise tf32"
     add("--precision", choices=["auto", "bf16", "tf32", "fp32"], default="auto", help=precision)
     deterministic = "on CUDA, use only convolutions that give the same bits in every run, as they do on a CPU"
     add("--deterministic", action="store_true", help=deterministic)
@@ -242,7 +251,7 @@ def parse(argv, build_parser):
     early_parser.add_argument("--device", default="auto")
     early_parser.add_argument("--resume")
     early = early_parser.parse_known_args(argv)[0]
-    device_type = Utils.pick_device(early.device).type
+    device_type = Devices.pick_device(early.device).type
     if early.resume in (None, "auto"):
         if early.resume and early.data:
             check_place(early.data, "--resume auto")
@@ -258,13 +267,18 @@ def parse(argv, build_parser):
     if not early.data:
         check_place(stored["data"], f"--resume {early.resume}")
     parser = build_parser(early.data or stored["data"], device_type)
+    return _parse_resumed(argv, parser, early.resume, stored)
+
+
+def _parse_resumed(argv, parser, file, stored):
+    """Parse the flags of a run that continues from a checkpoint; see `parse`. stored: the flags that the file holds."""
     defaults = parser.parse_args([])
-    note_version(early.resume, stored, vars(defaults))
+    note_version(file, stored, vars(defaults))
     stored = Utils.current_flags(stored)
     kept = {key: stored[key] for key in vars(defaults) if key in stored and key not in ("device", "resume")}
     damaged = [f"--{each.dest}" for each in parser._actions if each.dest in kept and not _can_be(each, kept[each.dest])]
     if damaged:
-        raise Utils.UserError(f"--resume {early.resume}: no value that {damaged[0]} can have: use another checkpoint")
+        raise Utils.UserError(f"--resume {file}: no value that {damaged[0]} can have: use another checkpoint")
     parser.set_defaults(**kept)
     args = parser.parse_args(argv)
     args.given = sorted({*given_flags(parser, argv), *kept})  # what the first start said or fitted stays
@@ -275,9 +289,7 @@ def parse(argv, build_parser):
         if key != "data" and key in stored and value != stored[key]:
             changed.append(f"--{key} {value} (it was {stored[key]})")
     if changed:
-        raise Utils.UserError(
-            f"--resume {early.resume}: other flags than that run's: {', '.join(changed)}: leave them out"
-        )
+        raise Utils.UserError(f"--resume {file}: other flags than that run's: {', '.join(changed)}: leave them out")
     return args
 
 
@@ -324,7 +336,7 @@ def note_version(file, stored, defaults):
         say(f"{Utils.shown(file)} is of another version: {'; '.join(notes)}")
 
 
-def fit(args, name, value, reason):
+def adjust(args, name, value, reason):
     """Change a flag, with a notice, or raise UserError if the user gave it. reason: why the old value does not fit."""
     before = getattr(args, name)
     if name in getattr(args, "given", ()):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-SIMILARITIES = 2**22  # that are in memory at a time: 16 MiB in float32
+SIMILARITIES = 2**22  # similarities in memory at a time: 16 MiB in float32
 
 
 def nt_xent(z1, z2, temperature=0.5):
@@ -29,8 +29,9 @@ def multi_positive(z, temperature=0.5, form="out"):
     form: where the mean over an anchor's positives is taken (Khosla et al. 2020, arXiv:2004.11362):
         "out"  outside the logarithm, eq. 2: SupCon's and StableRep's loss;
         "in"   inside it, as a sum: -log(sum of positives / sum of all others).
-    Both are `nt_xent` when M = 2. For more than SIMILARITIES, parts of the anchors follow one another, and each is
-    computed again in the backward pass. Raises ValueError on another form or fewer than two views.
+    Both are `nt_xent` when M = 2. If there are more than SIMILARITIES similarities, the loss is computed for some
+    anchors at a time, and again in the backward pass (activation checkpointing), which saves memory.
+    Raises ValueError on another form or fewer than two views.
     """
     if form not in ("out", "in"):
         raise ValueError(f"form {form!r}: choose 'out' or 'in'")
@@ -109,7 +110,7 @@ class Form(NamedTuple):
 FORMS = {  # --loss NAME
     "lout": Form(_lout, "SupCon over all views"),
     "lin": Form(_lin, "the same with the sum over positives inside the logarithm"),
-    "ntxent": Form(_ntxent, "NT-Xent of the first two views, plus that of the first with each further view"),
+    "ntxent": Form(_ntxent, "NT-Xent of the first two views, plus --gen_weight x its mean over first and further view"),
     "align": Form(_align, "as ntxent, but further views are only pulled towards the first (CLSP, arXiv:2408.16965)"),
 }
 

@@ -1,5 +1,6 @@
 """What a run reports: the time of its steps, its pairs as pictures and in numbers, TensorBoard's projector."""
 
+import math
 import time
 
 import torch
@@ -84,7 +85,7 @@ class Pace:
         self.first = step + (self.SKIPPED_ON_CUDA if device.type == "cuda" else self.SKIPPED)
         self.steps = steps
         self.started = None
-        self.seconds = None  # of a step, the mean so far
+        self.seconds = None  # mean seconds of a step so far
 
     def tick(self, step):
         """Note that `step` steps are done. Return whether the pace is now known for the first time."""
@@ -142,7 +143,7 @@ def measure_pairs(net, positives, split, augmentation, step, device, labelled):
     similarity of two views of an image; cosine_synthetic: of a view of the image and one of its restoration, if there
     is a generator.
     """
-    rows = torch.arange(0, len(split), -(-len(split) // MEASURED))
+    rows = torch.arange(0, len(split), math.ceil(len(split) / MEASURED))
     rows, images = next(iter(split.batches([rows], device)))
     rng = torch.Generator().manual_seed(0)
 
@@ -203,7 +204,7 @@ def label_preservation(encoder, positives, split, step, device):
 
 def show_embedding(run, encoder, split, device, most=1000):
     """Put the features of up to `most` scored images, with labels and pictures, into TensorBoard's projector."""
-    rows = torch.arange(0, len(split), -(-len(split) // most))
+    rows = torch.arange(0, len(split), math.ceil(len(split) / most))
     rows, images = next(iter(split.batches([rows], device)))
     pictures = to_float(images)
     with torch.no_grad(), Evaluate.frozen(encoder):
@@ -228,7 +229,7 @@ def captioned(picture, columns=(), rows=()):
     empty. Both break between words. Returns float (3, H', W') in [0, 1].
     """
     # the picture, enlarged
-    scale = -(-LEAST_WIDTH // picture.shape[2])
+    scale = math.ceil(LEAST_WIDTH / picture.shape[2])
     tiles = torchvision.transforms.functional.to_pil_image(picture)
     tiles = tiles.resize((tiles.width * scale, tiles.height * scale), Image.Resampling.NEAREST)
 

@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 
 import Distributed
+import Locks
 import Utils
 from Lazy import LazyModule
 from Utils import UserError
@@ -101,6 +102,7 @@ def claimed(folder):
     """
     folder = Path(folder)
     if not Distributed.is_first():
+        # wait until the first process has claimed the folder; raise what that raised
         Distributed.first_rank_only(None)
         yield
         return
@@ -117,7 +119,7 @@ def claimed(folder):
             except OSError as error:
                 reason = f"{error.strerror}: name another place by --models_dir"
                 raise UserError(f"cannot make the run folder {Utils.shown(folder)}: {reason}") from error
-            stack.enter_context(Utils.locked(folder / ".lock", f"working on {Utils.shown(folder)}", wait=False))
+            stack.enter_context(Locks.locked(folder / ".lock", f"working on {Utils.shown(folder)}", wait=False))
 
         for place in (folder.parent, folder):  # left in the opposite order
             if not place.exists():
@@ -200,6 +202,14 @@ def provenance(device):
         "torchvision": torchvision.__version__,
         "device": hardware,
     }
+
+
+def announce(folder, step, dry_run):
+    """Print the run folder, and whether a run starts in it or continues at a step."""
+    start = "the run folder would be" if dry_run else "starting"
+    if step:
+        start = f"continuing at step {step}"
+    Distributed.say(f"{start}: {Utils.shown(folder)}")
 
 
 def farewell(folder):

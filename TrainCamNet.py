@@ -1,4 +1,4 @@
-"""Train CAM-Net, the generator of restorations, by conditional implicit maximum likelihood (cIMLE); measure it.
+"""Train CAM-Net, the generator of restorations, by cIMLE or by the energy score; measure it.
 
     python TrainCamNet.py                                        # generated shapes: minutes on two cores
     python TrainCamNet.py --data cifar10 --distance squeeze      # LPIPS; its weights are downloaded once
@@ -7,8 +7,10 @@
     torchrun --nproc_per_node=2 TrainCamNet.py --data cifar10    # they share the search, and each batch
 
 Writes Models/RUN/: args.json, metrics.jsonl, TensorBoard events, PERIOD.pt, samples.png (rows: images; columns: x,
-c(x), samples), generator.json; and single_code/, the same net trained on one code per image, to compare with. A period:
-search codes for some images, then train on these images and codes.
+c(x), samples), generator.json; and single_code/, the same net trained on one code per image, to compare with.
+
+A period is a number of training steps on some of the images. By cIMLE (conditional implicit maximum likelihood
+estimation), codes of these images are searched first. The energy score needs no search.
 """
 
 import Signals  # first: see TrainSimCLR.py
@@ -17,6 +19,7 @@ import Signals  # first: see TrainSimCLR.py
 import argparse
 import contextlib
 import copy
+import math
 import sys
 import time
 import warnings
@@ -28,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 import Data
+import Devices
 import Distributed
 import Flags
 import Graphs
@@ -72,7 +76,7 @@ def build_parser(data="shapes", device_type="cpu"):
     run = Flags.add_run_group(parser, "periods")
     sample = "periods between pictures; 0: only at the end"
     run.add_argument("--sample_iter", type=bounded(int, 0), default=5, metavar="P", help=sample)
-    parser.set_defaults(**Data.get_row(data).generator_recipe_for(device_type))
+    Flags.set_recipe(parser, Data.get_row(data).generator_recipe_for(device_type), data, device_type)
     return parser
 
 
@@ -93,7 +97,7 @@ def add_generator_flags(group):
     add("--init", choices=["he", "ref"], default="he", help=init)
 
 
-def counts(text):
+def candidate_counts(text):
     """Check --candidates: integers of at least 1, joined by commas."""
     return ",".join(str(bounded(int, 1)(part)) for part in text.split(","))
 
@@ -110,7 +114,7 @@ def add_search_flags(group, device_type):
     )
     add("--objective", choices=["cimle", "energy"], default="cimle", help=objective)
     tried = "codes tried per level, coarse to fine, for example 64,32,16; further levels use the last number"
-    add("--candidates", type=counts, metavar="M,..", help=tried)
+    add("--candidates", type=candidate_counts, metavar="M,..", help=tried)
     period = "images per period: their codes are searched, then trained on"
     add("--period", type=bounded(int, 1), metavar="N", help=period)
     add("--keep_previous", action="store_true", help="keep an image's previous codes if none nearer are found")
@@ -165,7 +169,7 @@ def searched_at_once(counts, chunk, device):
 
 
 class Trainer:
-    """What a step changes, and the step itself. All random numbers follow from the seed, the period and the image."""
+    """What a step changes, and the step itself. All random numbers follow from the seed, the position and the image."""
 
     def __init__(self, args, split, generator, distance, counts, device):
         self.args = args
@@ -190,11 +194,11 @@ class Trainer:
         n_held_out = min(HELD_OUT, len(split) // 10)
         self.held_out = shuffled[:n_held_out]
         self.rows = shuffled[n_held_out:]
-        self.visited = min(args.period, len(self.rows))  # images in a period
-        self.bs = min(args.bs, self.visited)  # images in a step, except for the last one of a visit
+        self.images_per_period = min(args.period, len(self.rows))
+        self.bs = min(args.bs, self.images_per_period)  # images in a step, except for the last one of a visit
 
         # position
-        self.steps_per_period = args.visits * -(-self.visited // args.bs)
+        self.steps_per_period = args.visits * math.ceil(self.images_per_period / args.bs)
         self.steps = args.periods * self.steps_per_period
         self.step = 0
 
@@ -205,7 +209,7 @@ class Trainer:
         self.chosen = torch.full((len(split), len(self.net.sides)), IMLE.NONE)  # the last keys of every image
 
         # speed
-        self.bf16 = Utils.set_precision(args.precision, device)
+        self.bf16 = Devices.set_precision(args.precision, device)
         self.eager_loss = IMLE.loss if self.searches else Energy.loss
         self.loss = torch.compile(self.eager_loss, dynamic=False) if args.compile else self.eager_loss
         self.graph = None
@@ -213,7 +217,7 @@ class Trainer:
             self.graph = Graphs.GraphedLoss(self.loss_of, self.net.parameters())
 
         # for the log
-        self.total = torch.zeros((), device=device)  # of the losses of the current period
+        self.total = torch.zeros((), device=device)  # sum of the losses of the current period
         self.seconds = {"search": 0.0, "train": 0.0}
 
     @property
@@ -223,7 +227,7 @@ class Trainer:
 
     def autocast(self):
         """Return the context of the run's precision."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        return Devices.autocast(self.device, self.bf16)
 
     def frozen(self):
         """Return the net as it is now, for the search; see `Generator.frozen`."""
@@ -264,7 +268,7 @@ class Trainer:
     def rows_of(self, period):
         """Return the rows of a period's images, int64 (n,): each pass over the data is in a new order."""
         rows = []
-        for position in range(period * self.visited, (period + 1) * self.visited):
+        for position in range(period * self.images_per_period, (period + 1) * self.images_per_period):
             lap, place = divmod(position, len(self.rows))
             if not rows or not place:
                 rng = torch.Generator().manual_seed(Utils.derived_seed(self.args.seed, lap))
@@ -276,7 +280,7 @@ class Trainer:
         """Return images uint8 (n, 3, S, S) on the device; rows: int64 (n,)."""
         return torch.cat([images for _, images in self.split.batches(rows.split(512), self.device)])
 
-    def prepare(self, interruption, title, quiet):
+    def next_period(self, interruption, title, quiet):
         """Return the current `Period`, with its codes if there is a search; None if a signal interrupted that."""
         args = self.args
         index = self.period
@@ -311,7 +315,7 @@ class Trainer:
         The result does not depend on how many they are: the parts, and so the shapes of all batches, are the same.
         """
         parts = torch.arange(len(keys), device=self.device).split(self.searched_at_once)
-        rounds = -(-len(parts) // Distributed.count())
+        rounds = math.ceil(len(parts) / Distributed.count())
         started = time.perf_counter()
         net = self.frozen()
 
@@ -332,13 +336,13 @@ class Trainer:
         period.distances = torch.cat([each.distances for each in found]).mean(dim=0).tolist()
         return True
 
-    def update(self, period, part):
-        """Take one step on these images of the period; return the loss without waiting for the device."""
+    def update(self, period, batch):
+        """Take one step on these images of the period, indices (b,); return the loss without waiting for the device."""
         # loss and gradients of this process's share, then those of the batch
-        own = Distributed.share(part)
+        own = Distributed.share(batch)
         self.optimizer.zero_grad()
-        loss = self.backward(period, own, is_full=len(part) == self.bs) if len(own) else self.total.new_zeros(())
-        loss = Distributed.reduce_gradients(loss, self.net.parameters(), len(own) / len(part))
+        loss = self.backward(period, own, is_full=len(batch) == self.bs) if len(own) else self.total.new_zeros(())
+        loss = Distributed.reduce_gradients(loss, self.net.parameters(), len(own) / len(batch))
 
         # a step of the optimizer
         lr = learning_rate(self.step, self.steps, min(self.args.n_ramp, self.steps // 2), self.args.lr)
@@ -354,15 +358,18 @@ class Trainer:
         torch._foreach_lerp_(list(self.ema.parameters()), new, 1 - decay)
         return loss
 
-    def backward(self, period, part, is_full):
-        """Set the gradients of these images of the period; return their loss, detached.
+    def backward(self, period, batch, is_full):
+        """Set the gradients of these images of the period, indices (b,); return their loss, detached.
 
         is_full: whether they are of a batch of the usual size. A shorter last one is neither compiled nor captured,
         since these are for one shape.
         """
-        wanted = [[each[part] for each in features] for features in period.wanted]
-        keys = period.keys[part] if self.searches else Energy.make_pairs(self.args.seed, self.step, period.rows[part])
-        inputs = (period.condition[part], wanted, keys)
+        target_features = period.target_features_of(batch)
+        if self.searches:
+            keys = period.keys[batch]
+        else:
+            keys = Energy.make_pairs(self.args.seed, self.step, period.rows[batch])
+        inputs = (period.condition[batch], target_features, keys)
         if self.graph and is_full:
             (loss,) = self.graph(*inputs)
         else:
@@ -370,19 +377,19 @@ class Trainer:
             loss.backward()
         return loss.detach()
 
-    def loss_of(self, condition, wanted, keys, is_full=True):
+    def loss_of(self, condition, target_features, keys, is_full=True):
         """Return (loss,). keys: int64 (b, L), those found by the search, or (2 b,), see `Energy.make_pairs`.
 
-        condition, wanted: see `IMLE.loss`; is_full: as in `backward`.
+        condition, target_features: see `IMLE.loss`; is_full: as in `backward`.
         """
         loss = self.loss if is_full else self.eager_loss
         with self.autocast():
             # codes are made outside of what is compiled: Triton refuses their 64-bit constants
-            return (loss(self.net, self.distance, condition, wanted, self.net.codes(keys)),)
+            return (loss(self.net, self.distance, condition, target_features, self.net.codes(keys)),)
 
-    def parts(self, count):
-        """Yield the images of each remaining step of the period, as indices (b,) into it."""
-        steps_per_visit = -(-count // self.args.bs)
+    def batches(self, count):
+        """Yield the images of each remaining step of a period of `count` images, as indices (b,) into it."""
+        steps_per_visit = math.ceil(count / self.args.bs)
         done = self.step % self.steps_per_period
         for index in range(done, self.steps_per_period):
             visit, place = divmod(index, steps_per_visit)
@@ -404,62 +411,42 @@ class Period:
         self.keys = None
         self.distances = None  # of the chosen codes: mean over the images, of each level
         self.condition = trainer.net.corruption(images, keys)
-        self.wanted = []  # for each level, the features of the targets
+        self.target_features = []  # for each level: a list of tensors (n, ...), see `Distances`
         with torch.no_grad(), trainer.autocast():
             for targets in pyramid(images, trainer.net.sides):
                 parts = [trainer.distance.features(part) for part in targets.split(AT_ONCE)]
-                self.wanted.append([torch.cat(each) for each in zip(*parts)])
+                self.target_features.append([torch.cat(each) for each in zip(*parts)])
         self.previous = trainer.chosen[rows].to(trainer.device) if trainer.args.keep_previous else None
 
-    def search(self, trainer, net, part, keys):
-        """Return `IMLE.Found` for these images; net: `Trainer.frozen`."""
-        previous = None if self.previous is None else self.previous[part]
-        wanted = [[each[part] for each in features] for features in self.wanted]
+    def target_features_of(self, batch):
+        """Return the features of the targets of some images of the period, indices (b,)."""
+        return [[each[batch] for each in features] for features in self.target_features]
+
+    def search(self, trainer, net, batch, keys):
+        """Return `IMLE.Found` for some images of the period, indices (b,); net: `Trainer.frozen`."""
+        previous = None if self.previous is None else self.previous[batch]
+        target_features = self.target_features_of(batch)
         with trainer.autocast():
-            return trainer.search(net, trainer.distance, self.condition[part], wanted, keys[part], previous)
+            return trainer.search(net, trainer.distance, self.condition[batch], target_features, keys[batch], previous)
 
 
 def train(trainer, run, interruption, title):
     """Train to the last period or to an interruption; return whether it was interrupted."""
-    args = trainer.args
     pace = Reports.Pace(trainer.step, trainer.steps, trainer.device)
     first_step = trainer.step
     began = time.perf_counter()
     while trainer.step < trainer.steps:
         # search
         started = time.perf_counter()
-        bar = f"{title} {trainer.period + 1}/{args.periods}"
-        period = trainer.prepare(interruption, bar, run.quiet)
+        bar = f"{title} {trainer.period + 1}/{trainer.args.periods}"
+        period = trainer.next_period(interruption, bar, run.quiet)
         if period is None:
             return True
-        if period.distances:
-            distances = {f"search_level{level + 1}": value for level, value in enumerate(period.distances)}
-            # logged for the next step: a run that resumes here searches and logs it again
-            run.log(trainer.step + 1, trainer.period, **distances)
+        log_search(trainer, run, period)
+        searched = time.perf_counter()
 
         # train
-        searched = time.perf_counter()
-        logged_at = searched
-        logged_step = trainer.step
-        parts = list(trainer.parts(len(period.condition)))
-        stopped = False
-        for part in tqdm(parts, f"{bar}: train", leave=False, disable=run.quiet):
-            loss = trainer.update(period, part)
-            if pace.tick(trainer.step) and run.writes:
-                seconds = pace.left(trainer.step) + (args.periods - 1 - trainer.period) * (searched - started)
-                memory = Utils.peak_memory(trainer.device) / 2**30
-                periods = bar.split("/")[0] + (f" to {args.periods}" if trainer.period + 1 < args.periods else "")
-                tqdm.write(f"{periods}: about {Reports.duration(seconds)} in all; memory {memory:.1f} GiB")
-            if trainer.step % args.log_iter == 0 or trainer.step == 1:
-                value = check_loss(trainer, run, loss)
-                lr = trainer.optimizer.param_groups[0]["lr"]
-                speed = (trainer.step - logged_step) * len(part) / (time.perf_counter() - logged_at)
-                run.log(trainer.step, trainer.period, loss=value, lr=lr, views_per_second=round(speed, 1))
-                logged_at = time.perf_counter()
-                logged_step = trainer.step
-            stopped = Distributed.any_process(interruption.signal is not None)
-            if stopped:
-                break
+        stopped = train_period(trainer, run, interruption, period, pace, title, searched - started)
 
         # weights that are not finite must not be saved
         finite = Utils.all_finite(trainer.ema.parameters())  # it has every NaN of the weights
@@ -474,12 +461,54 @@ def train(trainer, run, interruption, title):
     return False
 
 
+def log_search(trainer, run, period):
+    """Log the distances of the codes that a period's search has found, if there was one."""
+    if period.distances:
+        distances = {f"search_level{level + 1}": value for level, value in enumerate(period.distances)}
+        # logged for the next step: a run that resumes here searches and logs it again
+        run.log(trainer.step + 1, trainer.period, **distances)
+
+
+def train_period(trainer, run, interruption, period, pace, title, search_seconds):
+    """Take the remaining steps of a period; return whether they were interrupted.
+
+    search_seconds: what the search of a period takes.
+    """
+    args = trainer.args
+    number = trainer.period + 1
+    logged_at = time.perf_counter()
+    logged_step = trainer.step
+    batches = list(trainer.batches(len(period.condition)))
+    for batch in tqdm(batches, f"{title} {number}/{args.periods}: train", leave=False, disable=run.quiet):
+        loss = trainer.update(period, batch)
+        if pace.tick(trainer.step) and run.writes:
+            show_estimate(trainer, title, number, pace.left(trainer.step) + (args.periods - number) * search_seconds)
+        if trainer.step % args.log_iter == 0 or trainer.step == 1:
+            value = check_loss(trainer, run, loss)
+            lr = trainer.optimizer.param_groups[0]["lr"]
+            speed = (trainer.step - logged_step) * len(batch) / (time.perf_counter() - logged_at)
+            run.log(trainer.step, trainer.period, loss=value, lr=lr, views_per_second=round(speed, 1))
+            logged_at = time.perf_counter()
+            logged_step = trainer.step
+        if Distributed.any_process(interruption.signal is not None):
+            return True
+    return False
+
+
+def show_estimate(trainer, title, number, seconds):
+    """Print how long the periods from this one on take, and the memory."""
+    last = trainer.args.periods
+    periods = f"{number} to {last}" if number < last else str(number)
+    memory = Devices.peak_memory(trainer.device) / 2**30
+    tqdm.write(f"{title} {periods}: about {Reports.duration(seconds)} in all; memory {memory:.1f} GiB")
+
+
 def check_loss(trainer, run, loss):
     """Return the loss as a float; waits for the device. Raises UserError if it is not finite."""
     loss = float(loss)
-    if not abs(loss) < float("inf"):
+    if not math.isfinite(loss):
         args = trainer.args
-        place = f"period {-(-trainer.step // trainer.steps_per_period)}, step {trainer.step}"
+        place = f"period {math.ceil(trainer.step / trainer.steps_per_period)}, step {trainer.step}"
         causes = f"--lr {args.lr:g} too high, --n_ramp {args.n_ramp} too short"
         raise run.failure(f"{Runs.NOT_FINITE} in {place}", causes)
     return loss
@@ -514,8 +543,8 @@ def finish_period(trainer, run, title, loss, times):
 SEARCHED = ("candidates", "keep_previous", "chunk", "reject", "single_code")  # flags of --objective cimle alone
 
 
-def fit_objective(args):
-    """Fit flags that were not given to --objective energy. Raises UserError if given ones contradict it."""
+def adjust_to_objective(args):
+    """Adjust flags that were not given to --objective energy. Raises UserError if given ones contradict it."""
     if args.objective != "energy":
         return
     for name in SEARCHED:
@@ -532,7 +561,7 @@ def fit_objective(args):
         )
 
 
-def fit_distance(args):
+def adjust_distance(args):
     """Use the pixel distance if LPIPS would have to download its weights and the user did not ask for LPIPS."""
     if args.distance not in Distances.LEARNED or "distance" in args.given or args.lpips_weights:
         return
@@ -547,11 +576,11 @@ def fit_distance(args):
 def build(args, device):
     """Return (train split, untrained generator, distance). Raises UserError if they do not fit together."""
     row = Data.get_row(args.data, args.size)
-    Utils.check_room(4 * 3 * row.size**2, device, f"an image of --size {row.size}")
+    Devices.check_room(4 * 3 * row.size**2, device, f"an image of --size {row.size}")
     counts = codes_per_level(args)
     images = searched_at_once(counts, args.chunk, device)
     keys = 4 * 8 * images * max(counts)  # int64, and what they are made from
-    Utils.check_room(keys, device, f"--candidates {args.candidates}: the codes of {images} images")
+    Devices.check_room(keys, device, f"--candidates {args.candidates}: the codes of {images} images")
     with Utils.as_user_error():
         generator = build_generator(args, row.size)  # before the images are read, which can take long
         if args.distance in Distances.LEARNED:
@@ -580,11 +609,11 @@ def measure(trainer, single):
     result = held.measure(trainer.ema, single and single.ema, jittered)
 
     # time and memory
-    n_searched = trainer.period * trainer.visited
-    n_trained = trainer.step * min(args.bs, trainer.visited)
+    n_searched = trainer.period * trainer.images_per_period
+    n_trained = trainer.step * min(args.bs, trainer.images_per_period)
     result["seconds_search_per_1000"] = 1000 * trainer.seconds["search"] / n_searched
     result["seconds_train_per_1000"] = 1000 * trainer.seconds["train"] / n_trained
-    result["peak_memory_bytes"] = Utils.peak_memory(trainer.device)
+    result["peak_memory_bytes"] = Devices.peak_memory(trainer.device)
     result["data_fingerprint"] = trainer.data_fingerprint
     result["distance"] = args.distance
     result["corrupt"] = trainer.net.corruption.spec
@@ -592,44 +621,44 @@ def measure(trainer, single):
     return result
 
 
-def find_state(args, folder, alone):
+def find_state(args, folder, is_final):
     """Return the checkpoints to continue from, of the run and of its net of one code, and whether all is complete.
 
-    Shows the measures of a complete run; alone: see `main`. Raises UserError if the run cannot continue.
+    Shows the measures of a complete run; is_final: see `main`. Raises UserError if the run cannot continue.
     """
-    checkpoint = Runs.checkpoint_for(args, folder)
-    if is_complete(args, folder, checkpoint):
-        print(f"this run is complete: measures from {Utils.shown(folder / 'generator.json')}")
-        show_result(folder, Utils.read_json(folder / "generator.json"), alone)
-        return checkpoint, None, True
-    return checkpoint, Utils.newest_checkpoint(folder / SINGLE) if args.resume else None, False
-
-
-def is_complete(args, folder, checkpoint):
-    """Return whether a run is complete. Raises UserError if it cannot continue from its checkpoint."""
     if folder.name == SINGLE:
         raise Utils.UserError(
             f"--resume {args.resume}: the net of one code is resumed together with its run: give a checkpoint of "
             f"{folder.parent}"
         )
+    checkpoint = Runs.checkpoint_for(args, folder)
+    if is_complete(args, folder, checkpoint):
+        print(f"this run is complete: measures from {Utils.shown(folder / 'generator.json')}")
+        show_result(folder, Utils.read_json(folder / "generator.json"), is_final)
+        return checkpoint, None, True
+    return checkpoint, Utils.newest_checkpoint(folder / SINGLE) if args.resume else None, False
+
+
+def is_complete(args, folder, checkpoint):
+    """Return whether the training of a run and its measures are complete."""
     is_trained = checkpoint is not None and checkpoint.stem == str(args.periods)
     return is_trained and Utils.read_json(folder / "generator.json", (*READ, "fit"), fitness_table) is not None
 
 
-def finish_run(folder, trainer, single, alone):
-    """Measure the generator; print and write its measures. single: see `measure`; alone: see `main`."""
+def finish_run(folder, trainer, single, is_final):
+    """Measure the generator; print and write its measures. single: see `measure`; is_final: see `main`."""
     print("measuring", flush=True)
     with Signals.heartbeat("measuring"):
         result = measure(trainer, single)
-    show_result(folder, result, alone)  # before it is written: the disk may be full
+    show_result(folder, result, is_final)  # before it is written: the disk may be full
     Utils.write_json(folder / "generator.json", result)
 
 
-def show_result(folder, result, alone):
-    """Print the measures of a generator; if `alone`, warn if it is not fit for positives, and say where it is."""
+def show_result(folder, result, is_final):
+    """Print the measures of a generator; if `is_final`, warn if it is not fit for positives, and say where it is."""
     result = {name: Utils.shown(value) if isinstance(value, str) else value for name, value in result.items()}
     print(fitness_table(result))
-    if alone:
+    if is_final:
         warning = Measures.warning(result)
         if warning:
             print(warning)
@@ -655,47 +684,44 @@ def warnings_in_one_line():
 def describe(args, trainer, folder):
     """Print the settings of the run, with the values that are used."""
     net = trainer.net
-    precision = Utils.precision_name(args.precision, trainer.bf16)
+    precision = Devices.precision_name(args.precision, trainer.bf16, trainer.device)
     sides = " -> ".join(str(side) for side in (net.sides[0] // 2, *net.sides))
     searched = ",".join(str(trainer.search.count(level)) for level in range(len(net.sides)))
-    images = f"codes of {trainer.visited} images searched, {searched} on each level"
+    images = f"codes of {trainer.images_per_period} images searched, {searched} on each level"
     if not trainer.searches:
-        images = f"{trainer.visited} images, two random codes of each in a step"
+        images = f"{trainer.images_per_period} images, two random codes of each in a step"
     data = Utils.shown(args.data)
     shape = f"{len(trainer.rows)} images of {trainer.split.size} px, {len(trainer.held_out)} more held out to measure"
     say(f"{data}: {shape}, on {trainer.device} in {precision}")
     say(f"{args.net} generator: {count_parameters(net):,} weights, {sides} px, undoes {net.corruption.spec}")
     periods, steps = Reports.plural(args.periods, "period"), Reports.plural(trainer.steps_per_period, "step")
     say(f"{periods}: {images}, then {steps} of {trainer.bs} images")
-    start = "the run folder would be" if args.dry_run else "starting"
-    if trainer.step:
-        start = f"continuing at step {trainer.step}"
-    say(f"{start}: {Utils.shown(folder)}")
+    Runs.announce(folder, trainer.step, args.dry_run)
 
 
 def prepare(args):
     """Adjust flags that were not given; return the device and the run folder. Raises UserError on what does not fit."""
-    *_, device = Distributed.start(Utils.pick_device(args.device))
+    *_, device = Distributed.start(Devices.pick_device(args.device))
     torch.backends.cudnn.deterministic = args.deterministic
     row = Data.get_row(args.data, args.size)
     args.image_size = row.size
-    fit_objective(args)
-    fit_distance(args)
+    adjust_to_objective(args)
+    adjust_distance(args)
     usual = Flags.hyper_parameters(build_parser(args.data, device.type).parse_args([]))
     return device, Runs.find_run(args, Path(__file__).stem, row.name, Flags.hyper_parameters(args), usual)
 
 
-def main(args, alone=True):
+def main(args, is_final=True):
     """Train, train the same net on one code, measure; return 0. A signal ends the program after saving.
 
-    alone: False if a script goes on that itself says where the generator is, and whether it is fit.
+    is_final: False if another script goes on, which itself says where the generator is and whether it is fit.
     """
     device, folder = prepare(args)
     if args.dry_run:
         try_out(args, device, folder)
         return 0
     with Runs.claimed(folder), warnings_in_one_line():
-        state = Distributed.first_rank_only(lambda: find_state(args, folder, alone))
+        state = Distributed.first_rank_only(lambda: find_state(args, folder, is_final))
         checkpoint, single_checkpoint, complete = state
         if complete:
             return 0
@@ -718,7 +744,7 @@ def main(args, alone=True):
                 describe(args, trainer, folder)
             run_stage(stage, args, stage_folder, title)
 
-        Distributed.first_rank_only(lambda: finish_run(folder, trainer, single, alone))
+        Distributed.first_rank_only(lambda: finish_run(folder, trainer, single, is_final))
         return 0
 
 
@@ -742,13 +768,13 @@ def try_out(args, device, folder):
         started = time.perf_counter()
         period.keys = period.search(trainer, trainer.frozen(), everything, keys).keys
         period.keys.cpu()  # waits for the device
-        search = (time.perf_counter() - started) * trainer.visited / len(rows) / Distributed.count()
+        search = (time.perf_counter() - started) * trainer.images_per_period / len(rows) / Distributed.count()
 
     pace = Reports.Pace(0, trainer.steps, trainer.device)
     while not pace.tick(trainer.step):
         trainer.update(period, everything[: args.bs]).item()
     seconds = args.periods * search + trainer.steps * pace.seconds
-    memory = Utils.peak_memory(trainer.device) / 2**30
+    memory = Devices.peak_memory(trainer.device) / 2**30
     twice = ", and as much for the net of one code" if args.single_code else ""
     say(f"generator: about {Reports.duration(seconds)}{twice}; memory {memory:.1f} GiB")
     say("dry run of the generator: no run folder was made")

@@ -22,9 +22,11 @@ import torch.nn.functional as F
 
 import Banks
 import Data
+import Devices
 import Distributed
 import Evaluate
 import Flags
+import Locks
 import Reports
 import TrainCamNet
 import TrainSimCLR
@@ -153,8 +155,8 @@ class Restored:
         self.bank = None
         self.encoder = None  # the one that is trained; set by the Trainer
         self.fingerprint = ""  # identifies the generator or the bank; checked on resume
-        self.seconds_before = 0.0  # of a dry run: what generator and bank take
-        self.synthetic_share = 0.0  # of the last views
+        self.seconds_before = 0.0  # estimated time for generator and bank, in a dry run
+        self.synthetic_share = 0.0  # share of restorations in the last views
 
     def __len__(self):
         return (self.pair.real + self.made) * self.pair.times
@@ -175,8 +177,8 @@ class Restored:
     def measured_p_gen(self):
         """Return the probability of a restoration by what the encoder has learnt so far; no label is used.
 
-        It is the square of the share of its image's neighbours that a restoration keeps, where 1 is what a random view
-        keeps; at most P_GEN_MAX. The square, since with the share itself natural images lost by restorations.
+        p_gen = min(P_GEN_MAX, s^2). s: the share of an image's nearest neighbours that its restoration keeps, divided
+        by the share that a random view keeps; see `Evaluate.neighbours_kept`.
         """
         rows = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(0))[:NEIGHBOURS_AMONG]
         rows, images = next(iter(self.split.batches([rows], next(self.encoder.parameters()).device)))
@@ -294,10 +296,8 @@ def farthest(candidates, count, images, encoder):
         batch = torch.cat([batch, images])
 
     # features of all restorations and of what they are compared with
-    mode = encoder.training
-    encoder.eval()
-    features = F.normalize(Evaluate.embed(encoder, to_float(batch)), dim=1)
-    encoder.train(mode)
+    with Evaluate.evaluation_mode(encoder):
+        features = F.normalize(Evaluate.embed(encoder, to_float(batch)), dim=1)
     restored = features[: b * k].view(b, k, -1)  # (b, K, F)
     anchor = restored.mean(dim=1) if images is None else features[b * k :]
     likeness = torch.einsum("bkf,bf->bk", restored, anchor)
@@ -372,13 +372,13 @@ def train_generator(args, split, words, asked):
     """Train a generator by the recipe of the data, or continue one; return its checkpoint."""
     argv = [*generator_words(args, words), "--resume=auto"]
     command = shlex.join(["python", "TrainCamNet.py", *argv])
-    with Utils.locked_by_first(generator_lock(args), f"training a generator for {args.data}"):
+    with Locks.locked_by_first(generator_lock(args), f"training a generator for {args.data}"):
         found = Banks.find_generator(args, split, asked)
         if found:  # another run has trained it meanwhile
             return found
         Distributed.say(Utils.shown(f"no generator for {args.data} yet: it is trained first, as by {command}"))
         # a signal that ends the training also ends the program
-        TrainCamNet.main(TrainCamNet.get_args(argv), alone=False)
+        TrainCamNet.main(TrainCamNet.get_args(argv), is_final=False)
         Distributed.say("the generator is ready; next come its bank and the encoder")
         return Banks.find_generator(args, split, asked)
 
@@ -434,26 +434,31 @@ def make_positives(args, splits, device):
 
         # a bank that the user made
         if args.bank:
-            try:
-                images = read(args.bank, len(split), split.size)
-            except ValueError as error:
-                raise Utils.UserError(f"--bank {error}: save one by numpy.save") from error
-            check_count(args, source, images.shape[1], f"--bank {args.bank}: it holds")
-            source.bank = Bank(images, device, Utils.is_held(args.bank_storage, images.nbytes, device))
-            source.fingerprint = fingerprint_array(images)
-            return source
+            return with_own_bank(args, split, device, source)
 
         # banks that a generator makes
         check_count(args, source, args.num_codes, "--num_codes:")
         check_disk(args, split)
         if args.dry_run:
             return try_out_bank(args, split, device, source, words, asked)
-        Distributed.first_rank_only(lambda: Utils.remove_unlocked(generator_lock(args)))
+        Distributed.first_rank_only(lambda: Locks.remove_unlocked(generator_lock(args)))
         checkpoint = Banks.find_generator(args, split, asked) or train_generator(args, split, words, asked)
         schedule = Banks.BankSchedule(args, split, device, checkpoint, asked)
         source.bank_of_epoch = schedule
         source.fingerprint = schedule.fingerprint
         return source
+
+
+def with_own_bank(args, split, device, source):
+    """Return the source with the bank of --bank. Raises UserError if it does not fit the images or the pair."""
+    try:
+        images = read(args.bank, len(split), split.size)
+    except ValueError as error:
+        raise Utils.UserError(f"--bank {error}: save one by numpy.save") from error
+    check_count(args, source, images.shape[1], f"--bank {args.bank}: it holds")
+    source.bank = Bank(images, device, Devices.is_held(args.bank_storage, images.nbytes, device))
+    source.fingerprint = fingerprint_array(images)
+    return source
 
 
 def try_out_bank(args, split, device, source, words, asked):

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 import Data
+import Devices
 import Distributed
 import Evaluate
 import Flags
@@ -58,19 +59,22 @@ def get_args(argv=None):
     return Flags.parse(argv, build_parser)
 
 
-def build_parser(data="shapes", device_type="cpu", doc=__doc__, add_positives=None):
+def add_num_views(group):
+    group.add_argument("--num_views", type=bounded(int, 2), default=2, metavar="M", help="views of each image per step")
+
+
+def build_parser(data="shapes", device_type="cpu", doc=__doc__, add_positives=add_num_views):
     """Return the parser of a contrastive script; the defaults are the recipe of the row of `data` on the device.
 
-    add_positives: a function that adds the flags of the source of positives to an argument group; None: SimCLR's.
+    add_positives: a function that adds the flags of the source of positives to an argument group.
     """
     parser = Flags.plain_parser(doc)
     add_data_flags(parser.add_argument_group("data and views"))
-    (add_positives or add_num_views)(parser.add_argument_group("positives"))
+    add_positives(parser.add_argument_group("positives"))
     add_model_flags(parser.add_argument_group("model and loss"))
     add_optimisation_flags(parser.add_argument_group("optimisation"))
     add_run_flags(Flags.add_run_group(parser, "epochs"))
-    parser.set_defaults(**Data.get_row(data).recipe_for(device_type))
-    parser.epilog += f"\ndefaults: those of --data {Utils.shown(data)} on {device_type}"
+    Flags.set_recipe(parser, Data.get_row(data).recipe_for(device_type), data, device_type)
     return parser
 
 
@@ -88,10 +92,6 @@ def add_data_flags(group):
     add("--crop_min", type=bounded(float, 0.001, 1), metavar="A", help="smallest part of the area that a crop keeps")
     add("--gray_p", type=bounded(float, 0, 1), metavar="P", help="probability of a grey view")
     add("--blur_p", type=bounded(float, 0, 1), metavar="P", help="probability of a blurred view")
-
-
-def add_num_views(group):
-    group.add_argument("--num_views", type=bounded(int, 2), default=2, metavar="M", help="views of each image per step")
 
 
 def add_model_flags(group):
@@ -144,11 +144,15 @@ def add_run_flags(group):
 
 
 class SamePair:
-    """SimCLR's source of positives: the image itself, M times; the augmentation makes the views differ."""
+    """SimCLR's source of positives: the image itself, M times; the augmentation makes the views differ.
 
-    fingerprint = ""  # identifies the bank; checked on resume; empty: only the images are used
-    p_gen = None  # the probability of a restoration that a run has measured
-    seconds_before = 0.0  # of a dry run: what must be made before the training
+    Every source of positives has the members below; len(source) is M, the number of views in a step.
+    """
+
+    encoder = None  # the encoder in training; set by the Trainer
+    fingerprint = ""  # identifies generator or bank; a checkpoint with another one is refused; "": images only
+    p_gen = None  # the probability of a restoration, saved in checkpoints; None: not measured (yet)
+    seconds_before = 0.0  # estimated time for generator and bank, in a dry run
 
     def __init__(self, num_views):
         self.num_views = num_views
@@ -179,6 +183,11 @@ class SamePair:
         return {}
 
 
+def same_pair(args, splits, device):
+    """Return SimCLR's source of positives."""
+    return SamePair(args.num_views)
+
+
 # ---------------------------------------------------------------------------------------------------- training
 
 
@@ -197,7 +206,7 @@ class Trainer:
 
         # views
         self.augmentation = Flags.augmentation_for(args)
-        self.rng = torch.Generator().manual_seed(args.seed)  # of the views
+        self.rng = torch.Generator().manual_seed(args.seed)  # random numbers of the views
 
         # position
         self.steps_per_epoch = len(train_split) // args.bs
@@ -211,13 +220,13 @@ class Trainer:
         self.net = ContrastiveNet(encoder, head).to(device, memory_format=torch.channels_last)
         groups = parameter_groups(self.net, args.wd)
         self.optimizer = build_optimizer(args.opt, groups, args.lr, args.mm, args.lars, args.trust)
-        positives.encoder = encoder  # --pick farthest compares its features
-        views = len(positives) * (args.bs // world)  # of a step, in this process
+        positives.encoder = encoder  # --pick farthest and --p_gen auto compare its features
+        views = len(positives) * (args.bs // world)  # views of a step in this process
         self.chunks = math.ceil(views / (args.chunk_views or views))
         check_chunks(args, self.net, views // self.chunks)
 
         # speed
-        self.bf16 = Utils.set_precision(args.precision, device)
+        self.bf16 = Devices.set_precision(args.precision, device)
         self.forward = Distributed.wrap(self.net, device, args.compile)
         self.graph = None
         if self.chunks == 1 and Graphs.can_capture(args.cuda_graph, device, world):
@@ -239,7 +248,7 @@ class Trainer:
         Utils.save_(
             file,
             args=Utils.plain(self.args),
-            random={"views": self.rng.get_state(), **Utils.random_states(self.device)},
+            random={"views": self.rng.get_state(), **Devices.random_states(self.device)},
             epoch=self.epoch,
             step=self.step,
             data_n=len(self.train_split),
@@ -270,7 +279,7 @@ class Trainer:
         self.pace = Reports.Pace(self.step, self.steps, self.device)
         with Utils.fitting(file, "random"):
             self.rng.set_state(state["random"]["views"])
-            Utils.set_random_states(self.device, state["random"])
+            Devices.set_random_states(self.device, state["random"])
 
     def batches(self):
         """Yield (indices, images) for each remaining step of the epoch: this process's share of the batch.
@@ -334,7 +343,7 @@ class Trainer:
 
     def project(self, x):
         """Return the projections float32 (B, D) of views (B, 3, H, W)."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with Devices.autocast(self.device, self.bf16):
             return self.forward(x).float()
 
     def backward_in_chunks(self, x, lap):
@@ -402,12 +411,10 @@ def train_epoch(trainer, run, interruption):
             total = total + loss
             steps += 1
             bar.update()
-
             show_pace(trainer, run, bar)
 
             # the first step, the last one of an epoch, and every --log_iter
-            is_logged = trainer.step % args.log_iter == 0 or trainer.step == 1 or trainer.step_in_epoch == 0
-            if is_logged:
+            if trainer.step % args.log_iter == 0 or trainer.step == 1 or trainer.step_in_epoch == 0:
                 log_step(trainer, run, loss, z, meter)
             if is_shown:
                 Reports.show_pairs(run, x, trainer.positives.captions, trainer.step)
@@ -442,12 +449,12 @@ def estimate(trainer):
         trainer.steps - trainer.step,
     )
     checkpoint = Reports.duration(to_checkpoint * trainer.pace.seconds)
-    memory = Utils.peak_memory(trainer.device) / 2**30
+    memory = Devices.peak_memory(trainer.device) / 2**30
     return f"training takes about {Reports.duration(left)}; next checkpoint in {checkpoint}; memory {memory:.1f} GiB"
 
 
 def log_step(trainer, run, loss, z, meter):
-    """Write a line of metrics.jsonl: the only place inside an epoch that waits for the device."""
+    """Write a line of metrics.jsonl. Waits for the device; other steps do so only if they draw a picture."""
     loss = loss.item()
     statistics = {name: value.item() for name, value in Losses.view_statistics(z).items()}
     lr = trainer.optimizer.param_groups[0]["lr"]
@@ -460,11 +467,11 @@ def log_step(trainer, run, loss, z, meter):
 def check_health(trainer, run, loss, std=1.0):
     """Raise UserError if the loss is not finite or, after the first epoch, if the embeddings have collapsed."""
     args = trainer.args
-    is_finite = abs(loss) < float("inf")
+    is_finite = math.isfinite(loss)
     has_collapsed = std < COLLAPSED and trainer.step > trainer.steps_per_epoch
     if is_finite and not has_collapsed:
         return
-    place = f"epoch {-(-trainer.step // trainer.steps_per_epoch)}, step {trainer.step}"
+    place = f"epoch {math.ceil(trainer.step / trainer.steps_per_epoch)}, step {trainer.step}"
     problem = f"the embeddings collapsed (standard deviation {std:.4f})" if is_finite else Runs.NOT_FINITE
     causes = f"--lr {args.lr:g} too high, --n_ramp {args.n_ramp:g} too short, --temp {args.temp:g} too low, "
     causes += f"or views that do not differ (--aug {args.aug})"
@@ -579,7 +586,7 @@ def finish_run(trainer, run, splits, again):
 # ---------------------------------------------------------------------------------------------------- script
 
 
-def check_flags(args, world):
+def adjust_flags(args, world):
     """Return the row of the data; adjust flags that were not given. Raises UserError on flags that do not fit."""
     row = Data.get_row(args.data, args.size)
     can_be_small = args.backbone == "resnet8" or is_resnet(args.backbone)
@@ -588,7 +595,7 @@ def check_flags(args, world):
     with Utils.as_user_error():
         check_backbone(args.backbone, args.small_stem, row.size)
     if args.bs % world:
-        Flags.fit(args, "bs", max(args.bs // world, 1) * world, f"it must be a multiple of the {world} processes")
+        Flags.adjust(args, "bs", max(args.bs // world, 1) * world, f"it must be a multiple of the {world} processes")
     return row
 
 
@@ -597,39 +604,39 @@ def check_memory(args, row, world, device):
     # the weights of the head, with gradients and momentum
     features = check_backbone(args.backbone, args.small_stem, row.size)
     weights = 3 * 4 * args.proj_hidden * (features + args.proj_dim)
-    Utils.check_room(weights, device, f"a head of --proj_hidden {args.proj_hidden} and --proj_dim {args.proj_dim}")
+    Devices.check_room(weights, device, f"a head of --proj_hidden {args.proj_hidden} and --proj_dim {args.proj_dim}")
 
     # this process's views, and half of what the net keeps of them, as it is in bf16
     bs = args.bs if "bs" in args.given else 2  # the images may be fewer
     count = getattr(args, "num_views", 2)
     of_a_view = 4 * 3 * row.size**2 + 2 * args.proj_hidden
     of_a_view += kept_bytes(args.backbone, args.small_stem, row.size) // 2
-    Utils.check_room(bs * count * of_a_view // world, device, f"--size {row.size}: {bs} x {count} views")
+    Devices.check_room(bs * count * of_a_view // world, device, f"--size {row.size}: {bs} x {count} views")
 
 
-def check_images(args, row, n, world, device):
+def adjust_to_images(args, row, n, world, device):
     """Adjust flags that were not given to the n training images. Raises UserError if given flags do not fit them."""
     # the rate of a long run
     for name, value in row.long_recipe_for(device.type, args.epochs).items():
         if name not in args.given:
-            Flags.fit(args, name, value, f"the recipe of {row.name} for {Data.LONG} epochs and more")
+            Flags.adjust(args, name, value, f"the recipe of {row.name} for {Data.LONG} epochs and more")
 
     # a batch of at most half of the images, with a learning rate for it
     if n < args.bs or (n < 2 * args.bs and "bs" not in args.given):
         before = args.bs
         half = 2 ** int(math.log2(max(2, n // 2)))
-        Flags.fit(args, "bs", half // world * world, f"{row.name} has {n} images")
+        Flags.adjust(args, "bs", half // world * world, f"{row.name} has {n} images")
         if "lr" not in args.given:
-            Flags.fit(args, "lr", args.lr * args.bs / before, f"it was for --bs {before}")
+            Flags.adjust(args, "lr", args.lr * args.bs / before, f"it was for --bs {before}")
     if args.bs < max(2, world):
         raise Utils.UserError(f"--data {args.data}: {n} images are too few for {world} processes: start fewer")
 
-    # as many epochs as a CPU does within the hour
+    # as many epochs as two cores do in about half an hour
     epochs = max(1, int(Data.CPU_PIXELS / (n * row.size**2)))
     if device.type == "cpu" and "epochs" not in args.given and epochs < args.epochs:
-        Flags.fit(args, "epochs", epochs, f"{n:,} images of {row.size} px on a CPU; give --epochs for more")
+        Flags.adjust(args, "epochs", epochs, f"{n:,} images of {row.size} px on a CPU; give --epochs for more")
     if args.n_ramp >= args.epochs:
-        Flags.fit(args, "n_ramp", args.epochs / 10, f"--epochs {args.epochs} leaves nothing after it")
+        Flags.adjust(args, "n_ramp", args.epochs / 10, f"--epochs {args.epochs} leaves nothing after it")
 
 
 def check_views(args, count):
@@ -658,7 +665,7 @@ def check_chunks(args, net, smallest):
 def describe(args, row, splits, trainer, folder):
     """Print the settings of the run, with the values that are used."""
     net = trainer.net
-    precision = Utils.precision_name(args.precision, trainer.bf16)
+    precision = Devices.precision_name(args.precision, trainer.bf16, trainer.device)
     stem = stem_text(net.encoder)
     optimizer = f"{args.opt}{' + LARS' if args.lars else ''}, lr {args.lr:g}"
     n = Reports.plural(len(splits.train), "image")
@@ -668,10 +675,7 @@ def describe(args, row, splits, trainer, folder):
     say(f"{encoder}: {count_parameters(net.encoder):,} weights, head {count_parameters(net.head):,}")
     say(f"views: {trainer.augmentation}")
     say(f"{steps} of {args.bs} images x {len(trainer.positives)} views, {optimizer}")
-    start = "the run folder would be" if args.dry_run else "starting"
-    if trainer.step:
-        start = f"continuing at step {trainer.step}"
-    say(f"{start}: {Utils.shown(folder)}")
+    Runs.announce(folder, trainer.step, args.dry_run)
 
 
 def labels_text(splits):
@@ -684,31 +688,31 @@ def labels_text(splits):
     return f"{classes}, scored on {Reports.plural(len(splits.test), 'image')} of the split {splits.eval}"
 
 
-def main(args, make_positives=None, script=Path(__file__).stem, build_parser=build_parser):
+def main(args, make_positives=same_pair, script=Path(__file__).stem, build_parser=build_parser):
     """Train, save, score; return the exit code.
 
     make_positives: (args, splits, device) -> a source like `SamePair`; build_parser: the script's.
     """
     # device, images, run folder
-    rank, world, device = Distributed.start(Utils.pick_device(args.device))
+    rank, world, device = Distributed.start(Devices.pick_device(args.device))
     torch.backends.cudnn.deterministic = args.deterministic
-    row = check_flags(args, world)
+    row = adjust_flags(args, world)
     check_memory(args, row, world, device)
     splits = Flags.splits_for(args, device)
-    check_images(args, row, len(splits.train), world, device)
+    adjust_to_images(args, row, len(splits.train), world, device)
     if args.init:
         Flags.encoder_for(args)  # before a generator is trained: UserError if the weights do not fit
     note_unused(args)
     usual = Flags.hyper_parameters(build_parser(args.data, device.type).parse_args([]))
     folder = Runs.find_run(args, script, row.name, Flags.hyper_parameters(args), usual)
     if args.dry_run:
-        positives = make_positives(args, splits, device) if make_positives else SamePair(args.num_views)
+        positives = make_positives(args, splits, device)
         return try_out(args, row, splits, folder, Trainer(args, splits.train, positives, device, rank, world))
 
     # only one process, or group of processes, works on a run
     with Runs.claimed(folder):
         checkpoint = Distributed.first_rank_only(lambda: Runs.checkpoint_for(args, folder))
-        positives = make_positives(args, splits, device) if make_positives else SamePair(args.num_views)
+        positives = make_positives(args, splits, device)
         trainer = Trainer(args, splits.train, positives, device, rank, world)
         if checkpoint:
             trainer.load(checkpoint)
@@ -740,7 +744,8 @@ def try_out(args, row, splits, folder, trainer):
 
 def pretrain(args, row, folder, splits, trainer):
     """Train to the end or to a signal, then score; return the exit code."""
-    # the bank of the epoch, before anything is written: making it can take long
+    # the bank, before anything is written, since making it can take long; an epoch that is still to be scored needs its
+    # own one
     first_step = trainer.step
     unscored = is_unscored(trainer, folder)
     trainer.positives.start_epoch(trainer.epoch - 1 if unscored else trainer.epoch)

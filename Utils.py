@@ -1,17 +1,15 @@
-"""What every script needs: errors, devices and their memory, atomic writing of files, checkpoints."""
+"""What every script needs: start and end, errors, atomic writing of files, checkpoints."""
 
 import contextlib
 import ctypes
 import difflib
 import errno
-import fcntl
 import functools
 import glob
 import hashlib
 import json
 import os
 import re
-import resource
 import socket
 import sys
 import time
@@ -147,20 +145,7 @@ def derived_seed(seed, index):
     return 1_000_003 * seed + index
 
 
-# ---------------------------------------------------------------------------------------------------- devices
-
-
-def pick_device(name):
-    """Return the torch device of --device. Raises UserError if it is not available."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).item()  # the meta device has no numbers
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split("Expected one of")[0].strip()  # a list of twenty kinds
-        raise UserError(f"--device {name}: {reason or 'torch has no such device'}: try --device auto") from error
-    return device
+# ---------------------------------------------------------------------------------------------------- this process
 
 
 def usable_cores(root="/"):
@@ -213,78 +198,9 @@ def keep_memory():
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def random_states(device):
-    """Return the states of torch's random numbers on the CPU and, if that is another one, on the device."""
-    states = {"torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def set_random_states(device, states):
-    """Continue from `random_states`; those of a device that they were not taken on stay as they are."""
-    torch.set_rng_state(states["torch"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-
-
-def set_precision(name, device):
-    """Return whether --precision `name` means bf16 on the device, and set whether cuDNN uses tf32."""
-    torch.backends.cudnn.allow_tf32 = name != "fp32"
-    if name != "auto":
-        return name == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
-def precision_name(name, bf16):
-    """Return the number format that --precision `name` led to, in words."""
-    return "bf16" if bf16 else name.replace("auto", "fp32")
-
-
-def free_memory(device):
-    """Return the bytes that are free on a device."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:  # memory available without swapping, page cache included: it can be full of a bank that was just written
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # macOS: all of its memory
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def peak_memory(device):
-    """Return the most bytes that this process has held: on the GPU, or of main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def check_room(n_bytes, device, what):
-    """Raise UserError if that many bytes, of `what` in words, are more than is free on a device."""
-    free = free_memory(device)
-    if n_bytes > free:
-        needed = f"{what} would take {n_bytes / 2**30:,.0f} GiB of memory"
-        raise UserError(f"{needed}, and {free / 2**30:,.0f} GiB are free on {device}: lower it")
-
-
-def fits(n_bytes, device):
-    """Return whether that many bytes take at most half of what is free on a device."""
-    return n_bytes <= free_memory(device) / 2
-
-
-def is_held(storage, n_bytes, device):
-    """Return whether a bank is held on the device: --bank_storage memory, or auto where it fits."""
-    return storage == "memory" or (storage == "auto" and fits(n_bytes, device))
-
-
 # ---------------------------------------------------------------------------------------------------- files
 
 STALE = 3600  # seconds since the last change of another machine's scratch file: it has been left behind
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # errors of file systems that have no locks
 
 
 @functools.cache
@@ -364,106 +280,6 @@ def write_json(file, content):
     """Write plain values to `file` as JSON, atomically."""
     text = json.dumps(content, indent=1) + "\n"
     write_atomically(file, lambda scratch: scratch.write_text(text))
-
-
-@contextlib.contextmanager
-def locked(file, work, wait=True):
-    """Hold a lock, which only one process can have. file: the lock's file; it holds the id of that process.
-
-    If another process has the lock: print so and wait, or, without `wait`, raise UserError. work: what the process with
-    the lock does, in words. The file is removed at the end; a killed process leaves it behind, unlocked.
-    """
-    handle = _acquire(Path(file), work, wait)
-    with handle:
-        handle.truncate(0)
-        handle.write(f"{_holder()}\n")
-        handle.flush()
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                Path(file).unlink()
-
-
-@contextlib.contextmanager
-def locked_by_first(file, work):
-    """Hold a lock for all processes of a run: the first of them has it, see `locked`."""
-    with contextlib.ExitStack() as stack:
-
-        def lock():
-            stack.enter_context(locked(file, work))
-
-        Distributed.first_rank_only(lock)
-        yield
-
-
-def remove_unlocked(file):
-    """Remove the file of a lock that a killed process has left behind."""
-    if Path(file).exists():
-        with contextlib.suppress(UserError), locked(file, "", wait=False):
-            pass
-
-
-def _acquire(file, work, wait):
-    """Return the open file of a lock that this process now has."""
-    while True:
-        try:
-            handle = file.open("a+", errors="replace")
-            is_free = _try_lock(handle)
-        except OSError as error:
-            raise UserError(f"cannot lock {shown(file)}: {error.strerror}: make its folder writable") from error
-        if is_free is None:
-            _check_holder(file, work)
-            return handle
-        if not is_free:
-            handle.seek(0)
-            holder = shown(handle.read().strip() or "unknown")
-            if not wait:
-                handle.close()
-                raise UserError(f"another process ({holder}) is {work}: wait for it, or stop it")
-            print(f"waiting: another process ({holder}) is {shown(work)}", flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        # the previous holder may have removed the file after it was opened here
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle.fileno()), file.stat()):
-                return handle
-        handle.close()
-
-
-def _try_lock(handle, tries=3):
-    """Return whether an open file could be locked, or None if its file system has no locks.
-
-    Compare.py locks for an instant, so it is tried several times.
-    """
-    for _ in range(tries):
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            time.sleep(0.05)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            return None
-    return False
-
-
-def _holder():
-    """Return what the file of a lock that this process has says."""
-    return f"{os.getpid()} on {socket.gethostname()}"
-
-
-def _check_holder(file, work):
-    """Raise UserError if a lock's file names another process that can still be running.
-
-    This takes the place of a lock where there is none. Only a process of this machine can be seen to have ended.
-    """
-    holder = file.read_text(errors="replace").strip()
-    process, _, host = holder.partition(" on ")
-    is_other = process.isdecimal() and holder != _holder()
-    if is_other and (host != socket.gethostname() or is_alive(int(process))):
-        remedy = f"wait for it, or, if it has ended, remove {shown(file)}: this file system has no locks"
-        raise UserError(f"another process ({shown(holder)}) is {work}: {remedy}")
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
@@ -582,7 +398,7 @@ def current_flags(stored):
     flags = {RENAMED.get(name, name): value for name, value in stored.items()}
     if flags.get("compile") in ("auto", "yes", "no"):  # it was a choice
         flags["compile"] = flags["compile"] == "yes"
-    if "candidates" in flags:  # of TrainCamNet.py, whose only objective it was
+    if "candidates" in flags:  # only TrainCamNet.py has it; older versions knew cimle alone
         flags.setdefault("objective", "cimle")
     if "camnet" in flags:  # a command line
         for before, now in RENAMED.items():

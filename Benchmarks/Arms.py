@@ -11,6 +11,7 @@ with a generator include its search, training and sampling.
 
 import argparse
 import json
+import math
 import os
 import re
 import shlex
@@ -209,7 +210,7 @@ def generator_record(flags, folder):
     if flags.pair == "corrupted":  # only its corruption was used
         return record
     theirs = argparse.Namespace(**Runs.stored_flags(folder))
-    banks = -(-flags.epochs // flags.refresh) if flags.refresh else 1
+    banks = math.ceil(flags.epochs / flags.refresh) if flags.refresh else 1
     n = len(Data.get_train_split(flags.data, Flags.file_options(flags, "cpu")))
     seconds = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
     record["generator_macs"] = generator_macs(theirs, n, flags.num_codes, banks)

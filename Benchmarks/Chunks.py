@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import Devices
 import Flags
 import Runs
 import Signals
@@ -42,16 +43,16 @@ def measure(bs, chunk_views, steps):
     Utils.keep_memory()  # as the scripts do
     words = f"--device cpu --epochs 1000 --bs {bs} --chunk_views {chunk_views}"
     flags = TrainSimCLR.get_args(words.split())
-    TrainSimCLR.check_flags(flags, 1)
+    TrainSimCLR.adjust_flags(flags, 1)
     trainer = TrainSimCLR.Trainer(flags, Bench(CPU, FULL).split(bs), TrainSimCLR.SamePair(2), CPU)
     step = steps_of(trainer)
-    before = Utils.peak_memory(CPU)
+    before = Devices.peak_memory(CPU)
     step()
     started = time.perf_counter()
     for _ in range(steps):
         step()
     speed = steps * bs * 2 / (time.perf_counter() - started)
-    return before, Utils.peak_memory(CPU), round(speed, 1)
+    return before, Devices.peak_memory(CPU), round(speed, 1)
 
 
 @Signals.heartbeat("measuring")

@@ -71,7 +71,7 @@ def get_args(argv=None):
 def simclr_trainer(rank=0, world=1):
     """Return the trainer of TrainSimCLR.py by the recipe of the generated shapes, with images of noise."""
     flags = TrainSimCLR.get_args(["--device=cpu", "--epochs=100000"])
-    TrainSimCLR.check_flags(flags, world)
+    TrainSimCLR.adjust_flags(flags, world)
     split = Bench(CPU, FULL).split(2 * flags.bs)
     return TrainSimCLR.Trainer(flags, split, TrainSimCLR.SamePair(2), CPU, rank, world)
 

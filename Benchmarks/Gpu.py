@@ -27,6 +27,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+import Devices
 import Flags
 import Graphs
 import Runs
@@ -161,7 +162,7 @@ def simclr_trainer(bench, split, **changes):
     scale = bench.scale
     words = f"--backbone {scale.backbone} --bs {scale.bs} --epochs 1000"
     args = argparse.Namespace(**vars(bench.flags(TrainSimCLR, words)) | changes)
-    TrainSimCLR.check_flags(args, 1)
+    TrainSimCLR.adjust_flags(args, 1)
     return TrainSimCLR.Trainer(args, split, TrainSimCLR.SamePair(2), bench.device)
 
 
@@ -229,7 +230,7 @@ def measure_isicle(bench):
         for name, (on_device, pick) in variants.items():
             words = f"--backbone {scale.backbone} --bs {scale.bs} --epochs 1000 --pick {pick}"
             args = bench.flags(TrainISICLE, words)
-            TrainSimCLR.check_flags(args, 1)
+            TrainSimCLR.adjust_flags(args, 1)
             positives = TrainISICLE.Restored(args)
             positives.bank = Bank(np.load(file, mmap_mode="r"), bench.device, on_device)
             trainer = TrainSimCLR.Trainer(args, split, positives, bench.device)
@@ -424,7 +425,7 @@ def main(args):
     """Run the parts, write their rows; return 0, or 1 if a part has an error or a test failed."""
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise Utils.UserError(f"--device {args.device}: no GPU here: --device cpu --quick shows that every part runs")
-    device = Utils.pick_device(args.device)
+    device = Devices.pick_device(args.device)
     made = Runs.provenance(device)
     made["command"] = shlex.join(["python", "-m", "Benchmarks.Gpu", *sys.argv[1:]])
     made["rows"] = []

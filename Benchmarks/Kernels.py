@@ -101,7 +101,7 @@ def isicle_trainer(bs, device, words=(), on_device=True):
 
 
 def _trainer(args, positives, device):
-    TrainSimCLR.check_flags(args, world=1)
+    TrainSimCLR.adjust_flags(args, world=1)
     torch.manual_seed(0)
     trainer = TrainSimCLR.Trainer(args, noise_split(2 * args.bs, device), positives, device)
     trainer.net.train()
@@ -137,9 +137,9 @@ def count_camnet(gpu, step, trainer):
     with trainer.autocast():
         sampler = trainer.ema.frozen()  # as the filling does, once for all images
     counter = Counter(gpu, step)
-    period = trainer.prepare(argparse.Namespace(signal=None), "", quiet=True)
+    period = trainer.next_period(argparse.Namespace(signal=None), "", quiet=True)
     counter.end("search, a chunk on each level")
-    first, second = trainer.parts(args.period)
+    first, second = trainer.batches(args.period)
     trainer.update(period, first)  # makes the optimizer's averages
     gpu.reset()
     trainer.update(period, second)

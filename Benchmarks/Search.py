@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+import Devices
 import Flags
 import Runs
 import Signals
@@ -222,7 +223,7 @@ def _wait(device):
 @Signals.heartbeat("measuring")
 def main(args):
     """Measure, print a table, write it; return the exit code."""
-    device = Utils.pick_device(args.device)
+    device = Devices.pick_device(args.device)
     made = Runs.provenance(device)
     made["command"] = shlex.join(["python", "-m", "Benchmarks.Search", *sys.argv[1:]])
     bench = Bench(args, device)

@@ -12,6 +12,7 @@ another revision is tried anew. Linux only; a full disk is a small file system i
 else a limit of the length of files.
 """
 
+import math
 import multiprocessing
 import os
 import random
@@ -30,6 +31,7 @@ from typing import NamedTuple
 import torch
 
 import Flags
+import Locks
 import Runs
 import TrainCamNet
 import TrainISICLE
@@ -272,7 +274,7 @@ def kill_in_torchrun(victim, site, rng, index):
     code = launcher.wait()
     if left or code == 0:
         return Outcome(f"ranks {left} went on" if left else "the launcher said that all is well")
-    with Utils.locked(folder / ".lock", "testing", wait=False):  # raises if a rank still works there
+    with Locks.locked(folder / ".lock", "testing", wait=False):  # raises if a rank still works there
         return Outcome(check_checkpoints(folder))
 
 
@@ -407,7 +409,7 @@ def main(args):
     asked = new_rows(rows, args, revision)
     rows |= asked
     share = 10 if args.quick else 1
-    tasks = [(kind, row, -(-KINDS[kind][0] // share)) for kind, row in asked.items()]
+    tasks = [(kind, row, math.ceil(KINDS[kind][0] / share)) for kind, row in asked.items()]
     with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as root:
         for row in make_all(tasks, min(args.jobs, len(tasks)), root):
             rows[row["kind"]] = row

@@ -31,6 +31,7 @@ import torch
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
+import Devices
 import Flags
 import Runs
 import Signals
@@ -77,7 +78,7 @@ def get_args(argv=None):
     if args.quick:
         parser.set_defaults(bs=32, seconds=0.2, rounds=2)
     if args.check:
-        committed = read_committed(Utils.pick_device(args.device))
+        committed = read_committed(Devices.pick_device(args.device))
         flags = {name: committed["flags"][name] for name in (*OF_BATCH, "threads", "workers")}
         parser.set_defaults(seconds=1.0, **flags)
         args = parser.parse_args(argv)
@@ -107,7 +108,7 @@ def prepare(args, device):
     """Return TrainSimCLR.py's flags, with the recipe of the generated shapes, and those shapes."""
     given = ["--backbone", args.backbone, "--bs", str(args.bs), "--size", str(args.size)]
     flags = TrainSimCLR.get_args([*given, "--device", str(device), "--epochs", "1000000"])
-    TrainSimCLR.check_flags(flags, 1)
+    TrainSimCLR.adjust_flags(flags, 1)
     return flags, Flags.splits_for(flags, torch.device("cpu")).train
 
 
@@ -238,7 +239,7 @@ def peak_memory(args, device, name):
         for count in range(3):
             say(f"memory: {name}: step {count + 1}/3")
             step()
-    return Utils.peak_memory(device)
+    return Devices.peak_memory(device)
 
 
 def measure_memory(args, device):
@@ -335,7 +336,7 @@ def check(device, ratios):
 @Signals.heartbeat("measuring")
 def main(args):
     """Measure, print a table, write it; return the exit code."""
-    device = Utils.pick_device(args.device)
+    device = Devices.pick_device(args.device)
     args.workers = args.workers or len(os.sched_getaffinity(0))
     made = Runs.provenance(device)
     made["command"] = shlex.join(["python", "-m", "Benchmarks.Speed", *sys.argv[1:]])

@@ -330,7 +330,7 @@ def soak_table(content):
     for row in content["rows"]:
         counts = [str(row["tried"]), str(row["passed"])]
         rows.append([row["kind"], *counts, f"{row['hits']} {row['hits_are']}", row["revision"]])
-    below = f"`python -m Benchmarks.Soak`, {content['device']}"
+    below = f"`python -m Benchmarks.Soak`, {device_of(content)}"
     return markdown(["what is done to runs", "tried", "passed", "of these", "revision"], rows, below)
 
 

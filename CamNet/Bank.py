@@ -79,7 +79,7 @@ def checksum(images, crc=0, rows_at_once=256):
     return crc
 
 
-def alone(work):
+def call(work):
     """Return work(): `fill` in a single process."""
     return work()
 
@@ -100,7 +100,7 @@ def fill(
     *,
     bs=None,
     quiet=True,
-    first_only=alone,
+    first_only=call,
     spread=all_parts,
 ):
     """Fill `file` with k restorations of every image of the split, or continue where an interrupted call stopped.

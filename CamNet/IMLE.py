@@ -70,11 +70,11 @@ class Search:
         return self.counts[min(level, len(self.counts) - 1)]
 
     @torch.inference_mode()
-    def __call__(self, generator, distance, condition, wanted, keys, previous=None):
+    def __call__(self, generator, distance, condition, target_features, keys, previous=None):
         """Return the `Found` codes of B images. The caller decides the precision, by autocast.
 
         condition: c(x) (B, C, r, r).
-        wanted: for every level the `distance.features` of its targets.
+        target_features: for every level the `distance.features` of its targets.
         keys: int64 (B,), seeds of the candidates.
         previous: int64 (B, L), codes of an earlier search, or None. An image keeps them if their summed distance is not
         larger than that of the codes found now. -1 where an image has none.
@@ -86,12 +86,12 @@ class Search:
         def earlier(level):
             return previous[:, level, None]  # (B, 1)
 
-        ranks, found = self._all_levels(generator, distance, condition, wanted, candidates)
+        ranks, found = self._all_levels(generator, distance, condition, target_features, candidates)
         if previous is None:
             return found
 
         # What the earlier codes are worth now: a search with a single candidate per level.
-        old_ranks, old = self._all_levels(generator, distance, condition, wanted, earlier)
+        old_ranks, old = self._all_levels(generator, distance, condition, target_features, earlier)
 
         # Compare the means over the levels, divided first: two ranks of rejected candidates can add up to infinity.
         levels = ranks.shape[1]
@@ -99,14 +99,14 @@ class Search:
         kept = not_worse & (previous[:, 0] != NONE)
         return _map(lambda before, now: torch.where(kept[:, None], before, now), old, found)
 
-    def _all_levels(self, generator, distance, condition, wanted, candidates):
+    def _all_levels(self, generator, distance, condition, target_features, candidates):
         """Search level after level; return (ranks (B, L), Found). candidates(level): their keys (B, m)."""
         seen = generator.conditions(condition)
         state = State()
         ranks = []
         keys = []
         distances = []
-        for level, targets in enumerate(wanted):
+        for level, targets in enumerate(target_features):
             images = _Images(condition, seen[level], state, targets, candidates(level))
             best = self._level(generator, distance, level, images)
             ranks.append(best.rank)
@@ -195,10 +195,10 @@ def _is_out_of_memory(error):
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
-def loss(generator, distance, condition, wanted, codes):
+def loss(generator, distance, condition, target_features, codes):
     """Return the distance to the targets, summed over the levels and averaged over the images, with gradients.
 
     Arguments as in `Search`, except for codes: `Generator.codes` of the keys that the search found.
     """
     images = generator(condition, codes)
-    return sum(distance.between(distance.features(x), y).mean() for x, y in zip(images, wanted))
+    return sum(distance.between(distance.features(x), y).mean() for x, y in zip(images, target_features))

@@ -201,7 +201,7 @@ def warning(result):
     reason = unfit(result)
     if reason is None:
         return None
-    remedy = "train it for more --periods, or search more --candidates"
+    remedy = "train it for more --periods or, with --objective cimle, search more --candidates"
     return f"warning: this generator is not fit for positives: {reason}: {remedy}"
 
 

@@ -1,1 +1,1 @@
-"""CAM-Net, a conditional generator, and cIMLE, which trains it. Imports none of the top-level files."""
+"""CAM-Net, a conditional generator, with cIMLE and the energy score, which train it. Imports no top-level file."""

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import Locks
 import Utils
 from Distributed import is_first, notice
 from Images.Decode import BadFile, Files
@@ -101,7 +102,7 @@ class Cache:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 if not os.access(self.folder, os.W_OK):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            with Utils.locked(self.lock, f"decoding {self.name}"):
+            with Locks.locked(self.lock, f"decoding {self.name}"):
                 self._found = self._read()  # another process may have made it in the meantime
                 if self._found is None:
                     self._found = self._write(skip_bad)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-import Utils
+import Devices
 from Distributed import first_rank_only, notice
 from Images.Cache import Cache, NoCacheError
 from Images.Decode import SUFFIXES, BadFile
@@ -166,7 +166,7 @@ def check_same_classes(train, other):
 
 def check_size(size, n_bytes):
     """Raise UserError where images of this size in pixels take more main memory than is free: at least n_bytes."""
-    free = Utils.free_memory("cpu")
+    free = Devices.free_memory("cpu")
     if n_bytes > free:
         needed = f"images of this size take {n_bytes:,} bytes or more, and {free:,} are free"
         raise UserError(f"--size {size}: {needed}: choose a smaller one")
@@ -178,8 +178,8 @@ def _storage(asked, n_bytes, device, name):
         return asked
     places = ["cpu"] if torch.device(device).type == "cpu" else ["cpu", device]  # a cache is read through main memory
     for place in places:
-        if not Utils.fits(n_bytes, place):
-            free = f"{Utils.free_memory(place):,} bytes that are free on {place}"
+        if not Devices.has_room(n_bytes, place):
+            free = f"{Devices.free_memory(place):,} bytes that are free on {place}"
             notice(f"{name}: streamed: its images, {n_bytes:,} bytes, take more than half of the {free}")
             return "stream"
     return "memory"

@@ -22,6 +22,7 @@ import pytest
 import torch
 from helpers import only_run, run, save_shapes
 
+import Locks
 import Signals
 import TrainSimCLR
 import Utils
@@ -44,7 +45,7 @@ def made_once(tmp_path_factory, pytestconfig):
     def find_or_make(name, make):
         folder = base / name
         is_made = base / f"{name}.made"
-        with Utils.locked(base / f"{name}.lock", f"making {name}"):
+        with Locks.locked(base / f"{name}.lock", f"making {name}"):
             if not is_made.exists():
                 make(folder)
                 is_made.touch()

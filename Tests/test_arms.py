@@ -203,7 +203,7 @@ def test_every_view_of_a_pair_is_counted(pair, views):
     flags = TrainISICLE.get_args(["--pair", pair])
     plain = TrainSimCLR.get_args([])
     for each in (flags, plain):
-        TrainSimCLR.check_flags(each, 1)
+        TrainSimCLR.adjust_flags(each, 1)
     assert Compute.encoder_macs(flags, 10) * 2 == Compute.encoder_macs(plain, 10) * views
 
 

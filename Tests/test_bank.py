@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import wait_for
 
-import Utils
+import Devices
 from CamNet import Bank
 from CamNet.Codes import Purpose, make_keys
 from CamNet.Generator import Generator
@@ -187,7 +187,7 @@ def test_take_picks_rows_and_columns(tmp_path, storage):
 
 def test_auto_storage_looks_at_what_is_free(monkeypatch):
     for free, held in ((200, True), (199, False)):
-        monkeypatch.setattr(Utils, "free_memory", lambda device, free=free: free)
-        assert Utils.is_held("auto", 100, "cpu") == held
-    assert Utils.is_held("memory", 100, "cpu")
-    assert not Utils.is_held("map", 1, "cpu")
+        monkeypatch.setattr(Devices, "free_memory", lambda device, free=free: free)
+        assert Devices.is_held("auto", 100, "cpu") == held
+    assert Devices.is_held("memory", 100, "cpu")
+    assert not Devices.is_held("map", 1, "cpu")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import one_line
 
+import Devices
 import TrainCamNet
 import Utils
 from Benchmarks import Forks, Gpu, Redrawn, Search, Soak, Speed, Tables
@@ -243,11 +244,11 @@ def test_search_says_how_it_was_made(searched):
 def test_search_takes_the_newest_generator(models, tmp_path, monkeypatch):
     (tmp_path / "Models").symlink_to(models)
     monkeypatch.setattr(Utils, "ROOT", tmp_path)
-    bench = Search.Bench(Search.get_args(["--images", "2"]), Utils.pick_device("cpu"))
+    bench = Search.Bench(Search.get_args(["--images", "2"]), Devices.pick_device("cpu"))
     assert bench.counts == [12, 6]
     (tmp_path / "Models").unlink()
     with pytest.raises(Utils.UserError, match=r"run python TrainCamNet\.py"):
-        Search.Bench(Search.get_args([]), Utils.pick_device("cpu"))
+        Search.Bench(Search.get_args([]), Devices.pick_device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------------------- Gpu

@@ -142,7 +142,7 @@ def changed_since(record):
     device = ["--device", "cpu"] if record["device"].startswith("cpu") else []
     args = script.get_args(words[2:] + device)
     if script is TrainCamNet:
-        TrainCamNet.fit_objective(args)
+        TrainCamNet.adjust_to_objective(args)
     now = Flags.hyper_parameters(args)
     changed = {name: (then[name], now.get(name)) for name in then if then[name] != now.get(name)}
 
@@ -150,7 +150,7 @@ def changed_since(record):
     if record.get("generator_flags") and not now["generator"]:
         own = [f"--data={now['data']}", *([f"--size={now['size']}"] if now["size"] else []), *device]
         theirs = TrainCamNet.get_args([*shlex.split(now["camnet"]), *own])
-        TrainCamNet.fit_objective(theirs)
+        TrainCamNet.adjust_to_objective(theirs)
         theirs = Flags.hyper_parameters(theirs)
         for name, value in (record["generator_flags"] | {"data": then["data"]}).items():
             if name != "single_code" and value != theirs.get(name):  # which is only compared with

@@ -109,7 +109,7 @@ def chunked_step(rank, world):
     """(loss, gradients, state) after a step of the Trainer in two chunks: first and second views of 12 images."""
     flags = "--device cpu --size 16 --backbone resnet8 --proj_norm --bs 12 --epochs 1 --precision fp32 --lr 0"
     args = TrainSimCLR.get_args([*flags.split(), "--chunk_views", str(12 // world)])
-    TrainSimCLR.check_flags(args, world)
+    TrainSimCLR.adjust_flags(args, world)
     images = torch.randint(256, (24, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     split = Split(images, torch.zeros(24, dtype=torch.int64), ["one"])
     trainer = TrainSimCLR.Trainer(args, split, TrainSimCLR.SamePair(2), torch.device("cpu"), rank, world)
@@ -152,7 +152,7 @@ def searched(rank, world):
     found = []
     for step in (0, trainer.steps_per_period):
         trainer.step = step
-        period = trainer.prepare(SimpleNamespace(signal=None), "", quiet=True)
+        period = trainer.next_period(SimpleNamespace(signal=None), "", quiet=True)
         assert torch.equal(trainer.chosen[trainer.rows_of(trainer.period)], period.keys)
         found.append(trainer.chosen.clone())
     return found, period.distances
@@ -171,9 +171,9 @@ def test_the_search_finds_the_same_codes_in_any_number_of_processes(world, tmp_p
 def generator_steps(rank, world):
     """(loss, gradients) of a step of four images and of the last one, of three; the weights and their average."""
     trainer = small_generator()
-    period = trainer.prepare(SimpleNamespace(signal=None), "", quiet=True)
+    period = trainer.next_period(SimpleNamespace(signal=None), "", quiet=True)
     steps = []
-    for part in list(trainer.parts(27))[5:7]:
+    for part in list(trainer.batches(27))[5:7]:
         loss = trainer.update(period, part)
         steps.append((loss, {name: each.grad.clone() for name, each in trainer.net.named_parameters()}))
     return steps, trainer.net.state_dict(), trainer.ema.state_dict(), trainer.total
@@ -206,8 +206,8 @@ def compiled_batches(rank, world):
 
     torch.compile = stand_in  # in this process alone
     trainer = small_generator("--compile", "--visits", "1")
-    period = trainer.prepare(SimpleNamespace(signal=None), "", quiet=True)
-    for part in trainer.parts(27):
+    period = trainer.next_period(SimpleNamespace(signal=None), "", quiet=True)
+    for part in trainer.batches(27):
         trainer.update(period, part)
     return sizes
 
@@ -377,7 +377,7 @@ def test_a_mistake_is_reported_once(quick, tmp_path):
     assert "error: --bs 33: it must be a multiple of the 2 processes" in error
     assert not (tmp_path / "models").exists()
     fewer = TrainSimCLR.get_args(["--bs", "2"])
-    one_line(lambda: TrainSimCLR.check_flags(fewer, world=4), "--bs 2", "4 processes", "4")
+    one_line(lambda: TrainSimCLR.adjust_flags(fewer, world=4), "--bs 2", "4 processes", "4")
 
 
 def test_sigterm_to_torchrun_saves_and_the_run_goes_on(quick, tmp_path, cli, fork):

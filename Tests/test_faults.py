@@ -28,10 +28,12 @@ from torch.utils.tensorboard import SummaryWriter
 import Banks
 import CamNet.Bank
 import Data
+import Devices
 import Evaluate
 import Export
 import Images.Cache
 import Images.Decode
+import Locks
 import Reports
 import Runs
 import TrainCamNet
@@ -118,7 +120,7 @@ def test_of_two_starts_one_trains(data, finished, tmp_path, fork, resume):
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=list(SCRIPTS))
 def test_a_run_that_another_process_works_on_is_left_alone(copied, cli, script):
     run = copied(script.__name__)
-    with Utils.locked(run.folder / ".lock", "testing"):
+    with Locks.locked(run.folder / ".lock", "testing"):
         before = content(run.models_dir)
         one_error(cli(run.argv, script), f"another process ({os.getpid()} on", run.folder)
         assert content(run.models_dir) == before
@@ -146,7 +148,7 @@ def test_ranks_end_with_their_launcher(data, tmp_path):
     for rank in left:
         os.kill(rank, signal.SIGKILL)
     assert not left
-    with Utils.locked(only_run(tmp_path / "models") / ".lock", "testing", wait=False):
+    with Locks.locked(only_run(tmp_path / "models") / ".lock", "testing", wait=False):
         pass
 
 
@@ -408,7 +410,7 @@ def test_a_damaged_half_of_a_bank_is_filled_anew(copied, data, damage):
     crc = CamNet.Bank.checksum(images[:24])
     part_note.write_text(json.dumps(json.loads(part_note.read_text()) | {"done": 24, "crc": crc}))
     PARTS[damage](part, part_note)
-    bf16 = Utils.set_precision("auto", torch.device("cpu"))  # as in the run
+    bf16 = Devices.set_precision("auto", torch.device("cpu"))  # as in the run
     autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16)
     assert CamNet.Bank.fill(bank, generator, split, 2, 0, "cpu", autocast)
     assert bank.read_bytes() == expected

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from helpers import one_line, save
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-import Utils
+import Devices
+import Locks
 from Images import Cache, Decode, Folders
 from Images.Decode import decode
 from Images.Folders import Options, check_same_classes, holds_images, list_folder, load_folder
@@ -369,19 +370,19 @@ def test_an_interrupt_leaves_nothing(load, tmp_path, monkeypatch):
 
 
 def test_a_second_process_waits_and_decodes_nothing(load, tmp_path, monkeypatch):
-    locked = Utils.locked
+    locked = Locks.locked
 
     @contextlib.contextmanager
     def taken(file, work):
         """As if the lock had been another process's, which has made the cache in the meantime."""
         with monkeypatch.context() as patch:
-            patch.setattr(Utils, "locked", locked)
+            patch.setattr(Locks, "locked", locked)
             load()
         monkeypatch.setattr(Decode, "decode", no_decode)
         with locked(file, work):
             yield
 
-    monkeypatch.setattr(Utils, "locked", taken)
+    monkeypatch.setattr(Locks, "locked", taken)
     assert len(load()) == 6
 
 
@@ -441,11 +442,11 @@ def test_split_checks_its_parts():
 
 
 def test_auto(load, monkeypatch, capsys):
-    assert Utils.free_memory("cpu") > 2**20
+    assert Devices.free_memory("cpu") > 2**20
     n_bytes = 6 * 3 * 8 * 8
-    monkeypatch.setattr(Utils, "free_memory", lambda device: 2 * n_bytes)
+    monkeypatch.setattr(Devices, "free_memory", lambda device: 2 * n_bytes)
     assert isinstance(load(storage="auto"), Split) and capsys.readouterr().err == ""
-    monkeypatch.setattr(Utils, "free_memory", lambda device: 2 * n_bytes - 1)
+    monkeypatch.setattr(Devices, "free_memory", lambda device: 2 * n_bytes - 1)
     assert isinstance(load(storage="auto", data_dir=Path("/dev/null")), StreamedSplit)
     line, second = capsys.readouterr().err.splitlines()
     assert "stream" in line and "1,152" in line and "every start checks" in second
@@ -455,7 +456,7 @@ def test_auto(load, monkeypatch, capsys):
 
 def test_auto_counts_the_gpu(monkeypatch):
     for free, chosen in ((2000, "memory"), (1999, "stream"), (10**9, "memory")):
-        monkeypatch.setattr(Utils, "free_memory", lambda device, free=free: free if device == "cuda" else 2000)
+        monkeypatch.setattr(Devices, "free_memory", lambda device, free=free: free if device == "cuda" else 2000)
         assert Folders._storage("auto", 1000, "cuda", "") == chosen
 
 

@@ -9,7 +9,7 @@ from helpers import ROOT
 PACKAGES = ("Benchmarks", "CamNet", "Images")
 ENVIRONMENT = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}  # what torchrun tells its processes
 CHAPTERS = ("Augmentations", "Backbones", "Losses", "Optimizers")
-GROUND = ("Utils", "Distributed", "Signals", "Lazy")
+GROUND = ("Utils", "Devices", "Locks", "Distributed", "Signals", "Lazy")
 
 
 def read_modules():

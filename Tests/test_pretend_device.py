@@ -221,7 +221,7 @@ def splits(device, n=32, size=32):
 def simclr_trainer(device):
     """TrainSimCLR's Trainer with two views."""
     args = TrainSimCLR.get_args(SIMCLR.split())
-    TrainSimCLR.check_flags(args, 1)
+    TrainSimCLR.adjust_flags(args, 1)
     args.small_stem = True
     torch.manual_seed(0)
     return TrainSimCLR.Trainer(args, splits(device).train, TrainSimCLR.SamePair(args.num_views), device)
@@ -418,8 +418,8 @@ def camnet_trainer(device):
 
 def camnet_search(trainer):
     """Search the codes of a period; return (period, the images of each of its steps)."""
-    period = trainer.prepare(argparse.Namespace(signal=None), "", quiet=True)
-    return period, list(trainer.parts(len(period.condition)))
+    period = trainer.next_period(argparse.Namespace(signal=None), "", quiet=True)
+    return period, list(trainer.batches(len(period.condition)))
 
 
 def camnet_period(trainer):

@@ -142,8 +142,8 @@ def small_trainer(*more):
     split = Split(Shapes.draw(labels, 8, torch.Generator().manual_seed(0)), labels, Shapes.CLASSES)
     generator = TrainCamNet.build_generator(args, 8)
     trainer = TrainCamNet.Trainer(args, split, generator, TrainCamNet.Distances.Pixels(), [4], torch.device("cpu"))
-    period = trainer.prepare(SimpleNamespace(signal=None), "", quiet=True)
-    parts = list(trainer.parts(10))
+    period = trainer.next_period(SimpleNamespace(signal=None), "", quiet=True)
+    parts = list(trainer.batches(10))
     assert [len(part) for part in parts] == 3 * [4, 4, 2]
     return trainer, torch.stack([trainer.update(period, part) for part in parts])
 
@@ -284,11 +284,11 @@ def test_every_image_takes_part_as_often_and_held_out_ones_never(flags, tmp_path
         assert all(len(trainer.rows_of(period)) == 16 for period in periods)
         assert rows.bincount(minlength=80).tolist() == [0 if row in held_out else 2 for row in range(80)]
     for trainer.step in (0, STEPS):
-        parts = list(trainer.parts(16))
+        parts = list(trainer.batches(16))
         assert [len(part) for part in parts] == [8] * STEPS
         assert torch.cat(parts).bincount().tolist() == [2] * 16  # --visits
         trainer.step += 3
-        assert [part.tolist() for part in trainer.parts(16)] == [part.tolist() for part in parts[3:]]
+        assert [part.tolist() for part in trainer.batches(16)] == [part.tolist() for part in parts[3:]]
 
 
 # ---------------------------------------------------------------------------------------------------- two processes

@@ -422,7 +422,7 @@ def test_processes_fill_the_bank_of_one_and_go_on_after_a_kill(quick, models, tm
 
 def test_resume_with_other_positives_is_refused(first):
     args = TrainISICLE.get_args(first.argv)
-    TrainSimCLR.check_flags(args, world=1)
+    TrainSimCLR.adjust_flags(args, world=1)
     device = torch.device("cpu")
     positives = TrainISICLE.Restored(args)
     trainer = TrainSimCLR.Trainer(args, Flags.splits_for(args, device).train, positives, device)
@@ -511,7 +511,7 @@ def test_an_unfit_generator_is_warned_of_once(generator, split, tree, tmp_path, 
 def test_a_generator_is_trained_where_there_is_none(monkeypatch, split, tree, tmp_path):
     asked = []
 
-    def train(args, alone):
+    def train(args, is_final):
         asked.append(args)
         folder = tmp_path / "TrainCamNet-x"
         parts = {name: {} for name in ("config", "net", "optimizer", "seconds")}

@@ -503,7 +503,7 @@ def test_unlabelled_images_train_and_are_not_scored(quick, tree, tmp_path, cli):
 def first_losses(argv, steps):
     """The losses of the first steps of a run with these flags, without a run folder."""
     args = TrainSimCLR.get_args(argv)
-    TrainSimCLR.check_flags(args, world=1)
+    TrainSimCLR.adjust_flags(args, world=1)
     split = Flags.splits_for(args, "cpu").train
     trainer = TrainSimCLR.Trainer(args, split, TrainSimCLR.SamePair(2), torch.device("cpu"))
     trainer.net.train()
@@ -550,7 +550,7 @@ def small_trainer(monkeypatch):
         monkeypatch.setattr(Flags, "build_encoder", build)
         fixed = "--device cpu --size 16 --no-proj_norm --epochs 1 --precision fp32"
         args = TrainSimCLR.get_args([*fixed.split(), "--bs", str(bs), *more])
-        TrainSimCLR.check_flags(args, world=1)
+        TrainSimCLR.adjust_flags(args, world=1)
         images = torch.randint(256, (64, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         split = Split(images, torch.zeros(64, dtype=torch.int64), ["one"])
         trainer = TrainSimCLR.Trainer(args, split, TrainSimCLR.SamePair(2), torch.device("cpu"))
@@ -698,7 +698,7 @@ def test_long_runs_on_a_gpu_have_a_lower_rate(flags, lr, capsys):
     parser = TrainSimCLR.build_parser("cifar10", "cuda")
     args = parser.parse_args(argv)
     args.given = Flags.given_flags(parser, argv)
-    TrainSimCLR.check_images(args, Data.get_row("cifar10"), 50_000, 1, torch.device("cuda"))
+    TrainSimCLR.adjust_to_images(args, Data.get_row("cifar10"), 50_000, 1, torch.device("cuda"))
     assert args.lr == lr
     notice = "--lr 0.12 becomes 0.06: the recipe of cifar10 for 500 epochs and more"
     assert (notice in capsys.readouterr().out) == (lr == 0.06)
@@ -706,5 +706,5 @@ def test_long_runs_on_a_gpu_have_a_lower_rate(flags, lr, capsys):
 
 def test_long_runs_on_a_cpu_keep_their_rate():
     args = TrainSimCLR.get_args(["--data", "cifar10", "--epochs", "1000", "--device", "cpu"])
-    TrainSimCLR.check_images(args, Data.get_row("cifar10"), 50_000, 1, torch.device("cpu"))
+    TrainSimCLR.adjust_to_images(args, Data.get_row("cifar10"), 50_000, 1, torch.device("cpu"))
     assert args.lr == 1.2

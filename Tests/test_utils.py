@@ -14,6 +14,7 @@ import torch
 from helpers import one_line
 from torch import nn
 
+import Locks
 import Signals
 import Utils
 from Utils import load_, newest_checkpoint, save_
@@ -113,13 +114,13 @@ def test_scratch_files_are_judged_by_the_processes_of_their_own_machine(tmp_path
 
 
 def test_a_lock_where_there_is_no_folder_is_one_line(tmp_path):
-    one_line(lambda: Utils.locked(tmp_path / "absent" / "bank", "filling it").__enter__(), "cannot lock", "absent")
+    one_line(lambda: Locks.locked(tmp_path / "absent" / "bank", "filling it").__enter__(), "cannot lock", "absent")
 
 
 def test_a_lock_tells_who_holds_it_and_leaves_no_file(tmp_path):
     file = tmp_path / "lock"
-    with Utils.locked(file, "filling it"):
-        refused = Utils.locked(file, "filling it", wait=False)
+    with Locks.locked(file, "filling it"):
+        refused = Locks.locked(file, "filling it", wait=False)
         one_line(refused.__enter__, f"another process ({os.getpid()} on", "filling it")
     assert not file.exists()
 
@@ -143,10 +144,10 @@ def test_where_a_disk_has_no_locks_their_files_tell_who_works(tmp_path, monkeypa
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(Utils.fcntl, "flock", refuse)
+    monkeypatch.setattr(Locks.fcntl, "flock", refuse)
     file = tmp_path / "lock"
     file.write_text(holder)
-    lock = Utils.locked(file, "filling it")
+    lock = Locks.locked(file, "filling it")
     if is_free:
         with lock:
             assert file.read_text() == f"{os.getpid()} on {HERE}\n"
