@@ -35,7 +35,7 @@ class BankSchedule:
             generator = Generator(**state["config"])
         self.generator = generator.to(device, memory_format=torch.channels_last)
         Utils.load_parts(checkpoint, state, generator=self.generator)
-        self.fingerprint = fingerprint(self.generator.state_dict())[:8]
+        self.fingerprint = fingerprint_of(self.generator.state_dict())
         self.bf16 = Devices.set_precision(args.precision, device)
         self.index = None  # of the current bank
         self.bank = None
@@ -43,9 +43,9 @@ class BankSchedule:
     def file(self, index):
         """Return the file of a bank, in the generator's folder.
 
-        Its name holds generator, K and seed; and --refresh, since banks with this flag are removed after use.
+        Its name holds generator, images, K and seed; and --refresh, since banks with this flag are removed after use.
         """
-        name = f"bank-{self.fingerprint}-k{self.args.num_codes}-s{self.args.seed}"
+        name = f"bank-{self.fingerprint}-{self.split.fingerprint()[:8]}-k{self.args.num_codes}-s{self.args.seed}"
         if self.args.refresh:
             name += f"-refresh{self.args.refresh}"
         return self.checkpoint.parent / f"{name}-{index}.npy"
@@ -134,13 +134,14 @@ def describe_bank(args, split):
     return f"{args.num_codes} restorations of {len(split):,} images, {size}"
 
 
-def find_generator(args, split, asked):
+def find_generator(args, split, asked, fingerprint=""):
     """Return the checkpoint of --generator, or else of the newest finished run for these images, or None.
 
     split: the train split; asked: {flag of TrainCamNet.py: value} that the generator must have been trained with.
+    fingerprint: that of the generator of a run that is resumed, which is taken if it is still there.
     """
     if not args.generator:
-        return first_rank_only(lambda: newest_generator(args, split, asked))
+        return first_rank_only(lambda: newest_generator(args, split, asked, fingerprint))
     file = Path(args.generator)
     if file.is_dir():
         file = first_rank_only(partial(Utils.newest_checkpoint, file))
@@ -149,7 +150,7 @@ def find_generator(args, split, asked):
     return file
 
 
-def newest_generator(args, split, asked):
+def newest_generator(args, split, asked, fingerprint):
     """Return the checkpoint of the newest finished run of TrainCamNet.py that `find_generator` looks for, or None."""
     found = []
     for file in Path(args.models_dir).glob("TrainCamNet-*/generator.json"):
@@ -158,11 +159,18 @@ def newest_generator(args, split, asked):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # a folder of other content
             if data == split.fingerprint() and not differences(flags, args, asked):
                 found.append((file.stat().st_mtime, file.parent))
+    newest = None
     for _, folder in sorted(found, reverse=True):
         checkpoint = Utils.newest_checkpoint(folder)
-        if checkpoint:
+        if checkpoint and (not fingerprint or fingerprint_of(Utils.load_(checkpoint)["generator"]) == fingerprint):
             return checkpoint
-    return None
+        newest = newest or checkpoint
+    return newest
+
+
+def fingerprint_of(state):
+    """Return what tells generators apart, by the state dict of one."""
+    return fingerprint(state)[:8]
 
 
 def differences(flags, args, asked):

@@ -14,6 +14,7 @@ import argparse
 import csv
 import fcntl
 import json
+import os
 import re
 import signal
 import statistics
@@ -236,6 +237,25 @@ def table(numbered, columns):
     return "\n".join([*lines, "", *folders, ""])
 
 
+def replace_file(flag, file, write):
+    """Call `write(scratch)` and move the result to `file`: all of it or nothing. A device or a pipe is written to.
+
+    Raises UserError if that fails. flag: the one that names the file.
+    """
+    scratch = file
+    if file.is_file() or not file.exists():
+        scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        write(scratch)
+        if scratch != file:
+            scratch.replace(file.resolve())
+    except OSError as error:
+        raise UserError(f"{flag} {file}: cannot write it: {error.strerror}: name another file") from error
+    finally:
+        if scratch != file:
+            scratch.unlink(missing_ok=True)
+
+
 def write_csv(file, groups):
     """Write a line per run: its folder, the flags in which the runs differ, and what the table shows."""
     flags = ["data", *differing_flags(groups), "seed"]
@@ -271,7 +291,8 @@ def write_plot(file, groups):
             legend[f"{index}  {data}  {script}  {flags}  seed {seeds}"] = line
             if steps:
                 axes.annotate(f" {index}", (steps[-1], values[-1]), color=f"C{index % 10}")
-    figure.legend(legend.values(), legend.keys(), loc="outside lower left")
+    labels = [label.replace("$", r"\$") for label in legend]  # matplotlib takes text between dollars for mathematics
+    figure.legend(legend.values(), labels, loc="outside lower left")
     figure.savefig(file, format="png")
 
 
@@ -308,13 +329,11 @@ def main(argv=None):
                 print(table(numbered, columns))
 
         if args.csv:
-            write_csv(args.csv, groups)
+            replace_file("--csv", args.csv, lambda scratch: write_csv(scratch, groups))
         if args.plot:
-            write_plot(args.plot, groups)
+            replace_file("--plot", args.plot, lambda scratch: write_plot(scratch, groups))
     except UserError as error:
         parser.error(str(error))
-    except OSError as error:
-        parser.error(f"cannot write {error.filename}: {error.strerror}: name another file")
 
 
 if __name__ == "__main__":

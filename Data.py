@@ -14,7 +14,7 @@ from Images import Shapes
 from Images.Folders import Options, check_same_classes, check_size, folders_in, holds_images, load_folder, some
 from Images.Split import Split, StreamedSplit
 from Lazy import LazyModule
-from Utils import UserError, nearest, shown
+from Utils import UserError, expanded, nearest, shown
 
 torchvision = LazyModule("torchvision")
 
@@ -97,11 +97,19 @@ def _split_folders(root):
 
 
 def _note_unread(row):
-    """Print which folders next to a user's splits are not read, such as other classes next to one called "train"."""
+    """Print what next to a user's splits is not read: folders, such as other classes next to "train", and images."""
     read = ["train", row.splits.get("val", "val"), "test"]
     unread = [name for name in _split_folders(row.folder) if name not in read] if row.folder else []
     if unread:
         notice(f"{row.name}: folders that are not read: {some(unread, 8)}: its splits are {', '.join(read)}")
+    places = []  # where images would lie next to the splits
+    if row.folder and _has_splits(row.folder):
+        places = ["IMAGE"]
+    elif row.folder and _is_inside_out(row.folder):
+        places = ["IMAGE", "CLASS/IMAGE"]
+    loose = [place for place in places if holds_images(row.folder, place)]
+    if loose:
+        notice(f"{row.name}: images next to its splits, as {' and '.join(loose)}, are not read: move them into a split")
 
 
 def _load_tree(row, split, options):
@@ -336,12 +344,26 @@ no_val_split_datasets = [row.name for row in _ROWS if not row.has_val]
 small_image_datasets = [row.name for row in _ROWS if row.small_images]
 
 
+def is_named(data):
+    """Return whether --data is the name of a data set, and not the path of a folder."""
+    return data in DATASETS and data != "folder"
+
+
+def place(data):
+    """Return --data as runs keep it, so that it means the same wherever a script is started.
+
+    A name of a data set stays; the path of a folder becomes absolute.
+    """
+    path = Path(expanded(data))
+    return data if is_named(data) or not path.is_dir() else str(path.resolve())
+
+
 def get_row(data, size=None):
     """Return the row of a named data set, or a new one for the path of an image folder; UserError if it is neither."""
-    if data in DATASETS and data != "folder":
+    if is_named(data):
         row = DATASETS[data]
         return row if size is None else replace(row, size=size)
-    path = Path(data).expanduser()
+    path = Path(expanded(data))
     if not path.is_dir():
         names = [name for name in DATASETS if name != "folder"]
         near = nearest(str(data), names)

@@ -19,9 +19,17 @@ import Signals
 _is_alone = False  # inside `alone`
 
 
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells its processes
+
+
+def is_launched():
+    """Return whether torchrun, or another launcher that tells the same, has started this process."""
+    return all(name in os.environ for name in LAUNCHED)
+
+
 def is_first():
     """Return whether this is the only process, or the first of several: the one that prints and writes."""
-    return dist.get_rank() == 0 if is_joined() else os.environ.get("RANK", "0") == "0"
+    return dist.get_rank() == 0 if is_joined() else not is_launched() or os.environ["RANK"] == "0"
 
 
 def is_joined():
@@ -63,7 +71,10 @@ def start(device):
 
     device: torch.device; with several processes on CUDA, each takes the card of its local rank.
     """
-    if "WORLD_SIZE" not in os.environ:
+    if not is_joined() and not is_launched():
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            lacking = ", ".join(name for name in LAUNCHED if name not in os.environ)
+            notice(f"this process works alone: WORLD_SIZE is set, but not {lacking}: start several by torchrun")
         return 0, 1, device
     Signals.end_with_parent()
     if device.type == "cuda":

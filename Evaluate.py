@@ -14,7 +14,9 @@ import Signals  # first: see TrainSimCLR.py
 import argparse
 import contextlib
 import copy
+import hashlib
 import math
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,7 @@ import Data
 import Devices
 import Distributed
 import Flags
+import Runs
 import Utils
 from Augmentations import to_float
 from Images.Folders import DATA_DIR
@@ -306,14 +309,16 @@ def fine_tune(encoder, splits, device, views, epochs, bs=256, lr=0.05, seed=0):
     return total / len(pairs)
 
 
-def evaluate(encoder, untrained, splits, views, device, epoch):
+def evaluate(encoder, untrained, splits, views, device, epoch, baselines=True):
     """Return the content of evaluation.json: the scores, what they are compared with, and the protocol.
 
-    untrained: the encoder as it was before training; None: only kNN, linear probe and chance.
+    untrained: the encoder as it was before training; None: it is not scored. baselines: False: only kNN, linear probe
+    and chance.
     """
     result = score(encoder, splits, device)
-    if untrained:
-        result |= {f"untrained_{name}": value for name, value in score(untrained, splits, device).items()}
+    if baselines:
+        if untrained:
+            result |= {f"untrained_{name}": value for name, value in score(untrained, splits, device).items()}
         result["linear_aug"] = score_augmented(encoder, splits, device, views)
         result["pixels_knn"] = score_pixels(splits, device)
     result["chance"] = chance(splits)
@@ -363,7 +368,7 @@ def get_args(argv=None):
     """Parse the flags."""
     parser = Flags.plain_parser(__doc__)
     add = parser.add_argument
-    add("checkpoint", help="a .pt file, or a run folder, whose newest checkpoint is used")
+    add("checkpoint", type=Flags.path, help="a .pt file, or a run folder, whose newest checkpoint is used")
     add("--eval", choices=["val", "cv", "test"], help="split that is scored; default: as in the run")
     data = "labelled images to score on: the run's own in another place, or others (transfer); default: the run's own"
     add("--data", help=data)
@@ -371,7 +376,12 @@ def get_args(argv=None):
     add("--labels", type=Flags.bounded(float, 1e-6, 1), default=1.0, metavar="SHARE", help=labels)
     finetune = "also fine-tune a copy of the encoder, for that many epochs"
     add("--finetune", type=Flags.bounded(int, 0), default=0, metavar="EPOCHS", help=finetune)
-    add("--out", metavar="FILE", help="file to write; default: evaluation-EPOCH-SPLIT.json next to the checkpoint")
+    add(
+        "--out",
+        type=Flags.path,
+        metavar="FILE",
+        help="file to write; default: evaluation-EPOCH-SPLIT.json next to the checkpoint",
+    )
     Flags.add_reading(parser.add_argument_group("reading images (default but for --device: as in the run)"))
     parser.set_defaults(n_workers=None, data_dir=None, storage=None, skip_bad=None)
     return parser.parse_args(argv)
@@ -391,7 +401,7 @@ def read_run(args):
     given = {key: value for key, value in vars(args).items() if value is not None}
     run = argparse.Namespace(**usual_flags(file, state["args"]) | state["args"] | given)
     if args.data:  # a folder's images are resized to what the encoder has seen; a named data set has its own size
-        run.size = None if args.data in Data.DATASETS else run.image_size
+        run.size = None if Data.is_named(args.data) else run.image_size
     else:
         Flags.check_place(run.data, file)
     return file, state, run
@@ -400,16 +410,22 @@ def read_run(args):
 def main(args):
     """Score one checkpoint; return the exit code."""
     *_, device = Distributed.start(Devices.pick_device(args.device))
+    if args.out:
+        check_out(Path(args.out))
     file, state, run = read_run(args)
 
     # the encoder, as it was before training and as it is
-    untrained = Flags.encoder_for(run).to(device, memory_format=torch.channels_last)
+    untrained = Flags.untrained_encoder(run)
+    if untrained:
+        untrained.to(device, memory_format=torch.channels_last)
     encoder = Flags.encoder_for(run, with_init=False)
     Utils.load_parts(file, state, encoder=encoder)
     encoder.to(device, memory_format=torch.channels_last)
 
     # the images
     splits = Flags.splits_for(run, device)
+    if not args.data:
+        Runs.check_data(file, state, splits.train, run.data, "name those to score on by --data PATH")
     if args.labels < 1:
         splits = with_few_labels(splits, args.labels)
     if not can_probe(splits):
@@ -427,7 +443,7 @@ def main(args):
     result["data"] = Utils.shown(run.data)
     result["protocol"] = PROTOCOL | {"labels": args.labels, "finetune_epochs": args.finetune}
     Distributed.say(f"{Utils.shown(file)}\n{scores_table(result)}")  # before it is written: the disk may be full
-    out = Path(args.out) if args.out else file.parent / file_name(args, result)
+    out = Path(args.out) if args.out else file.parent / file_name(args, result, file)
     try:
         Distributed.first_rank_only(lambda: Utils.write_json(out, result))
     except Utils.UserError as error:
@@ -436,13 +452,26 @@ def main(args):
     return 0
 
 
-def file_name(args, result):
+def check_out(out):
+    """Raise UserError where the file of --out would be written over something else than such scores."""
+    if out.name == "evaluation.json":
+        raise Utils.UserError(f"--out {out}: this name is for the scores of a run itself: choose another")
+    if out.is_file() and out.suffix != ".json":
+        raise Utils.UserError(f"--out {out}: it is there already, and is no .json file: choose another")
+
+
+def file_name(args, result, checkpoint):
     """Return the name of the file for some scores; never evaluation.json, which holds the run's own."""
-    name = f"evaluation-{result['epoch']}-{result['split']}"
+    inside = re.fullmatch(r"\d+(\+\d+)", checkpoint.stem)  # a checkpoint inside an epoch
+    name = f"evaluation-{result['epoch']}{inside[1] if inside else ''}-{result['split']}"
     if args.data:
         name += f"-{re.sub(r'[^A-Za-z0-9_.-]', '~', Path(args.data).name)}"
+        if not Data.is_named(args.data):  # other folders can have the same name
+            name += f"-{hashlib.sha256(os.fsencode(Data.place(args.data))).hexdigest()[:6]}"
     if args.labels < 1:
         name += f"-labels_{args.labels:g}"
+    if args.finetune:
+        name += f"-finetune_{args.finetune}"
     return f"{name}.json"
 
 

@@ -16,6 +16,7 @@ from Distributed import count, is_same, say
 from Images.Folders import DATA_DIR
 
 SCRIPTS = ("TrainSimCLR", "TrainISICLE", "TrainCamNet")
+SCRIPT_OF = {"pair": "TrainISICLE.py", "net": "TrainCamNet.py", "num_views": "TrainSimCLR.py"}  # flags of one script
 LARGEST_SEED = 2**32 - 1  # other seeds are made from it by multiplication
 LARGEST_INT = 2**31 - 1  # of flags without an upper bound: the product of two fits into torch's 64 bits
 MOST_WORKERS = 1024
@@ -52,6 +53,13 @@ def bounded(kind, low=None, high=None):
         return value
 
     return parse
+
+
+def path(text):
+    """The argparse type of paths: ~ stands for the home folder."""
+    if not text:  # as of a shell variable that is not set
+        raise argparse.ArgumentTypeError("no path is given")
+    return Utils.expanded(text)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -107,7 +115,7 @@ def _meant(word, names):
 
 def _meant_word(word, flags):
     """Return what a word without a flag is probably for; "" if that is not known."""
-    if "--data" in flags and (word in Data.DATASETS or Path(word).expanduser().is_dir()):
+    if "--data" in flags and (Data.is_named(word) or Path(Utils.expanded(word)).is_dir()):
         return f": images are given by --data {Utils.shown(word)}"
     return ""
 
@@ -162,7 +170,7 @@ def add_reading(group):
     add("--device", default="auto", help="torch device, for example cpu or cuda:1; auto: cuda if available")
     workers = "processes that decode image files"
     add("--n_workers", type=bounded(int, 0, MOST_WORKERS), default=2, metavar="N", help=workers)
-    add("--data_dir", default=str(DATA_DIR), metavar="DIR", help="folder that holds the data sets")
+    add("--data_dir", type=path, default=str(DATA_DIR), metavar="DIR", help="folder that holds the data sets")
     storage = "memory: decode image folders once; stream: decode at every use; auto: memory if the images take at most "
     storage += "half of what is free and --data_dir can be written"
     add("--storage", choices=["auto", "memory", "stream"], default="auto", help=storage)
@@ -177,10 +185,11 @@ def add_run_group(parser, unit):
     group = parser.add_argument_group("run (does not change the result)")
     add_reading(group)
     add = group.add_argument
-    add("--models_dir", default=str(Utils.ROOT / "Models"), metavar="DIR", help="folder of the run folders")
+    models = str(Utils.ROOT / "Models")
+    add("--models_dir", type=path, default=models, metavar="DIR", help="folder of the run folders")
     add("--suffix", default="", help="a word of your own in the run folder's name")
     resume = "continue from a checkpoint, with its flags; auto: from the newest one of this run, if there is one"
-    add("--resume", metavar="FILE|auto", help=resume)
+    add("--resume", type=path, metavar="FILE|auto", help=resume)
     dry_run = "print what the run would do, its time and its memory, from a few real steps; make no run folder"
     add("--dry_run", action="store_true", help=dry_run)
     add("--log_iter", type=bounded(int, 1), default=20, metavar="N", help="steps between logged lines")
@@ -234,6 +243,9 @@ RUN_FLAGS = {
 }
 
 
+FILE_FLAGS = ("data", "generator", "bank", "init")  # they name files, which can lie in another place on --resume
+
+
 def hyper_parameters(args):
     """Return {flag: value} of the flags that decide what is learnt."""
     return {key: value for key, value in vars(args).items() if key not in RUN_FLAGS}
@@ -247,16 +259,18 @@ def parse(argv, build_parser):
     """
     # --data, --device and --resume come first: the defaults of all other flags depend on them
     early_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early_parser.add_argument("--data")
-    early_parser.add_argument("--device", default="auto")
-    early_parser.add_argument("--resume")
+    # nargs="?": the parser of all flags reports one that lacks its value
+    early_parser.add_argument("--data", nargs="?")
+    early_parser.add_argument("--device", nargs="?", default="auto", const="auto")
+    early_parser.add_argument("--resume", nargs="?", type=Utils.expanded)
     early = early_parser.parse_known_args(argv)[0]
     device_type = Devices.pick_device(early.device).type
-    if early.resume in (None, "auto"):
+    if early.resume in (None, "", "auto"):
         if early.resume and early.data:
             check_place(early.data, "--resume auto")
         parser = build_parser(early.data or "shapes", device_type)
         args = parser.parse_args(argv)
+        args.data = Data.place(args.data)
         args.given = given_flags(parser, argv)
         return args
 
@@ -273,6 +287,9 @@ def parse(argv, build_parser):
 def _parse_resumed(argv, parser, file, stored):
     """Parse the flags of a run that continues from a checkpoint; see `parse`. stored: the flags that the file holds."""
     defaults = parser.parse_args([])
+    theirs = next((name for flag, name in SCRIPT_OF.items() if flag in Utils.current_flags(stored)), None)
+    if theirs and not any(name == theirs for flag, name in SCRIPT_OF.items() if flag in defaults):
+        raise Utils.UserError(f"--resume {file}: a run of {theirs}: start that script")
     note_version(file, stored, vars(defaults))
     stored = Utils.current_flags(stored)
     kept = {key: stored[key] for key in vars(defaults) if key in stored and key not in ("device", "resume")}
@@ -281,12 +298,13 @@ def _parse_resumed(argv, parser, file, stored):
         raise Utils.UserError(f"--resume {file}: no value that {damaged[0]} can have: use another checkpoint")
     parser.set_defaults(**kept)
     args = parser.parse_args(argv)
+    args.data = Data.place(args.data)
     args.given = sorted({*given_flags(parser, argv), *kept})  # what the first start said or fitted stays
 
-    # flags that decide the result must not have changed; whether the images have is checked later (Runs.check_data)
+    # flags that decide the result must not have changed; files are compared later, by what they hold
     changed = []
     for key, value in hyper_parameters(args).items():
-        if key != "data" and key in stored and value != stored[key]:
+        if key not in FILE_FLAGS and key in stored and value != stored[key]:
             changed.append(f"--{key} {value} (it was {stored[key]})")
     if changed:
         raise Utils.UserError(f"--resume {file}: other flags than that run's: {', '.join(changed)}: leave them out")
@@ -309,7 +327,7 @@ def _can_be(action, value):
 
 def check_place(data, whose):
     """Raise UserError if a run's images are not in their place. data: its flag --data; whose: what names the run."""
-    if data in Data.DATASETS or Path(data).expanduser().is_dir():
+    if Data.is_named(data) or Path(Utils.expanded(data)).is_dir():
         return
     raise Utils.UserError(
         f"{whose}: the images are not in {data}, which is neither a data set nor a folder (any more): "
@@ -334,6 +352,15 @@ def note_version(file, stored, defaults):
     notes += [f"its {', '.join(renamed)} now"] if renamed else []
     if notes:
         say(f"{Utils.shown(file)} is of another version: {'; '.join(notes)}")
+
+
+def note_unused(args, names, reason):
+    """Print which of these flags the user gave although they change nothing. reason: "with --aug none", for example."""
+    if args.resume not in (None, "auto"):  # then all flags count as given
+        return
+    for name in names:
+        if name in args.given:
+            say(f"--{name} {Utils.shown(str(getattr(args, name)))} has no effect {reason}")
 
 
 def adjust(args, name, value, reason):
@@ -394,6 +421,14 @@ def augmentation_for(args, aug=None):
         gray_p=args.gray_p,
         blur_p=args.blur_p,
     )
+
+
+def untrained_encoder(args):
+    """Return `encoder_for` to compare the trained one with; None, with a notice, if the file of --init is gone."""
+    if args.init and not Path(args.init).is_file():
+        say(f"--init {Utils.shown(args.init)}: no such file any more: no scores of the untrained encoder")
+        return None
+    return encoder_for(args)
 
 
 def encoder_for(args, with_init=True):

@@ -56,7 +56,7 @@ def run_name(script, data, hyper, usual, suffix=""):
         flag = f"-{key}_{values[key]}"
         if len(name) + len(flag) <= NAME_LENGTH:
             name += flag
-    whole = json.dumps([script, str(Path(hyper["data"]).resolve()), suffix, sorted(values.items())])
+    whole = json.dumps([script, hyper["data"], suffix, sorted(values.items())])
     digest = hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]
     return re.sub(r"[^\w.+=,-]", "~", name) + "-" + digest
 
@@ -68,7 +68,14 @@ def find_run(args, script, data, hyper, usual):
     version, or whose data set has been moved. The arguments are those of `run_name`.
     """
     if args.resume not in (None, "auto"):
-        return Path(args.resume).resolve().parent
+        folder = Path(args.resume).resolve().parent
+        if not (folder / "args.json").exists():
+            raise UserError(f"--resume {args.resume}: no run lies around it: put it back into its run folder")
+        if args.suffix and args.suffix != stored_flags(folder).get("suffix", ""):
+            raise UserError(
+                f"--suffix {args.suffix}: --resume {args.resume} continues the run there: leave one of them out"
+            )
+        return folder
     models = Path(args.models_dir)
     folder = models / run_name(script, data, hyper, usual, args.suffix)
     if args.resume and not folder.exists():
@@ -153,8 +160,11 @@ def checkpoint_for(args, folder):
     return Utils.newest_checkpoint(folder)
 
 
-def check_data(file, state, split, data):
-    """Raise UserError unless the images are those that a checkpoint's run was trained on. data: the flag --data."""
+def check_data(file, state, split, data, remedy="begin another run with --suffix NAME"):
+    """Raise UserError unless the images are those that a checkpoint's run was trained on. data: the flag --data.
+
+    remedy: what else the user can do than restore the images.
+    """
     before = state.get("data_n"), state.get("data_fingerprint")
     if before == (None, None):  # of a version that noted neither
         return
@@ -165,8 +175,7 @@ def check_data(file, state, split, data):
     else:
         return
     raise UserError(
-        f"--data {Utils.shown(data)} {difference} when {Utils.shown(file)} was written: restore the images, or begin "
-        "another run with --suffix NAME"
+        f"--data {Utils.shown(data)} {difference} when {Utils.shown(file)} was written: restore the images, or {remedy}"
     )
 
 

@@ -1,4 +1,6 @@
-"""What SIGTERM and Ctrl-C do. Exit codes: 0 after SIGTERM, which schedulers send to runs that continue later; else 130.
+"""What SIGTERM, Ctrl-C and the end of a terminal (SIGHUP) do.
+
+Exit codes: 0 after SIGTERM, which schedulers send to runs that continue later; 130 after Ctrl-C; 129 after SIGHUP.
 
 The scripts import this file before all others. A signal then ends the program
     during the imports, which take seconds: at once, with one line;
@@ -15,10 +17,12 @@ import time
 from pathlib import Path
 
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup lets it be ignored
+    EXIT_CODES[signal.SIGHUP] = 129
 
 
 class Terminated(SystemExit):
-    """Raised by SIGTERM: ends the program with exit code 0."""
+    """Raised by SIGTERM and SIGHUP: ends the program with the exit code of the signal."""
 
 
 def _exit(signum, frame):

@@ -131,7 +131,7 @@ def add_search_flags(group, device_type):
     side = "side to which smaller images are enlarged for LPIPS; 0: as they are"
     add("--lpips_side", type=bounded(int, 0), default=64, metavar="PX", help=side)
     weights = "file of torchvision's weights of the LPIPS backbone; default: they are downloaded once"
-    add("--lpips_weights", metavar="FILE", help=weights)
+    add("--lpips_weights", type=Flags.path, metavar="FILE", help=weights)
 
 
 def add_optimisation_flags(group):
@@ -547,8 +547,9 @@ def adjust_to_objective(args):
     """Adjust flags that were not given to --objective energy. Raises UserError if given ones contradict it."""
     if args.objective != "energy":
         return
+    is_new = args.resume in (None, "auto")  # otherwise the flags are those of a run that passed this check
     for name in SEARCHED:
-        if name in args.given and getattr(args, name) is not False:
+        if is_new and name in args.given and getattr(args, name) is not False:
             raise Utils.UserError(f"--{name}: --objective energy searches no codes: leave out one of them")
     args.single_code = False
     if "distance" not in args.given:
@@ -559,6 +560,12 @@ def adjust_to_objective(args):
             f"--distance {args.distance}: --objective energy learns only the mean by this distance, since it is a "
             f"squared one: choose {names}"
         )
+
+
+def note_unused(args):
+    """Print which given flags change nothing."""
+    if args.distance not in Distances.LEARNED:
+        Flags.note_unused(args, ["alpha", "lpips_side", "lpips_weights"], f"with --distance {args.distance}")
 
 
 def adjust_distance(args):
@@ -707,6 +714,7 @@ def prepare(args):
     args.image_size = row.size
     adjust_to_objective(args)
     adjust_distance(args)
+    note_unused(args)
     usual = Flags.hyper_parameters(build_parser(args.data, device.type).parse_args([]))
     return device, Runs.find_run(args, Path(__file__).stem, row.name, Flags.hyper_parameters(args), usual)
 

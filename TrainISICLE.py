@@ -12,6 +12,8 @@ image; then trains by TrainSimCLR.py's loop. Only the source of positives, below
 import Signals  # noqa: F401  first: see TrainSimCLR.py
 
 # isort: split
+import hashlib
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -56,8 +58,6 @@ PAIRS = {  # --pair NAME
     "corrupted": Pair(0, 1, 2, "control: c(x), twice; no generator"),
 }
 
-
-NUM_POS = 3  # default of --num_pos
 
 # --p_gen auto, with a pair that has the image
 P_GEN_MAX = 0.5
@@ -111,7 +111,7 @@ def add_positives(group):
         help="epochs, from the first one on, in which the probability rises to --p_gen",
     )
     add("--num_codes", type=bounded(int, 1), default=8, metavar="K", help="restorations of each image in the bank")
-    add("--num_pos", type=bounded(int, 2), default=NUM_POS, metavar="M", help="views of --pair multi")
+    add("--num_pos", type=bounded(int, 2), default=3, metavar="M", help="views of --pair multi")
     pick = "which of the K restorations a step uses; farthest: those whose features differ most"
     add("--pick", choices=["random", "farthest"], default="random", help=pick)
     refresh = "epochs until the bank is made again with new codes; 0: one bank for the whole run"
@@ -120,11 +120,11 @@ def add_positives(group):
     corrupt += "set's recipe if there is none"
     add("--corrupt", metavar="SPEC", help=corrupt)
     generator = "a run of TrainCamNet.py; default: the newest one for this data, or a new one"
-    add("--generator", metavar="FILE|DIR", help=generator)
+    add("--generator", type=Flags.path, metavar="FILE|DIR", help=generator)
     camnet = 'flags of TrainCamNet.py for the generator, in one string, for example "--periods 12 --distance pixels"'
     add("--camnet", default="", metavar="FLAGS", help=camnet)
     bank = "your own positives instead of a generator: .npy, uint8 (N, K, 3, H, W), in the order of the train split"
-    add("--bank", metavar="FILE", help=bank)
+    add("--bank", type=Flags.path, metavar="FILE", help=bank)
     where = (
         "memory: on the device; map: read from the disk; auto: memory if the bank takes at most half of what is free"
     )
@@ -333,7 +333,10 @@ def generator_flags(args):
 
     Raises ValueError if the corruption that is asked for does not exist or fit.
     """
-    words = shlex.split(args.camnet)
+    try:
+        words = shlex.split(args.camnet)
+    except ValueError as error:
+        raise Utils.UserError(f"--camnet {args.camnet}: {error}: give each quotation mark its second one") from error
     own = [name for name in REFUSED_IN_CAMNET if name in Flags.given_flags(_camnet_parser(), words)]
     if own:
         raise Utils.UserError(f"--camnet {args.camnet}: --{own[0]} cannot be in it: give it to this script itself")
@@ -365,7 +368,8 @@ def generator_words(args, words):
 
 def generator_lock(args):
     """Return the file of the lock that a run holds while it trains a generator."""
-    return Path(args.models_dir) / f".generator-{Data.get_row(args.data).name}.lock"
+    digest = hashlib.sha256(os.fsencode(args.data)).hexdigest()[:8]
+    return Path(args.models_dir) / f".generator-{Data.get_row(args.data).name[:40]}-{digest}.lock"
 
 
 def train_generator(args, split, words, asked):
@@ -395,6 +399,19 @@ def check_flags(args):
                 )
 
 
+def note_unused(args):
+    """Print which given flags of the positives change nothing."""
+    of_restorations = ["gen_warmup", "num_codes", "pick", "refresh", "bank_storage", "generator"]
+    if args.pair != "multi":
+        Flags.note_unused(args, ["num_pos"], f"with --pair {args.pair}: only --pair multi has it")
+    if args.pair == "corrupted":
+        Flags.note_unused(args, ["p_gen", *of_restorations], "with --pair corrupted")
+    elif args.p_gen == 0:
+        Flags.note_unused(args, [*of_restorations, "bank", "corrupt", "camnet"], "with --p_gen 0")
+    elif args.bank:
+        Flags.note_unused(args, ["num_codes"], "with --bank")
+
+
 def check_count(args, source, k, flag):
     """Raise UserError if a step needs more than the k restorations of an image."""
     if k < source.made:
@@ -416,13 +433,15 @@ def check_disk(args, split):
         raise Utils.UserError(f"{bank}, and the disk of --models_dir has {total / 2**30:,.0f} GiB: lower it")
 
 
-def make_positives(args, splits, device):
-    """Return the source of positives of a run's flags. Raises UserError on flags that do not go together."""
+def make_positives(args, splits, device, fingerprint=""):
+    """Return the source of positives of a run's flags. Raises UserError on flags that do not go together.
+
+    fingerprint: see `TrainSimCLR.main`.
+    """
     split = splits.train
-    if args.num_pos != NUM_POS and args.pair != "multi":
-        Distributed.say(f"--num_pos {args.num_pos} has no effect with --pair {args.pair}: only --pair multi has it")
     source = Restored(args, warmup_steps=args.gen_warmup * (len(split) // args.bs), split=split)
     TrainSimCLR.check_views(args, len(source))  # before a generator is trained
+    note_unused(args)
     if args.p_gen == 0 and args.pair != "corrupted":
         return source
     check_flags(args)
@@ -442,7 +461,9 @@ def make_positives(args, splits, device):
         if args.dry_run:
             return try_out_bank(args, split, device, source, words, asked)
         Distributed.first_rank_only(lambda: Locks.remove_unlocked(generator_lock(args)))
-        checkpoint = Banks.find_generator(args, split, asked) or train_generator(args, split, words, asked)
+        checkpoint = Banks.find_generator(args, split, asked, fingerprint)
+        if checkpoint is None:
+            checkpoint = train_generator(args, split, words, asked)
         schedule = Banks.BankSchedule(args, split, device, checkpoint, asked)
         source.bank_of_epoch = schedule
         source.fingerprint = schedule.fingerprint

@@ -16,6 +16,7 @@ import Signals  # first: a signal during the other imports then ends the program
 import argparse
 import contextlib
 import math
+import shlex
 import time
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def add_model_flags(group):
     stem = "first layer of a ResNet; small: 3x3, stride 1, no pooling; auto: small up to 64 pixels"
     add("--stem", choices=["auto", "small", "large"], default="auto", help=stem)
     init = "weights to continue from: torchvision's for this backbone, an encoder.pt or a checkpoint"
-    add("--init", metavar="FILE", help=init)
+    add("--init", type=Flags.path, metavar="FILE", help=init)
     normalise = "normalise images by ImageNet's mean and standard deviation, as weights trained on it expect"
     add("--normalise", action="store_true", help=normalise)
     add("--proj_dim", type=bounded(int, 1), metavar="D", help="dimensions of a projection")
@@ -183,8 +184,8 @@ class SamePair:
         return {}
 
 
-def same_pair(args, splits, device):
-    """Return SimCLR's source of positives."""
+def same_pair(args, splits, device, fingerprint):
+    """Return SimCLR's source of positives; see `main`."""
     return SamePair(args.num_views)
 
 
@@ -194,7 +195,8 @@ def same_pair(args, splits, device):
 class Trainer:
     """What a step changes (net, optimizer, random state, position), and the step itself."""
 
-    def __init__(self, args, train_split, positives, device, rank=0, world=1):
+    def __init__(self, args, train_split, positives, device, rank=0, world=1, with_init=True):
+        """with_init: False if `load` follows, so that the file of --init is not needed any more."""
         check_views(args, len(positives))
         self.args = args
         self.train_split = train_split
@@ -215,7 +217,7 @@ class Trainer:
         self.pace = Reports.Pace(self.step, self.steps, device)
 
         # net and optimizer
-        encoder = Flags.encoder_for(args)
+        encoder = Flags.encoder_for(args, with_init)
         head = build_head(encoder.num_features, args.proj_hidden, args.proj_dim, args.proj_norm)
         self.net = ContrastiveNet(encoder, head).to(device, memory_format=torch.channels_last)
         groups = parameter_groups(self.net, args.wd)
@@ -268,8 +270,8 @@ class Trainer:
         Runs.check_data(file, state, self.train_split, self.args.data)
         if state.get("positives", "") != self.positives.fingerprint:
             raise Utils.UserError(
-                f"{file}: its positives came from another generator, bank or corruption: name that one by --generator, "
-                "--bank or --corrupt, or begin another run with --suffix NAME"
+                f"{file}: its positives came from another generator, bank or corruption: continue by --resume {file} "
+                "with that --generator or --bank, or begin another run with --suffix NAME"
             )
         Utils.load_parts(file, state, encoder=self.net.encoder, head=self.net.head, optimizer=self.optimizer)
         if state.get("p_gen") is not None:
@@ -559,14 +561,23 @@ def finish_run(trainer, run, splits, again):
         print(f"this run is complete: scores from {Utils.shown(file)}\n{Evaluate.scores_table(result)}")
         return result
 
+    if again and "knn" in logged and result.get("split"):
+        command = f"python Evaluate.py {shlex.quote(str(run.folder))} --eval {splits.eval}"
+        raise Utils.UserError(
+            f"--eval {splits.eval}: this complete run was scored on {result['split']}: other scores: {command}"
+        )
+
     # scores
     print("scoring", flush=True)
     encoder = trainer.net.encoder
-    untrained = None
-    if trainer.args.baselines:
-        untrained = Flags.encoder_for(trainer.args).to(trainer.device, memory_format=torch.channels_last)
+    baselines = trainer.args.baselines
+    untrained = Flags.untrained_encoder(trainer.args) if baselines else None
+    if untrained:
+        untrained.to(trainer.device, memory_format=torch.channels_last)
     with Signals.heartbeat("scoring"):
-        result = Evaluate.evaluate(encoder, untrained, splits, trainer.augmentation, trainer.device, trainer.epoch)
+        result = Evaluate.evaluate(
+            encoder, untrained, splits, trainer.augmentation, trainer.device, trainer.epoch, baselines
+        )
         result["pairs"] = measure_pairs(trainer, labelled=True)
     print(Evaluate.scores_table(result))  # before they are written: the disk may be full
 
@@ -576,6 +587,7 @@ def finish_run(trainer, run, splits, again):
     run.show_flags(Flags.hyper_parameters(trainer.args))
     if untrained:
         run.baseline("untrained", {name: result[f"untrained_{name}"] for name in scores}, trainer.step)
+    if baselines:
         run.baseline("pixels", {"knn": result["pixels_knn"]}, trainer.step)
     Reports.show_embedding(run, encoder, splits.test, trainer.device)
     if not logged.items() >= (scores | result["pairs"]).items():
@@ -621,6 +633,9 @@ def adjust_to_images(args, row, n, world, device):
         if name not in args.given:
             Flags.adjust(args, name, value, f"the recipe of {row.name} for {Data.LONG} epochs and more")
 
+    if n < max(2, world):
+        raise Utils.UserError(f"--data {args.data}: {n} training images: give at least {max(2, world)}")
+
     # a batch of at most half of the images, with a learning rate for it
     if n < args.bs or (n < 2 * args.bs and "bs" not in args.given):
         before = args.bs
@@ -646,10 +661,22 @@ def check_views(args, count):
         raise Utils.UserError(f"--loss align: it is for more than two views: choose --loss lout, or {more}")
 
 
+def check_init(args):
+    """Raise UserError if the weights of --init do not fit, before anything that takes long."""
+    if args.init:
+        Flags.encoder_for(args)
+
+
 def note_unused(args):
     """Print which given flags change nothing."""
-    if args.gen_weight != 1 and args.loss in ("lout", "lin"):
-        say(f"--gen_weight {args.gen_weight:g} has no effect with --loss {args.loss}")
+    if args.loss in ("lout", "lin"):
+        Flags.note_unused(args, ["gen_weight"], f"with --loss {args.loss}")
+    if not args.lars:
+        Flags.note_unused(args, ["trust"], "without --lars")
+    if args.aug != "full":
+        Flags.note_unused(args, ["color_s", "gray_p", "blur_p"], f"with --aug {args.aug}")
+    if args.aug == "none":
+        Flags.note_unused(args, ["crop_min"], "with --aug none")
 
 
 def check_chunks(args, net, smallest):
@@ -691,7 +718,8 @@ def labels_text(splits):
 def main(args, make_positives=same_pair, script=Path(__file__).stem, build_parser=build_parser):
     """Train, save, score; return the exit code.
 
-    make_positives: (args, splits, device) -> a source like `SamePair`; build_parser: the script's.
+    make_positives: (args, splits, device, fingerprint) -> a source like `SamePair`. fingerprint: that of the positives
+    of the checkpoint from which the run continues; "" if it is new. build_parser: the script's.
     """
     # device, images, run folder
     rank, world, device = Distributed.start(Devices.pick_device(args.device))
@@ -700,20 +728,24 @@ def main(args, make_positives=same_pair, script=Path(__file__).stem, build_parse
     check_memory(args, row, world, device)
     splits = Flags.splits_for(args, device)
     adjust_to_images(args, row, len(splits.train), world, device)
-    if args.init:
-        Flags.encoder_for(args)  # before a generator is trained: UserError if the weights do not fit
     note_unused(args)
     usual = Flags.hyper_parameters(build_parser(args.data, device.type).parse_args([]))
     folder = Runs.find_run(args, script, row.name, Flags.hyper_parameters(args), usual)
     if args.dry_run:
-        positives = make_positives(args, splits, device)
+        check_init(args)
+        positives = make_positives(args, splits, device, "")
         return try_out(args, row, splits, folder, Trainer(args, splits.train, positives, device, rank, world))
 
     # only one process, or group of processes, works on a run
     with Runs.claimed(folder):
         checkpoint = Distributed.first_rank_only(lambda: Runs.checkpoint_for(args, folder))
-        positives = make_positives(args, splits, device)
-        trainer = Trainer(args, splits.train, positives, device, rank, world)
+        fingerprint = ""
+        if checkpoint:
+            fingerprint = Utils.load_(checkpoint).get("positives", "")
+        else:
+            check_init(args)
+        positives = make_positives(args, splits, device, fingerprint)
+        trainer = Trainer(args, splits.train, positives, device, rank, world, with_init=checkpoint is None)
         if checkpoint:
             trainer.load(checkpoint)
         return pretrain(args, row, folder, splits, trainer)

@@ -45,20 +45,29 @@ def as_user_error():
 
 def run_script(main, get_args):
     """Run `main(get_args())` and exit: 0 or what main returns; 2 and one line on an error that the user can correct;
-    0 after SIGTERM and 130 after Ctrl-C."""
+    after a signal, the code in Signals.py."""
     Signals.raise_on_signal()
     keep_memory()
     with contextlib.suppress(AttributeError):  # a stream of another program
         sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be valid text
+    with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
+        code = _exit_code(main, get_args)
+        sys.stdout.flush()
+    sys.exit(code)
+
+
+def _exit_code(main, get_args):
+    """Return the exit code of `run_script`."""
     try:
         code = main(get_args())
         Distributed.stop()
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130
-    except Signals.Terminated:
-        print("interrupted by SIGTERM", file=sys.stderr)
-        code = 0
+        return 130
+    except Signals.Terminated as signal:
+        print("interrupted by SIGTERM" if signal.code == 0 else "interrupted", file=sys.stderr)
+        return signal.code
     except Exception as error:
         message = explain(error)
         if message is None:
@@ -66,12 +75,43 @@ def run_script(main, get_args):
         if not Distributed.is_first():
             time.sleep(5)  # the first process reports the error; torchrun ends the others in the meantime
         print(f"{Path(sys.argv[0]).name}: error: {readable(message)}", file=sys.stderr)
-        code = 2
-    sys.stdout.flush()
-    sys.exit(code)
+        return 2
 
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+class Output:
+    """A standard stream that can lose its reader: a pipe that closes, a terminal that ends. The script then goes on."""
+
+    def __init__(self, stream):
+        """stream: the text stream; None if the script was started without one."""
+        self.stream = stream or Path(os.devnull).open("w")  # noqa: SIM115 (open as long as the script runs)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        """Write a text, or drop it if nobody reads it; return its length."""
+        with self._can_be_lost():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        """Write what is buffered."""
+        with self._can_be_lost():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def _can_be_lost(self):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.stream.fileno())  # what is still buffered, and all that follows
+            os.close(null)
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 RUNTIME_ERRORS = {  # part of the message of a RuntimeError: what it means, and the remedy
     "can't allocate memory": "out of memory: lower --bs, --size or the width of the net",
     "Storage size calculation overflowed": "more memory than there can be: lower the sizes",
@@ -103,6 +143,9 @@ def explain(error):
         return (
             f"cannot write {place}: {error.strerror}: free space there, or name another folder; --resume auto continues"
         )
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
+        place = shown(error.filename) if error.filename else "a file"
+        return f"{place}: {error.strerror}: change its permissions, or name another file or folder"
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
         return f"{shown(error.filename or 'a path')[:200]}: {error.strerror}: give another path"
     if isinstance(error, RuntimeError):
@@ -133,6 +176,11 @@ def _escaped(character):
     if "\udc80" <= character <= "\udcff":  # how Python holds a byte that is not valid text
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()
+
+
+def expanded(path):
+    """Return a path of the user's with ~ replaced by the home folder, which a shell does not do in --flag=~/path."""
+    return os.path.expanduser(path)  # noqa: PTH111 (pathlib raises RuntimeError where there is no such user)
 
 
 def quiet():
@@ -215,9 +263,13 @@ def machine():
 def write_atomically(file, write):
     """Call `write(scratch)` and move the result to `file`: all of it or nothing. Raises UserError if that fails.
 
-    Scratch files that killed processes have left for the same `file` are removed.
+    Links are followed. A device or a pipe stays what it is: it is written to. Scratch files that killed processes have
+    left for the same `file` are removed.
     """
-    file = Path(file)
+    file = Path(file).resolve()
+    if file.exists() and not file.is_file() and not file.is_dir():
+        write(file)
+        return
     scratch = file.with_name(f".{file.name}.{machine()}.{os.getpid()}.tmp")
     try:
         remove_stale(file.parent, f".{glob.escape(file.name)}.*.tmp")

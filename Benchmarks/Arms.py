@@ -94,6 +94,10 @@ def get_args(argv=None):
     args.arms = args.arms.split(",") if args.arms else list(ARMS)
     if not find_spec("matplotlib"):
         raise Utils.UserError("matplotlib is not installed: pip install -r requirements-dev.txt")
+    try:
+        shlex.split(args.isicle)
+    except ValueError as error:
+        raise Utils.UserError(f"--isicle {args.isicle}: {error}: give each quotation mark its second one") from error
     unknown = [arm for arm in args.arms if arm not in ARMS]
     if unknown:
         raise Utils.UserError(f"--arms {','.join(unknown)}: choose from {', '.join(ARMS)}")
@@ -147,7 +151,7 @@ def finish(args, running, arm, seed, words):
     if code or not folder:
         reason = (output.strip().splitlines() or ["it printed nothing"])[-1]
         raise Utils.UserError(f"{shlex.join(words)}: {reason}: fix it and start again: finished runs are kept")
-    return record_of(arm, seed, words, Path(folder[1]), output)
+    return record_of(arm, seed, args.data, words, Path(folder[1]), output)
 
 
 def run_aloud(command, environment, title, running):
@@ -169,8 +173,10 @@ def run_aloud(command, environment, title, running):
     return process.returncode, "".join(lines)
 
 
-def record_of(arm, seed, words, folder, output):
-    """Return the record of a finished run."""
+def record_of(arm, seed, data, words, folder, output):
+    """Return the record of a finished run. data: the flag --data as it was given."""
+    if not (folder / "evaluation.json").exists():
+        raise Utils.UserError(f"--data {data}: too few labels to score by: the arms need classes to compare")
     result = json.loads((folder / "evaluation.json").read_text())
     run = json.loads((folder / "args.json").read_text())
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
@@ -196,7 +202,7 @@ def record_of(arm, seed, words, folder, output):
         "device": start["device"],
         "revision": start["revision"],
         "torch": start["torch"],
-        "flags": Flags.hyper_parameters(flags),
+        "flags": Flags.hyper_parameters(flags) | {"data": data},
     }
     found = re.search(r"^generator: (.*)$", output, re.MULTILINE)
     if found:
@@ -240,6 +246,14 @@ def finished(args, runs):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def read_records(file):
+    """Return the records of finished runs in the file of --out, or [] without it. Raises UserError if it is damaged."""
+    try:
+        return json.loads(file.read_text()) if file.exists() else []
+    except ValueError as error:
+        raise Utils.UserError(f"--out {file}: no records of runs ({error}): name another file") from error
+
+
 def missing(args, arms, records):
     """Return the runs (arm, seed, words) of some arms that have no record yet, seed after seed."""
     done = {row["command"] for row in records}
@@ -264,7 +278,7 @@ def main(args):
     name = Data.get_row(args.data).name
     name = f"arms-{name}.json" if args.eval == "test" else f"choice-{name}-{args.eval}.json"
     file = Path(args.out or Utils.ROOT / "Results" / name)
-    records = json.loads(file.read_text()) if file.exists() else []
+    records = read_records(file)
     first = [arm for arm in args.arms if not arm.endswith(EQUAL)]
     last = [arm for arm in args.arms if arm.endswith(EQUAL)]  # their length follows from the others
     for arms in (first, last):

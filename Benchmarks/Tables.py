@@ -49,7 +49,7 @@ def pairs():
 
 def defaults_of(script, data):
     """Return {flag: default} of a training script for a data set: of those flags with one default on every device."""
-    if data not in Data.DATASETS:
+    if not Data.is_named(data):
         data = "."  # a folder of images, maybe of another machine: all folders have the same defaults
     build_parser = import_module(Path(script).stem).build_parser
     on_cpu = vars(build_parser(data, "cpu").parse_args([]))

@@ -152,6 +152,7 @@ def check_file(path, kind, digest, size=None):
 def fetch(url, part):
     """Download url to part, from where part ends if the server can; return whether it is complete."""
     start = part.stat().st_size if part.exists() else 0
+    url = urllib.parse.quote(url, safe="%:/?#[]@!$&'()*+,;=~")  # only what a URL cannot hold
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     with urllib.request.urlopen(request, timeout=60) as r:
         resumed = r.status == 206 and r.headers.get("Content-Range", "").startswith(f"bytes {start}-")
@@ -189,7 +190,7 @@ def download(url, folder, tries=4):
             if e.code != 416:
                 break
             part.unlink(missing_ok=True)
-        except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError) as e:
+        except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError, ValueError) as e:
             reason = getattr(e, "reason", e)
     if not target.exists():
         raise UserError(f"--url {url}: {reason}; run the same command again to resume, or give --archive FILE")
@@ -712,8 +713,13 @@ def get_args(argv=None):
         P.error("--sha256 and --size: need --url URL or a single --archive FILE")
     if args.sha256 and (len(args.sha256) != 64 or set(args.sha256.lower()) - set("0123456789abcdef")):
         P.error(f"--sha256 {args.sha256}: is not a SHA-256 sum; give 64 hexadecimal digits")
-    if args.url and urllib.parse.urlparse(args.url).scheme not in ("http", "https", "file"):
-        P.error(f"--url {args.url}: give an http, https or file URL")
+    if args.url:
+        try:
+            scheme = urllib.parse.urlparse(args.url).scheme
+        except ValueError as e:
+            P.error(f"--url {args.url}: {e}; give an http, https or file URL")
+        if scheme not in ("http", "https", "file"):
+            P.error(f"--url {args.url}: give an http, https or file URL")
     for path in args.archive or []:
         if not path.is_file():
             P.error(f"--archive {path}: is not a file; give a zip, tar or tar.gz file")

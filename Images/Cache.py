@@ -22,11 +22,13 @@ from tqdm import tqdm
 import Locks
 import Utils
 from Distributed import is_first, notice
-from Images.Decode import BadFile, Files
+from Images.Decode import BadFile, Files, decode
 from Utils import UserError, shown
 
 FORMAT = 2  # raise it when decode() gives other pixels or the files get another layout
 PART = 2**22  # bytes of the .npy file that one checksum covers
+# why a file cannot be read for a time
+PASSING = {os.strerror(number) for number in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)}
 
 
 def checksums(file):
@@ -139,7 +141,18 @@ class Cache:
             self._discard(self.record, error)
             return None
         record["bad"] = {int(index): reason for index, reason in record["bad"].items()}
+        for index, reason in record["bad"].items():
+            if reason in PASSING and self._can_be_decoded(index):
+                self._discard(self.record, f"{shown(self.paths[index])} could not be read before, and now it can")
+                return None
         return record
+
+    def _can_be_decoded(self, index):
+        try:
+            decode(self.paths[index], self.size)
+        except BadFile:
+            return False
+        return True
 
     def _read(self):
         """Return what `load` does, or None if no valid cache is there."""
@@ -157,7 +170,7 @@ class Cache:
             return None
 
     def _discard(self, file, error):
-        notice(f"{shown(file)}: decoding again, the cache cannot be read: {error}")
+        notice(f"{shown(file)}: decoding again, the cache cannot be used: {error}")
         with suppress(OSError):
             self.record.unlink()
 

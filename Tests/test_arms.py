@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import Forked, one_error, wait_for
+from helpers import Forked, one_error, one_line, wait_for
 from PIL import Image
 
 import TrainCamNet
@@ -385,3 +385,15 @@ def test_shapes_are_drawn_with_their_names(tmp_path):
     width, height = Image.open(file).size
     assert height == 10 * 33 + 1
     assert width > Picture.EACH * 33 + 1
+
+
+def test_a_damaged_file_of_records_and_an_open_quotation_are_one_line(tmp_path):
+    (tmp_path / "arms.json").write_text("[{")
+    one_line(lambda: Arms.read_records(tmp_path / "arms.json"), "--out", "arms.json", "another file")
+    assert Arms.read_records(tmp_path / "none.json") == []
+    one_line(lambda: Arms.get_args(["--isicle", "'"]), "--isicle '", "quotation")
+
+
+def test_a_run_that_could_not_be_scored_is_one_line(tmp_path):
+    run = ("simclr_full", 0, "flat", ["TrainSimCLR.py"], tmp_path, "")
+    one_line(lambda: Arms.record_of(*run), "--data flat", "labels")

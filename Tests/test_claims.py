@@ -137,7 +137,7 @@ def changed_since(record):
     then = record["flags"]
     if then["data"] not in Data.DATASETS:
         words = ["." if word == then["data"] else word for word in words]
-        then = then | {"data": "."}
+        then = then | {"data": Data.place(".")}
     script = importlib.import_module(Path(words[1]).stem)
     device = ["--device", "cpu"] if record["device"].startswith("cpu") else []
     args = script.get_args(words[2:] + device)

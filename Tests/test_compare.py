@@ -1,6 +1,7 @@
 """Compare.py: what it shows of run folders, as the training scripts write them and as accidents leave them."""
 
 import csv
+import errno
 import fcntl
 import json
 import resource
@@ -288,3 +289,26 @@ def test_runs_of_the_scripts(whole, capsys):
     assert row["state"] == "complete"
     assert row["linear %"] == f"{100 * result['linear']:.1f}"
     assert row["epochs"] == "3"
+
+
+def test_a_table_that_cannot_be_written_leaves_the_old_one_alone(tmp_path, capsys, monkeypatch):
+    save_run(tmp_path / "Models" / "a")
+    file = tmp_path / "runs.csv"
+    file.write_text("old")
+
+    def fail(scratch, groups):
+        scratch.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Compare, "write_csv", fail)
+    with pytest.raises(SystemExit):
+        Compare.main([str(tmp_path / "Models"), "--csv", str(file)])
+    assert f"--csv {file}: cannot write it: No space left" in capsys.readouterr().err
+    assert file.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["runs.csv"]
+
+
+def test_a_plot_of_names_with_dollars(tmp_path):
+    save_run(tmp_path / "Models" / "a", data="/x/$a^$b_{")
+    Compare.main([str(tmp_path / "Models"), "--plot", str(tmp_path / "plot.png")])
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -615,3 +615,12 @@ def test_weaker_views():
     crop = Data.get_ssl_data_augs("shapes", aug="crop")
     torch.testing.assert_close(crop(constant, torch.Generator()), constant / 255)  # colours stay
     assert not torch.allclose(crop(images, torch.Generator()), plain)
+
+
+@pytest.mark.parametrize("loose, place", [("1.png", "IMAGE"), ("train/1.png", "")])
+def test_images_next_to_the_splits_are_told(tmp_path, capsys, loose, place):
+    for split in ("train", "val"):
+        save_shapes(tmp_path / "images" / split, 2, size=8, classes=["a", "b"] * 5)
+    assert not place or save(tmp_path / "images" / loose, np.zeros((8, 8, 3), np.uint8))
+    splits(tmp_path / "images", data_dir=tmp_path)
+    assert (f"as {place}, are not read" in capsys.readouterr().err) == bool(place)

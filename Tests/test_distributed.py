@@ -396,3 +396,17 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(quick, tmp_path, cli, for
     assert before.items() <= after.items()
     assert after.keys() == set(range(1, 61))
     assert all(math.isfinite(loss) for loss in after.values())
+
+
+def test_variables_of_another_launcher_do_not_start_a_group(monkeypatch, capsys):
+    for name in Distributed.LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert Distributed.start(cpu) == (0, 1, cpu)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    assert Distributed.start(cpu) == (0, 1, cpu)
+    assert Distributed.is_first()
+    assert "WORLD_SIZE is set, but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in capsys.readouterr().err

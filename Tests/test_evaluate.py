@@ -1,6 +1,7 @@
 """Evaluate: the probes against slow references, what scoring leaves untouched, and the script."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -272,7 +273,7 @@ def test_evaluate(encoder, eval):
     assert "kNN" in table
     assert "90 images" in table
     assert len(table.splitlines()) == 9
-    few = Evaluate.evaluate(encoder, None, splits, views, CPU, 7)
+    few = Evaluate.evaluate(encoder, None, splits, views, CPU, 7, baselines=False)
     beside = {"untrained_knn", "untrained_linear", "linear_aug", "pixels_knn"}
     assert few.keys() == NAMES - beside
     assert all(few[name] == result[name] for name in few)
@@ -366,7 +367,7 @@ def test_scores_of_other_data_or_few_labels_have_a_file_of_their_own(folder, mon
     monkeypatch.setattr(Evaluate, "evaluate", lambda *rest: {"epoch": rest[-1], "split": "val", "n_test": 60})
     images = folder.parents[1] / "images"
     evaluated(folder, "--data", images, "--labels", 0.1)
-    assert (folder / "evaluation-1-val-images-labels_0.1.json").exists()
+    assert list(folder.glob("evaluation-1-val-images-??????-labels_0.1.json"))
 
 
 def test_files_are_read_as_the_run_read_them(folder, monkeypatch):
@@ -412,3 +413,39 @@ def test_a_net_that_does_not_fit_is_one_line(folder, tmp_path):
     content["args"]["backbone"] = "resnet18"
     torch.save(content, tmp_path / "1.pt")
     one_line(lambda: evaluated(tmp_path / "1.pt"), "does not fit", "encoder")
+
+
+def test_files_of_other_scores_are_not_written_over(folder, tmp_path):
+    kept = (folder / "1.pt").read_bytes()
+    one_line(lambda: evaluated(folder, "--out", folder / "1.pt"), "1.pt", "there already")
+    assert (folder / "1.pt").read_bytes() == kept
+    one_line(lambda: evaluated(folder, "--out", folder / "evaluation.json"), "evaluation.json", "a run itself")
+
+    def name(words, checkpoint="1.pt"):
+        return Evaluate.file_name(Evaluate.get_args(["x", *words]), {"epoch": 1, "split": "val"}, Path(checkpoint))
+
+    names = [name(words) for words in ([], ["--finetune", "2"], ["--labels", "0.1"], ["--data", "cifar10"])]
+    names += [name([], "1+2.pt"), name(["--data", "a/images"]), name(["--data", "b/images"])]
+    assert names[0] == "evaluation-1-val.json"
+    assert names[3] == "evaluation-1-val-cifar10.json"
+    assert len(set(names)) == len(names)
+
+
+def test_a_run_is_not_scored_on_other_images_without_being_told(folder, tmp_path):
+    content = torch.load(folder / "1.pt", weights_only=True)
+    content["data_fingerprint"] = "of other images"
+    torch.save(content, tmp_path / "1.pt")
+    one_line(lambda: evaluated(tmp_path / "1.pt"), "had other images", "--data PATH")
+    images = folder.parents[1] / "images"
+    evaluated(tmp_path / "1.pt", "--data", images, "--out", tmp_path / "out.json")
+    assert (tmp_path / "out.json").exists()
+
+
+def test_without_the_weights_that_a_run_began_with_all_else_is_scored(folder, tmp_path, capsys):
+    content = torch.load(folder / "1.pt", weights_only=True)
+    content["args"]["init"] = "/gone/weights.pt"
+    torch.save(content, tmp_path / "1.pt")
+    evaluated(tmp_path / "1.pt", "--out", tmp_path / "out.json")
+    assert "--init /gone/weights.pt: no such file any more" in capsys.readouterr().out
+    left_out = {"untrained_knn", "untrained_linear"}
+    assert json.loads((tmp_path / "out.json").read_text()).keys() == (NAMES | {"data"}) - left_out

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import os
 import resource
 import shutil
@@ -582,3 +583,21 @@ def test_workers_that_cannot_be_started(load, monkeypatch):
 
     monkeypatch.setattr(Decode.DataLoader, "__iter__", refuse)
     one_line(lambda: load(n_workers=2), "No space left on device", "--n_workers 0", "--shm-size")
+
+
+@pytest.mark.parametrize("storage", ["memory", "stream"])
+def test_a_file_that_could_not_be_read_for_a_time_is_read_again(load, folder, monkeypatch, capsys, storage):
+    bad = str(folder / "é/0.png")
+
+    def refused(path, size):
+        if str(path) == bad:
+            raise Decode.BadFile(path, os.strerror(errno.EACCES))
+        return decode(path, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decode, "decode", refused)
+        patch.setattr(Cache, "decode", refused)
+        for _ in range(2):
+            assert len(load(skip_bad=True, storage=storage)) == 5
+    assert len(load(skip_bad=True, storage=storage)) == 6
+    assert f"{bad} could not be read before, and now it can" in capsys.readouterr().err

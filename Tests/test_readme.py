@@ -135,7 +135,7 @@ def test_every_module_is_listed():
     lines = {
         folder: re.search(rf"^    {folder}/ +(.*)$", README, re.MULTILINE) for folder in ("CamNet", "Images", "Data")
     }
-    lines["Benchmarks"] = re.search(r"^`Benchmarks/`: (.*)$", results, re.MULTILINE)
+    lines["Benchmarks"] = re.search(r"^`Benchmarks/`: (.*?)\n\n", results, re.MULTILINE | re.DOTALL)
     for folder, line in lines.items():
         modules = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
         assert modules

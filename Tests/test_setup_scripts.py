@@ -536,6 +536,8 @@ def test_download_errors_and_file_urls(tmp_path, server):
     assert "404" in run(SETUP, "--url", server.url + "x", *args, ok=False)
     assert "refused" in run(SETUP, "--url", "http://127.0.0.1:9/a.zip", *args, ok=False)
     assert "ftp" in run(SETUP, "--url", "ftp://127.0.0.1/a.zip", *args, ok=False)
+    assert "http://[::1/x.zip" in run(SETUP, "--url", "http://[::1/x.zip", *args, ok=False)
+    assert "404" in run(SETUP, "--url", server.url + "ü x", *args, ok=False)
     run(SETUP, "--url", (tmp_path / "absent.zip").as_uri(), *args, ok=False)
     run(SETUP, "--url", (tmp_path / "served.zip").as_uri(), *args)
 

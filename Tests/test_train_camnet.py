@@ -464,6 +464,7 @@ def test_the_energy_score_needs_no_search_and_resumes_to_the_same_bits(flags, tm
     assert different(folder / "3.pt", only_run(tmp_path / "whole") / "3.pt") == []
     assert numbers(folder) == numbers(only_run(tmp_path / "whole"))
     assert json.loads((folder / "args.json").read_text())["args"]["distance"] == "patches"
+    assert cli(["--resume", folder / "3.pt"]).code == 0
 
 
 def test_ctrl_c_at_the_single_code_and_resume_file_needs_no_other_flags(unfinished, whole, cli, fork):

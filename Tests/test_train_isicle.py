@@ -5,6 +5,7 @@ import re
 import shutil
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -459,6 +460,7 @@ BAD = {
     "--camnet=--size=8": ("--camnet --size=8: --size", "give it to this script"),
     "--camnet=--lr": ("TrainISICLE.py --camnet: error: argument --lr: expected one argument",),
     "--camnet=--dry_run": ("--dry_run cannot be in it",),
+    "--camnet='--periods": ("--camnet '--periods: No closing quotation", "quotation mark"),
     "--distance pixels": ("--distance: this flag is the generator's", "--camnet '--distance pixels'"),
     "--periods=3 --flip": ("--periods=3: ", "--camnet --periods=3"),
     "--no-flip --net tiny": ("--camnet --no-flip",),
@@ -618,3 +620,46 @@ def test_a_full_disk_is_one_line(quick, models, generator, cli):
     assert len(done.err.splitlines()) == 1
     assert not any(models.glob("TrainCamNet-*/bank-*-k5-*"))
     assert not any(models.glob("*-full-*"))
+
+
+def test_a_run_is_resumed_with_its_own_generator_not_with_a_newer_one(first, models, quick, tmp_path, cli):
+    shutil.copytree(models, tmp_path / "m")
+    argv = quick(tmp_path / "m", "--num_codes", "3", "--p_gen", "0.5", "--resume", "auto")
+    data = f"--data {argv[argv.index('--data') + 1]} --size 16 --models_dir {tmp_path / 'm'}"
+    TrainCamNet.main(TrainCamNet.get_args(f"{GENERATOR} --seed 1 --no-single_code --n_workers 0 {data}".split()))
+    done = cli(argv)
+    assert done.code == 0, done.err
+    assert "this run is complete" in done.out
+
+
+def test_a_bank_that_was_moved_is_named_on_resume(quick, tmp_path, cli):
+    bank = tmp_path / "mine.npy"
+    np.save(bank, np.random.default_rng(0).integers(0, 256, (240, 1, 3, 16, 16), dtype=np.uint8))
+    flags = ("--epochs", "2", "--bs", "60", "--no-baselines")
+    assert cli(quick(tmp_path / "m", "--bank", bank, *flags)).code == 0
+    file = only_run(tmp_path / "m") / "1.pt"
+    bank.rename(tmp_path / "moved.npy")
+    done = cli(["--resume", file, "--bank", tmp_path / "moved.npy"])
+    assert done.code == 0, done.err
+    assert "continuing at step 4" in done.out
+
+
+def test_a_bank_is_of_a_generator_and_of_the_images():
+    def name(images):
+        split = SimpleNamespace(fingerprint=lambda: images)
+        args = SimpleNamespace(num_codes=2, seed=0, refresh=0)
+        checkpoint = Path("Models/TrainCamNet-x/1.pt")
+        schedule = SimpleNamespace(fingerprint="g", split=split, args=args, checkpoint=checkpoint)
+        return Banks.BankSchedule.file(schedule, 0)
+
+    assert name("some") != name("others")
+    assert name("some") == name("some")
+
+
+def test_the_lock_of_a_generator_has_a_short_name(tmp_path):
+    folders = [tmp_path / letter / ("x" * 245) for letter in "ab"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    locks = {TrainISICLE.generator_lock(SimpleNamespace(models_dir=".", data=str(folder))) for folder in folders}
+    assert len(locks) == 2
+    assert all(len(lock.name) < 100 for lock in locks)

@@ -22,6 +22,7 @@ from helpers import (
     no_file_larger_than,
     one_error,
     only_run,
+    save_shapes,
     wait_for,
     wait_for_next_second,
 )
@@ -708,3 +709,36 @@ def test_long_runs_on_a_cpu_keep_their_rate():
     args = TrainSimCLR.get_args(["--data", "cifar10", "--epochs", "1000", "--device", "cpu"])
     TrainSimCLR.adjust_to_images(args, Data.get_row("cifar10"), 50_000, 1, torch.device("cpu"))
     assert args.lr == 1.2
+
+
+def test_a_single_image_is_one_line(tmp_path, cli):
+    save_shapes(tmp_path / "images", 1, classes=["a"])
+    done = cli(["--data", tmp_path / "images", "--models_dir", tmp_path / "m"])
+    one_error(done, "1 training images: give at least 2")
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_complete_run_keeps_its_scores_whatever_split_is_asked_for(whole, cli):
+    before = (whole.folder / "evaluation.json").read_bytes()
+    done = cli([*whole.argv, "--resume", "auto", "--eval", "test"])
+    one_error(done, "--eval test", "was scored on val", "python Evaluate.py", "--eval test")
+    assert (whole.folder / "evaluation.json").read_bytes() == before
+
+
+def test_a_checkpoint_outside_its_run_folder_is_not_resumed(whole, tmp_path, cli):
+    shutil.copy(whole.folder / "1.pt", tmp_path)
+    one_error(cli(["--resume", tmp_path / "1.pt"]), "1.pt", "put it back")
+    assert [path.name for path in tmp_path.iterdir()] == ["1.pt"]
+    one_error(cli(["--resume", whole.folder / "1.pt", "--suffix", "again"]), "--suffix again", "leave one of them out")
+
+
+def test_a_run_goes_on_without_the_weights_that_it_began_with(whole, quick, tmp_path, cli):
+    weights = shutil.copy(whole.folder / "encoder.pt", tmp_path / "w.pt")
+    argv = quick(tmp_path / "m", "--init", weights, "--epochs", "2", "--bs", "60")
+    assert cli(argv).code == 0
+    (only_run(tmp_path / "m") / "2.pt").unlink()
+    weights.unlink()
+    done = cli([*argv, "--resume", "auto"])
+    assert done.code == 0, done.err
+    assert "no scores of the untrained encoder" in done.out
+    assert "kNN on raw pixels" in done.out

@@ -1,6 +1,7 @@
 """Utils: files and checkpoints that are whole or absent, and what is said of a user's error."""
 
 import errno
+import json
 import os
 import signal
 import socket
@@ -8,12 +9,14 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import one_line
 from torch import nn
 
+import Distributed
 import Locks
 import Signals
 import Utils
@@ -246,6 +249,8 @@ def test_other_processes_leave_a_shared_mistake_to_the_first(monkeypatch, capsys
     def fail(args):
         raise Utils.UserError("--bs 33: no")
 
+    for name in Distributed.LAUNCHED:
+        monkeypatch.setenv(name, "1")
     waited = []
     monkeypatch.setattr(Utils.time, "sleep", lambda seconds: waited.append((seconds, capsys.readouterr().err)))
     for rank in ("0", "1"):
@@ -305,3 +310,70 @@ def test_freed_memory_is_used_again():
     """
     done = subprocess.run([sys.executable, "-c", program], cwd=Utils.ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 100  # pages; the 48 MiB have 12,288
+
+
+def test_a_link_is_followed_and_a_pipe_stays_a_pipe(tmp_path):
+    target = tmp_path / "target.json"
+    target.write_text("old")
+    (tmp_path / "link.json").symlink_to(target)
+    Utils.write_json(tmp_path / "link.json", {"a": 1})
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads(target.read_text()) == {"a": 1}
+
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    Utils.write_json(pipe, {"a": 2})
+    assert json.loads(os.read(reader, 100)) == {"a": 2}
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.json", "pipe", "target.json"]
+
+
+PRINTING = """
+import sys
+from pathlib import Path
+import Utils
+
+def main(args):
+    for stream in (sys.stdout, sys.stderr):
+        for _ in range(3000):
+            print("a line of a run", file=stream, flush=True)
+    Path(sys.argv[1]).write_text("done")
+
+Utils.run_script(main, lambda: None)
+"""
+
+
+@pytest.mark.parametrize("place", ["a pipe that closes", "no streams"])
+def test_a_script_goes_on_when_nobody_reads_what_it_prints(tmp_path, place):
+    script = tmp_path / "script.py"
+    script.write_text(PRINTING)
+    command = [sys.executable, str(script), str(tmp_path / "file")]
+    environment = os.environ | {"PYTHONPATH": str(Path(Utils.__file__).parent)}
+    if place == "no streams":
+        shell = subprocess.run(
+            ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], env=environment, cwd=tmp_path, timeout=60
+        )
+        code = shell.returncode
+    else:
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=pipe, stderr=pipe)
+        assert process.stdout.readline() == b"a line of a run\n"
+        process.stdout.close()
+        process.stderr.close()
+        code = process.wait(timeout=60)
+    assert code == 0
+    assert (tmp_path / "file").read_text() == "done"
+
+
+def test_what_may_not_be_read_is_not_called_unwritable():
+    message = Utils.explain(PermissionError(errno.EACCES, "Permission denied", "/closed/x"))
+    assert "/closed/x: Permission denied" in message
+    assert "cannot write" not in message
+
+
+def test_home_folders_are_found_and_an_unknown_user_is_no_error(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert Utils.expanded("~/x") == "/somewhere/x"
+    assert Utils.expanded("~no-such-user/x") == "~no-such-user/x"

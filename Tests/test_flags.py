@@ -1,0 +1,89 @@
+"""Flags: what the user gave, in every script the same way."""
+
+import pytest
+from helpers import one_error, one_line
+
+import Flags
+import TrainCamNet
+import TrainISICLE
+import TrainSimCLR
+
+SCRIPTS = (TrainSimCLR, TrainISICLE, TrainCamNet)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_folder_of_images_means_the_same_from_every_place(tree, monkeypatch, script):
+    monkeypatch.chdir(tree.parent)
+    assert script.get_args(["--data", tree.name]).data == str(tree.resolve())
+    assert script.get_args(["--data", f"../{tree.parent.name}/{tree.name}/"]).data == str(tree.resolve())
+    (tree.parent / "shapes").mkdir(exist_ok=True)  # a name of a data set stays one
+    assert script.get_args(["--data", "shapes"]).data == "shapes"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flag", ["--resume", "--data", "--device"])
+def test_a_flag_without_its_value_is_one_line(cli, script, flag):
+    done = cli([flag], script=script)
+    one_error(done, f"argument {flag}: expected one argument")
+    assert len(done.err.splitlines()) == 1
+
+
+def test_paths_begin_with_the_home_folder_also_after_an_equals_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    args = TrainISICLE.get_args(["--models_dir=~/a", "--data_dir=~/b", "--bank=~/c", "--generator=~/d", "--init=~/e"])
+    found = [args.models_dir, args.data_dir, args.bank, args.generator, args.init]
+    assert found == [f"/somewhere/{letter}" for letter in "abcde"]
+    assert TrainCamNet.get_args(["--lpips_weights=~/f"]).lpips_weights == "/somewhere/f"
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--models_dir", "--bank", "--generator", "--init"])
+def test_an_empty_path_is_one_line(cli, flag):
+    done = cli([flag, ""], script=TrainISICLE)
+    one_error(done, f"argument {flag}: no path is given")
+    assert len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", [TrainISICLE, TrainCamNet])
+def test_a_checkpoint_of_another_script_is_named(whole, script):
+    file = whole.folder / "3.pt"
+    one_line(lambda: script.get_args(["--resume", str(file)]), str(file), "a run of TrainSimCLR.py: start that script")
+
+
+@pytest.mark.parametrize(
+    "script, words, told",
+    [
+        (TrainSimCLR, "--aug none --crop_min .3", "--crop_min 0.3 has no effect with --aug none"),
+        (TrainSimCLR, "--aug crop --gray_p .1", "--gray_p 0.1 has no effect with --aug crop"),
+        (TrainSimCLR, "--trust .01", "--trust 0.01 has no effect without --lars"),
+        (TrainSimCLR, "--gen_weight 3", "--gen_weight 3.0 has no effect with --loss lout"),
+        (TrainISICLE, "--p_gen 0 --bank nowhere.npy", "--bank nowhere.npy has no effect with --p_gen 0"),
+        (TrainISICLE, "--pair corrupted --pick farthest", "--pick farthest has no effect with --pair corrupted"),
+        (TrainISICLE, "--num_pos 4", "--num_pos 4 has no effect with --pair real_real_gen"),
+        (TrainCamNet, "--distance pixels --alpha 2", "--alpha 2.0 has no effect with --distance pixels"),
+        (TrainSimCLR, "--aug full --gray_p .1", ""),
+    ],
+)
+def test_flags_without_effect_are_told(capsys, script, words, told):
+    args = script.get_args(words.split())
+    script.note_unused(args)
+    assert capsys.readouterr().out.strip().startswith(told)
+    args.resume = "1.pt"  # then all flags are those of that run
+    script.note_unused(args)
+    assert capsys.readouterr().out == ""
+
+
+def test_help_shows_a_default_of_zero_but_none_of_a_switch(capsys):
+    with pytest.raises(SystemExit):
+        TrainSimCLR.get_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "the order of the images and the views (default: 0)" in text
+    assert "all views at once (default: 0)" in text
+    assert "layer-wise learning rates (LARS); with Adam as in LAMB --trust" in text
+    assert "defaults: those of --data shapes on" in text
+
+
+def test_a_file_flag_may_change_on_resume_and_others_may_not(whole, tmp_path):
+    file = str(whole.folder / "3.pt")
+    assert TrainSimCLR.get_args(["--resume", file, "--init", "other.pt"]).init == "other.pt"
+    one_line(lambda: TrainSimCLR.get_args(["--resume", file, "--lr", "7"]), "--lr 7")
+    assert set(Flags.FILE_FLAGS) <= set(vars(TrainISICLE.get_args([])))
