@@ -35,6 +35,7 @@ RUN_FLAGS = """device n_workers data_dir storage skip_bad models_dir resume log_
 baselines precision compile deterministic cuda_graph small_stem image_size given dry_run chunk lpips_weights
 bank_storage"""
 RENAMED = {"m": "candidates"}  # a copy of Utils.RENAMED
+OF_RUNS = (".pt", ".json", ".jsonl", ".npy")  # endings of the files that runs write
 
 
 class UserError(ValueError):
@@ -240,19 +241,23 @@ def table(numbered, columns):
 def replace_file(flag, file, write):
     """Call `write(scratch)` and move the result to `file`: all of it or nothing. A device or a pipe is written to.
 
-    Raises UserError if that fails. flag: the one that names the file.
+    Raises UserError if that fails, or if the name is like those of a run's files. flag: the one that names it.
     """
-    scratch = file
-    if file.is_file() or not file.exists():
-        scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    if file.suffix in OF_RUNS:
+        raise UserError(f"{flag} {file}: files of runs end so: choose another name")
+    scratch = None
     try:
+        if file.exists() and not file.is_file():
+            write(file)
+            return
+        file = file.resolve()
+        scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         write(scratch)
-        if scratch != file:
-            scratch.replace(file.resolve())
+        scratch.replace(file)
     except OSError as error:
         raise UserError(f"{flag} {file}: cannot write it: {error.strerror}: name another file") from error
     finally:
-        if scratch != file:
+        if scratch:
             scratch.unlink(missing_ok=True)
 
 
@@ -296,12 +301,17 @@ def write_plot(file, groups):
     figure.savefig(file, format="png")
 
 
+def home_path(text):
+    """The argparse type of paths: ~ stands for the home folder."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 (pathlib raises RuntimeError where there is no such user)
+
+
 def build_parser():
     """Return the parser."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("runs", nargs="*", type=Path, default=[MODELS], help="run folders, or folders of runs")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a line per run")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curves (needs matplotlib)")
+    parser.add_argument("--csv", type=home_path, metavar="FILE", help="write a line per run")
+    parser.add_argument("--plot", type=home_path, metavar="FILE.png", help="draw the curves (needs matplotlib)")
     return parser
 
 

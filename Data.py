@@ -354,6 +354,8 @@ def place(data):
 
     A name of a data set stays; the path of a folder becomes absolute.
     """
+    if not data:  # as of a shell variable that is not set
+        raise UserError("--data: no path is given")
     path = Path(expanded(data))
     return data if is_named(data) or not path.is_dir() else str(path.resolve())
 

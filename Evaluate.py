@@ -398,6 +398,8 @@ def read_run(args):
     if not {"args", "encoder", "epoch"} <= state.keys():
         raise Utils.UserError(f"{file} holds no encoder: give a checkpoint of TrainSimCLR.py or TrainISICLE.py")
     Utils.check_run(file, state)
+    if args.data is not None:
+        args.data = Data.place(args.data)
     given = {key: value for key, value in vars(args).items() if value is not None}
     run = argparse.Namespace(**usual_flags(file, state["args"]) | state["args"] | given)
     if args.data:  # a folder's images are resized to what the encoder has seen; a named data set has its own size
@@ -454,10 +456,10 @@ def main(args):
 
 def check_out(out):
     """Raise UserError where the file of --out would be written over something else than such scores."""
-    if out.name == "evaluation.json":
+    if out.resolve().name == "evaluation.json":
         raise Utils.UserError(f"--out {out}: this name is for the scores of a run itself: choose another")
-    if out.is_file() and out.suffix != ".json":
-        raise Utils.UserError(f"--out {out}: it is there already, and is no .json file: choose another")
+    if out.is_file() and out.stat().st_size and Utils.read_json(out, ("split", "epoch", "protocol")) is None:
+        raise Utils.UserError(f"--out {out}: it is there already, and holds no such scores: choose another")
 
 
 def file_name(args, result, checkpoint):

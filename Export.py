@@ -63,7 +63,7 @@ def get_args(argv=None):
     workers = "processes that decode image files"
     add("--n_workers", type=Flags.bounded(int, 0, Flags.MOST_WORKERS), default=2, metavar="N", help=workers)
     place = str(Data.DEFAULT_OPTIONS.data_dir)
-    add("--data_dir", default=place, metavar="DIR", help="folder that holds the data sets")
+    add("--data_dir", type=Flags.path, default=place, metavar="DIR", help="folder that holds the data sets")
     add("--skip_bad", action="store_true", help="leave unreadable images out and count them, instead of stopping")
     return parser.parse_args(argv)
 

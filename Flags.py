@@ -12,7 +12,7 @@ import Data
 import Devices
 import Utils
 from Backbones import build_encoder, load_weights
-from Distributed import count, is_same, say
+from Distributed import any_process, count, is_same, say
 from Images.Folders import DATA_DIR
 
 SCRIPTS = ("TrainSimCLR", "TrainISICLE", "TrainCamNet")
@@ -243,7 +243,8 @@ RUN_FLAGS = {
 }
 
 
-FILE_FLAGS = ("data", "generator", "bank", "init")  # they name files, which can lie in another place on --resume
+# Flags that can name files, which may lie in another place on --resume.
+FILE_FLAGS = ("data", "generator", "bank", "init")
 
 
 def hyper_parameters(args):
@@ -268,7 +269,8 @@ def parse(argv, build_parser):
     if early.resume in (None, "", "auto"):
         if early.resume and early.data:
             check_place(early.data, "--resume auto")
-        parser = build_parser(early.data or "shapes", device_type)
+        data = "shapes" if early.data is None else Data.place(early.data)
+        parser = build_parser(data, device_type)
         args = parser.parse_args(argv)
         args.data = Data.place(args.data)
         args.given = given_flags(parser, argv)
@@ -301,11 +303,14 @@ def _parse_resumed(argv, parser, file, stored):
     args.data = Data.place(args.data)
     args.given = sorted({*given_flags(parser, argv), *kept})  # what the first start said or fitted stays
 
-    # flags that decide the result must not have changed; files are compared later, by what they hold
+    # flags that decide the result must not have changed; images, generators and banks are compared later, by content
+    files = {each.dest for each in parser._actions if each.dest in FILE_FLAGS and not each.choices}
     changed = []
     for key, value in hyper_parameters(args).items():
-        if key not in FILE_FLAGS and key in stored and value != stored[key]:
+        if key not in files and key in stored and value != stored[key]:
             changed.append(f"--{key} {value} (it was {stored[key]})")
+    if args.suffix != stored.get("suffix", ""):
+        raise Utils.UserError(f"--suffix {args.suffix}: --resume {file} continues the run there: leave one of them out")
     if changed:
         raise Utils.UserError(f"--resume {file}: other flags than that run's: {', '.join(changed)}: leave them out")
     return args
@@ -319,6 +324,8 @@ def _can_be(action, value):
         return isinstance(value, bool)
     if action.type is None:
         return isinstance(value, str) and (action.choices is None or value in action.choices)
+    if action.type is path:  # older versions kept ~ as it was typed
+        return isinstance(value, str)
     try:
         return not isinstance(value, bool) and action.type(str(value)) == value
     except argparse.ArgumentTypeError:
@@ -425,7 +432,7 @@ def augmentation_for(args, aug=None):
 
 def untrained_encoder(args):
     """Return `encoder_for` to compare the trained one with; None, with a notice, if the file of --init is gone."""
-    if args.init and not Path(args.init).is_file():
+    if args.init and any_process(not Path(args.init).is_file()):
         say(f"--init {Utils.shown(args.init)}: no such file any more: no scores of the untrained encoder")
         return None
     return encoder_for(args)

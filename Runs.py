@@ -61,26 +61,29 @@ def run_name(script, data, hyper, usual, suffix=""):
     return re.sub(r"[^\w.+=,-]", "~", name) + "-" + digest
 
 
-def find_run(args, script, data, hyper, usual):
+def find_run(args, script, data, hyper, usual, fingerprint):
     """Return the run folder of some flags: with --resume FILE that of the file, otherwise by `run_name`.
 
     If --resume auto finds no folder of that name, it takes a run with the same flags whose folder was named by an older
-    version, or whose data set has been moved. The arguments are those of `run_name`.
+    version, or whose images have been moved. fingerprint: a function that returns that of the images. The other
+    arguments are those of `run_name`.
     """
     if args.resume not in (None, "auto"):
         folder = Path(args.resume).resolve().parent
         if not (folder / "args.json").exists():
             raise UserError(f"--resume {args.resume}: no run lies around it: put it back into its run folder")
-        if args.suffix and args.suffix != stored_flags(folder).get("suffix", ""):
-            raise UserError(
-                f"--suffix {args.suffix}: --resume {args.resume} continues the run there: leave one of them out"
-            )
         return folder
     models = Path(args.models_dir)
     folder = models / run_name(script, data, hyper, usual, args.suffix)
     if args.resume and not folder.exists():
         for record in sorted(models.glob(f"{script}-*/args.json")):
-            if _is_same(stored_flags(record.parent), args, hyper, usual):
+            stored = stored_flags(record.parent)
+            if not _has_flags(stored, args, hyper, usual):
+                continue
+            place = Utils.expanded(str(stored.get("data")))
+            if place == args.data or str(Path(place).resolve()) == args.data:
+                return record.parent
+            if _is_gone(place) and _learnt_from(record.parent, fingerprint()):
                 return record.parent
     return folder
 
@@ -91,14 +94,23 @@ def stored_flags(folder):
     return Utils.current_flags(flags) if isinstance(flags, dict) else {}
 
 
-def _is_same(stored, args, hyper, usual):
-    """Return whether a run's stored flags are these ones, on the same data set or on one that is not there any more."""
+def _has_flags(stored, args, hyper, usual):
+    """Return whether a run's stored flags are these ones, --data left out."""
     for key, value in hyper.items():
         if key != "data" and stored.get(key, usual.get(key)) != value:
             return False
-    place = Path(str(stored.get("data")))
-    same_place = place.resolve() == Path(args.data).resolve()
-    return stored.get("suffix", "") == args.suffix and (same_place or (place.is_absolute() and not place.exists()))
+    return stored.get("suffix", "") == args.suffix
+
+
+def _is_gone(place):
+    """Return whether a folder that held images is not there any more."""
+    return Path(place).is_absolute() and not Path(place).exists()
+
+
+def _learnt_from(folder, fingerprint):
+    """Return whether the newest checkpoint of a run says that it was trained on the images of this fingerprint."""
+    checkpoint = Utils.newest_checkpoint(folder)
+    return checkpoint is not None and Utils.load_(checkpoint).get("data_fingerprint") == fingerprint
 
 
 @contextlib.contextmanager

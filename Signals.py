@@ -26,7 +26,8 @@ class Terminated(SystemExit):
 
 
 def _exit(signum, frame):
-    os.write(2, b"interrupted: nothing had begun yet\n")
+    with contextlib.suppress(OSError):  # the terminal may have ended
+        os.write(2, b"interrupted: nothing had begun yet\n")
     os._exit(EXIT_CODES[signum])
 
 

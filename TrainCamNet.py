@@ -716,7 +716,12 @@ def prepare(args):
     adjust_distance(args)
     note_unused(args)
     usual = Flags.hyper_parameters(build_parser(args.data, device.type).parse_args([]))
-    return device, Runs.find_run(args, Path(__file__).stem, row.name, Flags.hyper_parameters(args), usual)
+
+    def fingerprint():
+        return Flags.train_split_for(args, device).fingerprint()
+
+    folder = Runs.find_run(args, Path(__file__).stem, row.name, Flags.hyper_parameters(args), usual, fingerprint)
+    return device, folder
 
 
 def main(args, is_final=True):

@@ -383,8 +383,14 @@ def train_generator(args, split, words, asked):
         Distributed.say(Utils.shown(f"no generator for {args.data} yet: it is trained first, as by {command}"))
         # a signal that ends the training also ends the program
         TrainCamNet.main(TrainCamNet.get_args(argv), is_final=False)
+        found = Banks.find_generator(args, split, asked)
+        if found is None:
+            raise Utils.UserError(
+                f"--data {args.data}: the generator of these flags was trained on other images: train a new one "
+                "by --camnet '--suffix NAME'"
+            )
         Distributed.say("the generator is ready; next come its bank and the encoder")
-        return Banks.find_generator(args, split, asked)
+        return found
 
 
 def check_flags(args):
@@ -401,13 +407,13 @@ def check_flags(args):
 
 def note_unused(args):
     """Print which given flags of the positives change nothing."""
-    of_restorations = ["gen_warmup", "num_codes", "pick", "refresh", "bank_storage", "generator"]
+    of_restorations = ["gen_warmup", "num_codes", "pick", "refresh", "bank_storage"]
     if args.pair != "multi":
         Flags.note_unused(args, ["num_pos"], f"with --pair {args.pair}: only --pair multi has it")
     if args.pair == "corrupted":
         Flags.note_unused(args, ["p_gen", *of_restorations], "with --pair corrupted")
     elif args.p_gen == 0:
-        Flags.note_unused(args, [*of_restorations, "bank", "corrupt", "camnet"], "with --p_gen 0")
+        Flags.note_unused(args, [*of_restorations, "generator", "bank", "corrupt", "camnet"], "with --p_gen 0")
     elif args.bank:
         Flags.note_unused(args, ["num_codes"], "with --bank")
 
@@ -449,7 +455,8 @@ def make_positives(args, splits, device, fingerprint=""):
         # the control without a generator
         words, asked = generator_flags(args)
         if args.pair == "corrupted":
-            return Corrupted(args, Corruption(Banks.corruption_for(args, split, asked), split.size))
+            spec = args.corrupt or fingerprint or Banks.corruption_for(args, split, asked)
+            return Corrupted(args, Corruption(spec, split.size))
 
         # a bank that the user made
         if args.bank:

@@ -634,7 +634,8 @@ def adjust_to_images(args, row, n, world, device):
             Flags.adjust(args, name, value, f"the recipe of {row.name} for {Data.LONG} epochs and more")
 
     if n < max(2, world):
-        raise Utils.UserError(f"--data {args.data}: {n} training images: give at least {max(2, world)}")
+        found = Reports.plural(n, "training image")
+        raise Utils.UserError(f"--data {args.data}: {found}: give at least {max(2, world)}")
 
     # a batch of at most half of the images, with a learning rate for it
     if n < args.bs or (n < 2 * args.bs and "bs" not in args.given):
@@ -730,11 +731,14 @@ def main(args, make_positives=same_pair, script=Path(__file__).stem, build_parse
     adjust_to_images(args, row, len(splits.train), world, device)
     note_unused(args)
     usual = Flags.hyper_parameters(build_parser(args.data, device.type).parse_args([]))
-    folder = Runs.find_run(args, script, row.name, Flags.hyper_parameters(args), usual)
+    folder = Runs.find_run(args, script, row.name, Flags.hyper_parameters(args), usual, splits.train.fingerprint)
     if args.dry_run:
-        check_init(args)
+        is_new = args.resume in (None, "auto")
+        if is_new:
+            check_init(args)
         positives = make_positives(args, splits, device, "")
-        return try_out(args, row, splits, folder, Trainer(args, splits.train, positives, device, rank, world))
+        trainer = Trainer(args, splits.train, positives, device, rank, world, with_init=is_new)
+        return try_out(args, row, splits, folder, trainer)
 
     # only one process, or group of processes, works on a run
     with Runs.claimed(folder):

@@ -266,12 +266,14 @@ def write_atomically(file, write):
     Links are followed. A device or a pipe stays what it is: it is written to. Scratch files that killed processes have
     left for the same `file` are removed.
     """
-    file = Path(file).resolve()
-    if file.exists() and not file.is_file() and not file.is_dir():
-        write(file)
-        return
-    scratch = file.with_name(f".{file.name}.{machine()}.{os.getpid()}.tmp")
+    file = Path(file)
+    scratch = None
     try:
+        if file.exists() and not file.is_file() and not file.is_dir():
+            write(file)
+            return
+        file = file.resolve()
+        scratch = file.with_name(f".{file.name}.{machine()}.{os.getpid()}.tmp")
         remove_stale(file.parent, f".{glob.escape(file.name)}.*.tmp")
         write(scratch)
         with scratch.open("rb") as handle:
@@ -281,8 +283,9 @@ def write_atomically(file, write):
         reason = getattr(error, "strerror", None) or "not all of it could be written"
         raise UserError(f"cannot write {file}: {reason}: free space there, or name another folder") from error
     finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
+        if scratch:
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
 
 
 def remove_stale(folder, pattern=".*.tmp"):

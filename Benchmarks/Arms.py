@@ -86,9 +86,10 @@ def get_args(argv=None):
     add("--isicle", default="", metavar="FLAGS", help="flags for the arms of TrainISICLE.py only, in one string")
     jobs = "runs at the same time, which divide the cores evenly; 1 on a GPU"
     add("--jobs", type=bounded(int, 1), default=1, metavar="N", help=jobs)
-    add("--models_dir", default=str(Utils.ROOT / "Models"), metavar="DIR", help="folder of the run folders")
+    models = str(Utils.ROOT / "Models")
+    add("--models_dir", type=Flags.path, default=models, metavar="DIR", help="folder of the run folders")
     out = "JSON to write; default: Results/arms-DATA.json, or choice-DATA-EVAL.json with --eval val or cv"
-    add("--out", metavar="FILE", help=out)
+    add("--out", type=Flags.path, metavar="FILE", help=out)
     args = parser.parse_args(argv[:cut])
     args.rest = argv[cut + 1 :]
     args.arms = args.arms.split(",") if args.arms else list(ARMS)
@@ -249,8 +250,11 @@ def finished(args, runs):
 def read_records(file):
     """Return the records of finished runs in the file of --out, or [] without it. Raises UserError if it is damaged."""
     try:
-        return json.loads(file.read_text()) if file.exists() else []
-    except ValueError as error:
+        records = json.loads(file.read_text()) if file.exists() else []
+        if not isinstance(records, list) or not all(isinstance(row, dict) and "command" in row for row in records):
+            raise ValueError("no list of runs")
+        return records
+    except (OSError, ValueError) as error:
         raise Utils.UserError(f"--out {file}: no records of runs ({error}): name another file") from error
 
 

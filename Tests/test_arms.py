@@ -388,8 +388,10 @@ def test_shapes_are_drawn_with_their_names(tmp_path):
 
 
 def test_a_damaged_file_of_records_and_an_open_quotation_are_one_line(tmp_path):
-    (tmp_path / "arms.json").write_text("[{")
-    one_line(lambda: Arms.read_records(tmp_path / "arms.json"), "--out", "arms.json", "another file")
+    for content in ("[{", "{}", "[1]"):
+        (tmp_path / "arms.json").write_text(content)
+        one_line(lambda: Arms.read_records(tmp_path / "arms.json"), "--out", "arms.json", "another file")
+    one_line(lambda: Arms.read_records(tmp_path), "--out", "another file")
     assert Arms.read_records(tmp_path / "none.json") == []
     one_line(lambda: Arms.get_args(["--isicle", "'"]), "--isicle '", "quotation")
 

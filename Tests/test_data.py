@@ -617,10 +617,16 @@ def test_weaker_views():
     assert not torch.allclose(crop(images, torch.Generator()), plain)
 
 
-@pytest.mark.parametrize("loose, place", [("1.png", "IMAGE"), ("train/1.png", "")])
-def test_images_next_to_the_splits_are_told(tmp_path, capsys, loose, place):
-    for split in ("train", "val"):
-        save_shapes(tmp_path / "images" / split, 2, size=8, classes=["a", "b"] * 5)
-    assert not place or save(tmp_path / "images" / loose, np.zeros((8, 8, 3), np.uint8))
-    splits(tmp_path / "images", data_dir=tmp_path)
-    assert (f"as {place}, are not read" in capsys.readouterr().err) == bool(place)
+@pytest.mark.parametrize("layout", ["SPLIT/CLASS", "CLASS/SPLIT"])
+@pytest.mark.parametrize("is_loose", [True, False])
+def test_images_next_to_the_splits_are_told(tmp_path, capsys, layout, is_loose):
+    images = tmp_path / "images"
+    for name in ("a", "b"):
+        for split in ("train", "test"):
+            folder = images / split / name if layout == "SPLIT/CLASS" else images / name / split
+            save(folder / "0.png", np.zeros((8, 8, 3), np.uint8))
+    if is_loose:
+        save((images if layout == "SPLIT/CLASS" else images / "a") / "1.png", np.zeros((8, 8, 3), np.uint8))
+    splits(images, "test", data_dir=tmp_path)
+    place = "IMAGE" if layout == "SPLIT/CLASS" else "CLASS/IMAGE"
+    assert (f"images next to its splits, as {place}, are not read" in capsys.readouterr().err) == is_loose

@@ -36,10 +36,10 @@ def test_paths_begin_with_the_home_folder_also_after_an_equals_sign(monkeypatch)
     assert TrainCamNet.get_args(["--lpips_weights=~/f"]).lpips_weights == "/somewhere/f"
 
 
-@pytest.mark.parametrize("flag", ["--resume", "--models_dir", "--bank", "--generator", "--init"])
+@pytest.mark.parametrize("flag", ["--data", "--resume", "--models_dir", "--bank", "--generator", "--init"])
 def test_an_empty_path_is_one_line(cli, flag):
     done = cli([flag, ""], script=TrainISICLE)
-    one_error(done, f"argument {flag}: no path is given")
+    one_error(done, f"{flag}: no path is given")
     assert len(done.err.splitlines()) == 1
 
 
@@ -66,7 +66,9 @@ def test_a_checkpoint_of_another_script_is_named(whole, script):
 def test_flags_without_effect_are_told(capsys, script, words, told):
     args = script.get_args(words.split())
     script.note_unused(args)
-    assert capsys.readouterr().out.strip().startswith(told)
+    out = capsys.readouterr().out.strip()
+    assert out.startswith(told)
+    assert bool(out) == bool(told)
     args.resume = "1.pt"  # then all flags are those of that run
     script.note_unused(args)
     assert capsys.readouterr().out == ""
@@ -86,4 +88,5 @@ def test_a_file_flag_may_change_on_resume_and_others_may_not(whole, tmp_path):
     file = str(whole.folder / "3.pt")
     assert TrainSimCLR.get_args(["--resume", file, "--init", "other.pt"]).init == "other.pt"
     one_line(lambda: TrainSimCLR.get_args(["--resume", file, "--lr", "7"]), "--lr 7")
+    assert TrainCamNet.get_args([]).init == "he"  # another flag of this name, which is no file
     assert set(Flags.FILE_FLAGS) <= set(vars(TrainISICLE.get_args([])))

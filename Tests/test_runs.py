@@ -54,11 +54,11 @@ def test_a_run_name_fits_a_file_system(tmp_path):
 # ---------------------------------------------------------------------------------------------------- folders
 
 
-def found(models, data, resume="auto", **other):
-    """Return the folder of a run on this data."""
+def found(models, data, resume="auto", images="of the images", **other):
+    """Return the folder of a run on this data. images: the fingerprint of what the folder holds."""
     args = Namespace(models_dir=str(models), data=str(data), suffix="", resume=resume)
     hyper = HYPER | {"data": str(data)} | other
-    return Runs.find_run(args, "TrainX", "tiny", hyper, HYPER)
+    return Runs.find_run(args, "TrainX", "tiny", hyper, HYPER, lambda: images)
 
 
 def test_resume_auto_finds_the_run_whose_data_were_moved_and_no_other(tmp_path):
@@ -70,7 +70,11 @@ def test_resume_auto_finds_the_run_whose_data_were_moved_and_no_other(tmp_path):
 
     assert found(tmp_path, tmp_path / "new") != folder  # the same flags on other images
     (tmp_path / "old").rmdir()
+    assert found(tmp_path, tmp_path / "new") != folder  # no checkpoint says what it learnt from
+    parts = {name: {} for name in ("args", "encoder", "head", "random", "optimizer")}
+    Utils.save_(folder / "3.pt", epoch=3, step=3, data_fingerprint="of the images", **parts)
     assert found(tmp_path, tmp_path / "new") == folder
+    assert found(tmp_path, tmp_path / "new", images="of other images") != folder
     assert found(tmp_path, tmp_path / "new", lr=0.2) != folder
     assert found(tmp_path, tmp_path / "new", resume=None) != folder
     assert found(tmp_path, "anywhere", resume=str(folder / "3.pt")) == folder

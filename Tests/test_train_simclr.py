@@ -714,7 +714,7 @@ def test_long_runs_on_a_cpu_keep_their_rate():
 def test_a_single_image_is_one_line(tmp_path, cli):
     save_shapes(tmp_path / "images", 1, classes=["a"])
     done = cli(["--data", tmp_path / "images", "--models_dir", tmp_path / "m"])
-    one_error(done, "1 training images: give at least 2")
+    one_error(done, "1 training image: give at least 2")
     assert not (tmp_path / "m").exists()
 
 
