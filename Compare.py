@@ -241,6 +241,7 @@ def table(numbered, columns):
 def replace_file(flag, file, write):
     """Call `write(scratch)` and move the result to `file`: all of it or nothing. A device or a pipe is written to.
 
+    As Utils.write_atomically, which would import torch.
     Raises UserError if that fails, or if the name is like those of a run's files. flag: the one that names it.
     """
     if file.suffix in OF_RUNS:

@@ -98,14 +98,16 @@ def _split_folders(root):
 
 def _note_unread(row):
     """Print what next to a user's splits is not read: folders, such as other classes next to "train", and images."""
+    if not row.folder:
+        return
     read = ["train", row.splits.get("val", "val"), "test"]
-    unread = [name for name in _split_folders(row.folder) if name not in read] if row.folder else []
+    unread = [name for name in _split_folders(row.folder) if name not in read]
     if unread:
         notice(f"{row.name}: folders that are not read: {some(unread, 8)}: its splits are {', '.join(read)}")
     places = []  # where images would lie next to the splits
-    if row.folder and _has_splits(row.folder):
+    if _has_splits(row.folder):
         places = ["IMAGE"]
-    elif row.folder and _is_inside_out(row.folder):
+    elif _is_inside_out(row.folder):
         places = ["IMAGE", "CLASS/IMAGE"]
     loose = [place for place in places if holds_images(row.folder, place)]
     if loose:

@@ -14,9 +14,7 @@ import Signals  # first: see TrainSimCLR.py
 import argparse
 import contextlib
 import copy
-import hashlib
 import math
-import os
 import re
 from functools import partial
 from pathlib import Path
@@ -384,7 +382,10 @@ def get_args(argv=None):
     )
     Flags.add_reading(parser.add_argument_group("reading images (default but for --device: as in the run)"))
     parser.set_defaults(n_workers=None, data_dir=None, storage=None, skip_bad=None)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.data is not None:
+        args.data = Data.place(args.data)
+    return args
 
 
 def read_run(args):
@@ -398,8 +399,6 @@ def read_run(args):
     if not {"args", "encoder", "epoch"} <= state.keys():
         raise Utils.UserError(f"{file} holds no encoder: give a checkpoint of TrainSimCLR.py or TrainISICLE.py")
     Utils.check_run(file, state)
-    if args.data is not None:
-        args.data = Data.place(args.data)
     given = {key: value for key, value in vars(args).items() if value is not None}
     run = argparse.Namespace(**usual_flags(file, state["args"]) | state["args"] | given)
     if args.data:  # a folder's images are resized to what the encoder has seen; a named data set has its own size
@@ -417,9 +416,7 @@ def main(args):
     file, state, run = read_run(args)
 
     # the encoder, as it was before training and as it is
-    untrained = Flags.untrained_encoder(run)
-    if untrained:
-        untrained.to(device, memory_format=torch.channels_last)
+    untrained = Flags.untrained_encoder(run, device)
     encoder = Flags.encoder_for(run, with_init=False)
     Utils.load_parts(file, state, encoder=encoder)
     encoder.to(device, memory_format=torch.channels_last)
@@ -469,7 +466,7 @@ def file_name(args, result, checkpoint):
     if args.data:
         name += f"-{re.sub(r'[^A-Za-z0-9_.-]', '~', Path(args.data).name)}"
         if not Data.is_named(args.data):  # other folders can have the same name
-            name += f"-{hashlib.sha256(os.fsencode(Data.place(args.data))).hexdigest()[:6]}"
+            name += f"-{Utils.short_hash(args.data)[:6]}"
     if args.labels < 1:
         name += f"-labels_{args.labels:g}"
     if args.finetune:

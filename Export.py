@@ -49,22 +49,23 @@ def get_args(argv=None):
     parser = Flags.plain_parser(__doc__)
     add = parser.add_argument
     add("run", metavar="RUN", help="a run folder of TrainSimCLR.py or TrainISICLE.py, or a .pt file in it")
-    add("--out", metavar="FILE", help="file to write: weights as .safetensors, .pt or .onnx; features as .npz or .csv")
+    add(
+        "--out",
+        type=Flags.path,
+        metavar="FILE",
+        help="file to write: weights as .safetensors, .pt or .onnx; features as .npz or .csv",
+    )
     add("--library", choices=["torchvision", "timm"], default="torchvision", help="library that the printed code uses")
     add("--features", metavar="DATA", help=f"images to write the features of: a folder, or {Flags.NAMES}")
 
-    add = parser.add_argument_group("with --features").add_argument
+    group = parser.add_argument_group("with --features")
+    add = group.add_argument
     split = "split of DATA; all images of a folder without splits are train"
     add("--split", choices=["train", "val", "test"], default="train", help=split)
     size = "side that images are resized to; default: as in the training of the encoder"
     add("--size", type=Flags.bounded(int, 8), metavar="PX", help=size)
     add("--bs", type=Flags.bounded(int, 1), default=256, metavar="N", help="images per batch")
-    add("--device", default="auto", help="torch device, for example cpu or cuda:1; auto: cuda if available")
-    workers = "processes that decode image files"
-    add("--n_workers", type=Flags.bounded(int, 0, Flags.MOST_WORKERS), default=2, metavar="N", help=workers)
-    place = str(Data.DEFAULT_OPTIONS.data_dir)
-    add("--data_dir", type=Flags.path, default=place, metavar="DIR", help="folder that holds the data sets")
-    add("--skip_bad", action="store_true", help="leave unreadable images out and count them, instead of stopping")
+    Flags.add_reading(group, can_stream=False)
     return parser.parse_args(argv)
 
 
@@ -72,7 +73,7 @@ def main(args):
     """Print the code, write the encoder, or write features."""
     if args.features and not args.out:
         raise UserError(f"--features {args.features}: give --out FILE.npz or --out FILE.csv as well")
-    out = Path(args.out).expanduser() if args.out else None
+    out = Path(args.out) if args.out else None
     if out:
         check_out(out, TABLES if args.features else WEIGHTS)
     *_, device = Distributed.start(Devices.pick_device(args.device))

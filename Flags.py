@@ -4,6 +4,7 @@ import argparse
 import importlib
 import math
 import re
+import shlex
 from pathlib import Path
 
 import torch
@@ -53,6 +54,14 @@ def bounded(kind, low=None, high=None):
         return value
 
     return parse
+
+
+def words_in(flag, text):
+    """Return the words of a flag that holds a command line. Raises UserError on a quotation that does not end."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise Utils.UserError(f"--{flag} {text}: {error}: give each quotation mark its second one") from error
 
 
 def path(text):
@@ -164,16 +173,17 @@ def add_data_place(group):
     add("--size", type=bounded(int, 8), metavar="PX", help="side of the images; those of files are resized to it")
 
 
-def add_reading(group):
-    """Add the flags of every script that reads images."""
+def add_reading(group, can_stream=True):
+    """Add the flags of every script that reads images. can_stream: with --storage."""
     add = group.add_argument
     add("--device", default="auto", help="torch device, for example cpu or cuda:1; auto: cuda if available")
     workers = "processes that decode image files"
     add("--n_workers", type=bounded(int, 0, MOST_WORKERS), default=2, metavar="N", help=workers)
     add("--data_dir", type=path, default=str(DATA_DIR), metavar="DIR", help="folder that holds the data sets")
-    storage = "memory: decode image folders once; stream: decode at every use; auto: memory if the images take at most "
-    storage += "half of what is free and --data_dir can be written"
-    add("--storage", choices=["auto", "memory", "stream"], default="auto", help=storage)
+    if can_stream:
+        storage = "memory: decode image folders once; stream: decode at every use; auto: memory if the images take at "
+        storage += "most half of what is free and --data_dir can be written"
+        add("--storage", choices=["auto", "memory", "stream"], default="auto", help=storage)
     add("--skip_bad", action="store_true", help="leave unreadable images out and count them, instead of stopping")
 
 
@@ -430,12 +440,12 @@ def augmentation_for(args, aug=None):
     )
 
 
-def untrained_encoder(args):
-    """Return `encoder_for` to compare the trained one with; None, with a notice, if the file of --init is gone."""
+def untrained_encoder(args, device):
+    """Return `encoder_for` on a device, to compare the trained one with; None, with a notice, without --init's file."""
     if args.init and any_process(not Path(args.init).is_file()):
         say(f"--init {Utils.shown(args.init)}: no such file any more: no scores of the untrained encoder")
         return None
-    return encoder_for(args)
+    return encoder_for(args).to(device, memory_format=torch.channels_last)
 
 
 def encoder_for(args, with_init=True):

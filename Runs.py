@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import hashlib
 import json
 import os
 import platform
@@ -57,8 +56,7 @@ def run_name(script, data, hyper, usual, suffix=""):
         if len(name) + len(flag) <= NAME_LENGTH:
             name += flag
     whole = json.dumps([script, hyper["data"], suffix, sorted(values.items())])
-    digest = hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]
-    return re.sub(r"[^\w.+=,-]", "~", name) + "-" + digest
+    return re.sub(r"[^\w.+=,-]", "~", name) + "-" + Utils.short_hash(whole)
 
 
 def find_run(args, script, data, hyper, usual, fingerprint):

@@ -19,6 +19,7 @@ import Signals  # first: see TrainSimCLR.py
 import argparse
 import contextlib
 import copy
+import functools
 import math
 import sys
 import time
@@ -717,6 +718,7 @@ def prepare(args):
     note_unused(args)
     usual = Flags.hyper_parameters(build_parser(args.data, device.type).parse_args([]))
 
+    @functools.cache
     def fingerprint():
         return Flags.train_split_for(args, device).fingerprint()
 

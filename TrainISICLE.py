@@ -12,8 +12,6 @@ image; then trains by TrainSimCLR.py's loop. Only the source of positives, below
 import Signals  # noqa: F401  first: see TrainSimCLR.py
 
 # isort: split
-import hashlib
-import os
 import shlex
 import shutil
 from pathlib import Path
@@ -333,10 +331,7 @@ def generator_flags(args):
 
     Raises ValueError if the corruption that is asked for does not exist or fit.
     """
-    try:
-        words = shlex.split(args.camnet)
-    except ValueError as error:
-        raise Utils.UserError(f"--camnet {args.camnet}: {error}: give each quotation mark its second one") from error
+    words = Flags.words_in("camnet", args.camnet)
     own = [name for name in REFUSED_IN_CAMNET if name in Flags.given_flags(_camnet_parser(), words)]
     if own:
         raise Utils.UserError(f"--camnet {args.camnet}: --{own[0]} cannot be in it: give it to this script itself")
@@ -368,8 +363,8 @@ def generator_words(args, words):
 
 def generator_lock(args):
     """Return the file of the lock that a run holds while it trains a generator."""
-    digest = hashlib.sha256(os.fsencode(args.data)).hexdigest()[:8]
-    return Path(args.models_dir) / f".generator-{Data.get_row(args.data).name[:40]}-{digest}.lock"
+    name = Data.get_row(args.data).name[:40]
+    return Path(args.models_dir) / f".generator-{name}-{Utils.short_hash(args.data)}.lock"
 
 
 def train_generator(args, split, words, asked):

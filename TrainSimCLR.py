@@ -571,9 +571,7 @@ def finish_run(trainer, run, splits, again):
     print("scoring", flush=True)
     encoder = trainer.net.encoder
     baselines = trainer.args.baselines
-    untrained = Flags.untrained_encoder(trainer.args) if baselines else None
-    if untrained:
-        untrained.to(trainer.device, memory_format=torch.channels_last)
+    untrained = Flags.untrained_encoder(trainer.args, trainer.device) if baselines else None
     with Signals.heartbeat("scoring"):
         result = Evaluate.evaluate(
             encoder, untrained, splits, trainer.augmentation, trainer.device, trainer.epoch, baselines

@@ -251,13 +251,18 @@ def keep_memory():
 STALE = 3600  # seconds since the last change of another machine's scratch file: it has been left behind
 
 
+def short_hash(text):
+    """Return eight characters that tell texts apart, for names of files."""
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:8]
+
+
 @functools.cache
 def machine():
     """Return a word for the machine, or container, in which the ids of processes mean what they mean here."""
     names = socket.gethostname()
     with contextlib.suppress(OSError):
         names += str(Path("/proc/self/ns/pid").readlink())  # of a container's own processes (Linux only)
-    return hashlib.sha256(os.fsencode(names)).hexdigest()[:8]
+    return short_hash(names)
 
 
 def write_atomically(file, write):

@@ -95,10 +95,7 @@ def get_args(argv=None):
     args.arms = args.arms.split(",") if args.arms else list(ARMS)
     if not find_spec("matplotlib"):
         raise Utils.UserError("matplotlib is not installed: pip install -r requirements-dev.txt")
-    try:
-        shlex.split(args.isicle)
-    except ValueError as error:
-        raise Utils.UserError(f"--isicle {args.isicle}: {error}: give each quotation mark its second one") from error
+    Flags.words_in("isicle", args.isicle)  # UserError now, and not after the first run
     unknown = [arm for arm in args.arms if arm not in ARMS]
     if unknown:
         raise Utils.UserError(f"--arms {','.join(unknown)}: choose from {', '.join(ARMS)}")
