@@ -1,6 +1,7 @@
 """The banks of restorations that TrainISICLE.py trains on, and the generator that fills them."""
 
 import contextlib
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -37,18 +38,24 @@ class BankSchedule:
         Utils.load_parts(checkpoint, state, generator=self.generator)
         self.fingerprint = fingerprint_of(self.generator.state_dict())
         self.bf16 = Devices.set_precision(args.precision, device)
+        self.folder = first_rank_only(self.find_folder)  # of the banks
         self.index = None  # of the current bank
         self.bank = None
 
+    def find_folder(self):
+        """Return the folder of the banks: the generator's, or --models_dir if that one cannot be written."""
+        folder = self.checkpoint.parent
+        return folder if os.access(folder, os.W_OK) else Path(self.args.models_dir)
+
     def file(self, index):
-        """Return the file of a bank, in the generator's folder.
+        """Return the file of a bank.
 
         Its name holds generator, images, K and seed; and --refresh, since banks with this flag are removed after use.
         """
         name = f"bank-{self.fingerprint}-{self.split.fingerprint()[:8]}-k{self.args.num_codes}-s{self.args.seed}"
         if self.args.refresh:
             name += f"-refresh{self.args.refresh}"
-        return self.checkpoint.parent / f"{name}-{index}.npy"
+        return self.folder / f"{name}-{index}.npy"
 
     def autocast(self):
         """Return the context of the run's precision."""

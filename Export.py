@@ -41,6 +41,7 @@ from Utils import UserError
 WEIGHTS = (".safetensors", ".pt", ".onnx")
 TABLES = (".npz", ".csv")
 PACKAGES = {".safetensors": ("safetensors",), ".onnx": ("onnx", "onnxscript")}  # that must be installed to write them
+OF_FEATURES = ("split", "size", "bs", "n_workers", "data_dir", "skip_bad")  # flags that need --features
 ONNX_BYTES = 2**31  # protobuf files are smaller
 
 
@@ -66,13 +67,14 @@ def get_args(argv=None):
     add("--size", type=Flags.bounded(int, 8), metavar="PX", help=size)
     add("--bs", type=Flags.bounded(int, 1), default=256, metavar="N", help="images per batch")
     Flags.add_reading(group, can_stream=False)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.given = Flags.given_flags(parser, argv)
+    return args
 
 
 def main(args):
     """Print the code, write the encoder, or write features."""
-    if args.features and not args.out:
-        raise UserError(f"--features {args.features}: give --out FILE.npz or --out FILE.csv as well")
+    check_flags(args)
     out = Path(args.out) if args.out else None
     if out:
         check_out(out, TABLES if args.features else WEIGHTS)
@@ -82,6 +84,18 @@ def main(args):
         export_features(args, encoder, out, device)
     else:
         Distributed.first_rank_only(lambda: export_encoder(args, encoder, out))
+
+
+def check_flags(args):
+    """Raise UserError on flags that do not go together."""
+    if args.features and not args.out:
+        raise UserError(f"--features {args.features}: give --out FILE.npz or --out FILE.csv as well")
+    if args.features and "library" in args.given:
+        raise UserError(f"--library {args.library}: --features prints no code: leave out one of them")
+    if not args.features:
+        for name in OF_FEATURES:
+            if name in args.given:
+                raise UserError(f"--{name}: is only for --features DATA: give that as well, or leave it out")
 
 
 def export_encoder(args, encoder, out):

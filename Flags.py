@@ -276,7 +276,7 @@ def parse(argv, build_parser):
     early_parser.add_argument("--resume", nargs="?", type=Utils.expanded)
     early = early_parser.parse_known_args(argv)[0]
     device_type = Devices.pick_device(early.device).type
-    if early.resume in (None, "", "auto"):
+    if not Utils.names_a_file(early.resume):
         if early.resume and early.data:
             check_place(early.data, "--resume auto")
         data = "shapes" if early.data is None else Data.place(early.data)
@@ -373,7 +373,7 @@ def note_version(file, stored, defaults):
 
 def note_unused(args, names, reason):
     """Print which of these flags the user gave although they change nothing. reason: "with --aug none", for example."""
-    if args.resume not in (None, "auto"):  # then all flags count as given
+    if Utils.names_a_file(args.resume):  # then all flags count as given
         return
     for name in names:
         if name in args.given:

@@ -66,7 +66,7 @@ def find_run(args, script, data, hyper, usual, fingerprint):
     version, or whose images have been moved. fingerprint: a function that returns that of the images. The other
     arguments are those of `run_name`.
     """
-    if args.resume not in (None, "auto"):
+    if Utils.names_a_file(args.resume):
         folder = Path(args.resume).resolve().parent
         if not (folder / "args.json").exists():
             raise UserError(f"--resume {args.resume}: no run lies around it: put it back into its run folder")
@@ -162,7 +162,7 @@ def check_unused(folder):
 def checkpoint_for(args, folder):
     """Return the checkpoint that --resume continues from, or None. Raises UserError if the folder holds a run that is
     not to be resumed."""
-    if args.resume not in (None, "auto"):
+    if Utils.names_a_file(args.resume):
         return Path(args.resume)
     if args.resume is None:
         check_unused(folder)

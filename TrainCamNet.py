@@ -548,9 +548,9 @@ def adjust_to_objective(args):
     """Adjust flags that were not given to --objective energy. Raises UserError if given ones contradict it."""
     if args.objective != "energy":
         return
-    is_new = args.resume in (None, "auto")  # otherwise the flags are those of a run that passed this check
+    passed = Utils.names_a_file(args.resume)  # the flags are those of a run that passed this check
     for name in SEARCHED:
-        if is_new and name in args.given and getattr(args, name) is not False:
+        if not passed and name in args.given and getattr(args, name) is not False:
             raise Utils.UserError(f"--{name}: --objective energy searches no codes: leave out one of them")
     args.single_code = False
     if "distance" not in args.given:

@@ -670,6 +670,8 @@ def note_unused(args):
     """Print which given flags change nothing."""
     if args.loss in ("lout", "lin"):
         Flags.note_unused(args, ["gen_weight"], f"with --loss {args.loss}")
+    if args.backbone == "resnet8":
+        Flags.note_unused(args, ["stem"], "with --backbone resnet8, which has one stem")
     if not args.lars:
         Flags.note_unused(args, ["trust"], "without --lars")
     if args.aug != "full":
@@ -731,7 +733,7 @@ def main(args, make_positives=same_pair, script=Path(__file__).stem, build_parse
     usual = Flags.hyper_parameters(build_parser(args.data, device.type).parse_args([]))
     folder = Runs.find_run(args, script, row.name, Flags.hyper_parameters(args), usual, splits.train.fingerprint)
     if args.dry_run:
-        is_new = args.resume in (None, "auto")
+        is_new = not Utils.names_a_file(args.resume)
         if is_new:
             check_init(args)
         positives = make_positives(args, splits, device, "")

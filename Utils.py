@@ -183,6 +183,11 @@ def expanded(path):
     return os.path.expanduser(path)  # noqa: PTH111 (pathlib raises RuntimeError where there is no such user)
 
 
+def names_a_file(resume):
+    """Return whether a value of --resume is a file: neither "auto" nor nothing."""
+    return resume not in (None, "", "auto")
+
+
 def quiet():
     """Return whether to hide progress bars: standard error is no terminal, or another process shows them."""
     return not (sys.stderr.isatty() and Distributed.is_first())

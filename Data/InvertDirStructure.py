@@ -277,14 +277,19 @@ def explain(error, dest):
     return f"{path}: {reason}; correct this and run the same command again"
 
 
+def path(text):
+    """The argparse type of paths: ~ stands for the home folder."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 (pathlib raises RuntimeError where there is no such user)
+
+
 def get_args(argv=None):
     P = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    P.add_argument("--folder", required=True, type=Path, help="folder to read: FOLDER/{train,val,test}/CLASS/IMAGE")
+    P.add_argument("--folder", required=True, type=path, help="folder to read: FOLDER/{train,val,test}/CLASS/IMAGE")
     P.add_argument("--link", action="store_true", help="hard-link the files instead of copying (same file system only)")
     default = Path(__file__).resolve().parent / "camnet_data"
     P.add_argument(
         "--dest",
-        type=Path,
+        type=path,
         metavar="DIR",
         default=default,
         help="where to write (default: camnet_data next to this script)",

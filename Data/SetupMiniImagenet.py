@@ -690,24 +690,29 @@ def explain(error, dest):
     return f"{path}: {reason}; correct this and run the same command again"
 
 
+def path(text):
+    """The argparse type of paths: ~ stands for the home folder."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 (pathlib raises RuntimeError where there is no such user)
+
+
 def get_args(argv=None):
     P = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     source = P.add_mutually_exclusive_group()
     source.add_argument(
-        "--archive", type=Path, nargs="+", metavar="FILE", help="zip, tar or tar.gz files that you have"
+        "--archive", type=path, nargs="+", metavar="FILE", help="zip, tar or tar.gz files that you have"
     )
     source.add_argument("--url", help="http(s) or file URL of one archive (default: three tar files on Google Drive)")
     P.add_argument("--sha256", metavar="HEX", help="expected SHA-256 sum of the archive")
     P.add_argument("--size", type=int, metavar="BYTES", help="expected size of the archive")
     P.add_argument(
-        "--csv_dir", type=Path, metavar="DIR", help="folder of the few-shot lists; used instead of any other"
+        "--csv_dir", type=path, metavar="DIR", help="folder of the few-shot lists; used instead of any other"
     )
     P.add_argument("--seed", type=int, help="seed of the same-class split (default: 0)")
     P.add_argument("--any_count", action="store_true", help="accept any number of classes and of images")
     P.add_argument("--skip_bad", action="store_true", help="leave out empty files and files that are not images")
     P.add_argument("--force", action="store_true", help="rebuild a finished result")
     default = Path(__file__).resolve().parent
-    P.add_argument("--dest", type=Path, metavar="DIR", default=default, help="where to write (default: this folder)")
+    P.add_argument("--dest", type=path, metavar="DIR", default=default, help="where to write (default: this folder)")
     args = P.parse_args(argv)
     if (args.sha256 or args.size is not None) and not args.url and len(args.archive or []) != 1:
         P.error("--sha256 and --size: need --url URL or a single --archive FILE")
@@ -720,9 +725,9 @@ def get_args(argv=None):
             P.error(f"--url {args.url}: {e}; give an http, https or file URL")
         if scheme not in ("http", "https", "file"):
             P.error(f"--url {args.url}: give an http, https or file URL")
-    for path in args.archive or []:
-        if not path.is_file():
-            P.error(f"--archive {path}: is not a file; give a zip, tar or tar.gz file")
+    for archive in args.archive or []:
+        if not archive.is_file():
+            P.error(f"--archive {archive}: is not a file; give a zip, tar or tar.gz file")
     return P, args
 
 

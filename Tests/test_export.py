@@ -390,6 +390,13 @@ def test_the_rest_of_the_metadata_is_made_again(light, export, tmp_path):
     assert metadata["scores"] == {"knn": 0.5}
 
 
+def test_flags_that_do_not_go_together_are_one_line(light, tmp_path):
+    refused(light, "--split", "val", parts=["--split", "only for --features"])
+    refused(light, "--out", tmp_path / "x.pt", "--bs", 8, parts=["--bs", "only for --features"])
+    words = ["--features", "shapes", "--out", tmp_path / "x.npz", "--library", "timm"]
+    refused(light, *words, parts=["--library timm", "--features prints no code"])
+
+
 @pytest.mark.parametrize("parts", [{"encoder": 3}, {"encoder": {"a": 3}}, {"args": 3}, {"args": {"data": []}}, {}])
 def test_a_file_of_other_content_is_one_line(parts, light):
     state = torch.load(light / "7.pt", weights_only=True)

@@ -54,6 +54,7 @@ def test_a_checkpoint_of_another_script_is_named(whole, script):
     [
         (TrainSimCLR, "--aug none --crop_min .3", "--crop_min 0.3 has no effect with --aug none"),
         (TrainSimCLR, "--aug crop --gray_p .1", "--gray_p 0.1 has no effect with --aug crop"),
+        (TrainSimCLR, "--backbone resnet8 --stem small", "--stem small has no effect with --backbone resnet8"),
         (TrainSimCLR, "--trust .01", "--trust 0.01 has no effect without --lars"),
         (TrainSimCLR, "--gen_weight 3", "--gen_weight 3.0 has no effect with --loss lout"),
         (TrainISICLE, "--p_gen 0 --bank nowhere.npy", "--bank nowhere.npy has no effect with --p_gen 0"),

@@ -383,6 +383,13 @@ def test_size_and_sha256(tmp_path):
     setup(archive, dest, "--sha256", digest.upper(), "--size", archive.stat().st_size)
 
 
+@pytest.mark.parametrize("script, flag", [(SETUP, "csv_dir"), (SETUP, "dest"), (INVERT, "folder"), (INVERT, "dest")])
+def test_paths_begin_with_the_home_folder_also_after_an_equals_sign(monkeypatch, script, flag):
+    monkeypatch.setenv("HOME", "/somewhere")
+    _, args = loaded(script).get_args(["--folder=x"] * (script == INVERT) + [f"--{flag}=~/a"])
+    assert getattr(args, flag) == Path("/somewhere/a")
+
+
 def test_google_drive_out_of_reach(tmp_path):
     dead = dict.fromkeys(("https_proxy", "http_proxy", "HTTPS_PROXY", "HTTP_PROXY", "all_proxy"), "http://127.0.0.1:9")
     error = run(

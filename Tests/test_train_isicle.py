@@ -1,6 +1,7 @@
 """TrainISICLE.py, by running it: the pair, the bank, the generator that it finds or trains, and what it refuses."""
 
 import json
+import os
 import re
 import shutil
 import time
@@ -622,6 +623,19 @@ def test_a_full_disk_is_one_line(quick, models, generator, cli):
     assert not any(models.glob("*-full-*"))
 
 
+def test_a_bank_lies_in_models_dir_if_the_generators_folder_cannot_be_written(
+    quick, tmp_path, generator, cli, monkeypatch
+):
+    is_allowed = os.access
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != generator.parent and is_allowed(place, mode))
+    before = sorted(generator.parent.iterdir())
+    flags = ("--num_codes", "2", "--generator", generator, "--epochs", "1", "--n_ramp", "0", "--bs", "60")
+    done = cli(quick(tmp_path / "m", *flags, "--no-baselines"))
+    assert done.code == 0, done.err
+    assert len(list((tmp_path / "m").glob("bank-*.npy"))) == 1
+    assert sorted(generator.parent.iterdir()) == before
+
+
 def test_a_run_is_resumed_with_its_own_generator_not_with_a_newer_one(first, models, quick, tmp_path, cli):
     shutil.copytree(models, tmp_path / "m")
     argv = quick(tmp_path / "m", "--num_codes", "3", "--p_gen", "0.5", "--resume", "auto")
@@ -648,8 +662,7 @@ def test_a_bank_is_of_a_generator_and_of_the_images():
     def name(images):
         split = SimpleNamespace(fingerprint=lambda: images)
         args = SimpleNamespace(num_codes=2, seed=0, refresh=0)
-        checkpoint = Path("Models/TrainCamNet-x/1.pt")
-        schedule = SimpleNamespace(fingerprint="g", split=split, args=args, checkpoint=checkpoint)
+        schedule = SimpleNamespace(fingerprint="g", split=split, args=args, folder=Path("Models/TrainCamNet-x"))
         return Banks.BankSchedule.file(schedule, 0)
 
     assert name("some") != name("others")
