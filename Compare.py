@@ -163,13 +163,18 @@ def find_runs(path):
 
 
 def group_by_seed(runs):
-    """Return lists of complete runs that differ only in the seed, best first; each other run is a list of its own."""
+    """Return lists of complete runs that differ only in the seed, best first; each other run is a list of its own.
+
+    A copy of a run is no further seed.
+    """
     groups = {}
     for run in sorted(runs, key=lambda run: f"{run.flags.get('seed')!s:>10}"):
         alike = {name: value for name, value in run.flags.items() if name != "seed"}
         key = (run.folder.parent, run.script, json.dumps(alike, sort_keys=True))
         is_whole = run.state == "complete" and not run.problems
-        groups.setdefault(key if is_whole else run.folder, []).append(run)
+        seeds = [other.flags.get("seed") for other in groups.get(key, [])]
+        is_copy = run.flags.get("seed") in seeds
+        groups.setdefault(key if is_whole and not is_copy else run.folder, []).append(run)
     return sorted(groups.values(), key=rank)
 
 

@@ -109,6 +109,15 @@ def test_runs_that_differ_in_the_seed_are_one_row(tmp_path, capsys):
     assert (stopped["seed"], stopped["kNN %"], stopped["epochs"]) == ("4", "20.0", "2/4")
 
 
+def test_a_copy_of_a_run_is_no_second_seed(tmp_path, capsys):
+    for folder in ("a", "a-backup"):
+        save_run(tmp_path / folder, evaluation={"knn": 0.5, "linear": 0.6}, seed=0)
+    save_run(tmp_path / "b", evaluation={"knn": 0.7, "linear": 0.8}, seed=1)
+    both, copy = rows(show(capsys, tmp_path))
+    assert (both["seed"], both["kNN %"]) == ("0, 1", "60.0 ± 14.1")
+    assert (copy["seed"], copy["kNN %"]) == ("0", "50.0")
+
+
 def test_state(tmp_path, capsys):
     folder = save_run(tmp_path / "run", epochs=2)
     assert rows(show(capsys, folder))[0]["state"] == "interrupted"
