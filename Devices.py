@@ -7,20 +7,42 @@ from pathlib import Path
 
 import torch
 
+import Distributed
 from Utils import UserError
 
 
 def pick_device(name):
     """Return the torch device of --device. Raises UserError if it is not available."""
+    has_gpu = torch.cuda.is_available()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda" if has_gpu else "cpu")
+    else:
+        device = _device_of(name, has_gpu)
+    if device.type == "cuda":
+        _check_index(name, device, torch.cuda.device_count())
+    return device
+
+
+def _device_of(name, has_gpu):
+    """Return the torch device of a name. Raises UserError if it is not available."""
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).item()  # the meta device has no numbers
+        if device.type != "cuda" or not has_gpu:  # this would take memory of the first GPU
+            torch.empty(1, device=device).item()  # the meta device has no numbers
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split("Expected one of")[0].strip()  # a list of twenty kinds
         raise UserError(f"--device {name}: {reason or 'torch has no such device'}: try --device auto") from error
     return device
+
+
+def _check_index(name, device, count):
+    """Raise UserError if this process's GPU is none of the `count` that there are."""
+    if Distributed.is_launched():
+        if Distributed.local_rank() >= count:
+            remedy = f"give torchrun --nproc_per_node={count}, or this script --device cpu"
+            raise UserError(f"--device {name}: more processes than this machine has GPUs ({count}): {remedy}")
+    elif (device.index or 0) >= count:
+        raise UserError(f"--device {name}: the GPUs are cuda:0 to cuda:{count - 1}: name one of them, or --device auto")
 
 
 def random_states(device):
@@ -64,7 +86,8 @@ def free_memory(device):
     """Return the bytes that are free on a device."""
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps what was freed
+        return torch.cuda.mem_get_info(device)[0] + cached
     try:  # memory available without swapping, page cache included: it can be full of a bank that was just written
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

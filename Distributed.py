@@ -27,6 +27,11 @@ def is_launched():
     return all(name in os.environ for name in LAUNCHED)
 
 
+def local_rank():
+    """Return the number of this process among those that a launcher has started on this machine; 0 without one."""
+    return int(os.environ["LOCAL_RANK"]) if is_launched() else 0
+
+
 def is_first():
     """Return whether this is the only process, or the first of several: the one that prints and writes."""
     return dist.get_rank() == 0 if is_joined() else not is_launched() or os.environ["RANK"] == "0"
@@ -75,10 +80,12 @@ def start(device):
         if os.environ.get("WORLD_SIZE", "1") != "1":
             lacking = ", ".join(name for name in LAUNCHED if name not in os.environ)
             notice(f"this process works alone: WORLD_SIZE is set, but not {lacking}: start several by torchrun")
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # CUDA graphs are captured on the current one
         return 0, 1, device
     Signals.end_with_parent()
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
     if not is_joined():
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -239,7 +246,8 @@ def wrap(net, device, compiled=False):
     if not is_joined():
         return net
     cards = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(net, device_ids=cards)
+    # broadcast_buffers: the statistics of batch normalisation are the same in all processes
+    return nn.parallel.DistributedDataParallel(net, device_ids=cards, broadcast_buffers=False)
 
 
 class _Sum(torch.autograd.Function):

@@ -213,7 +213,7 @@ def add_run_group(parser, unit):
     add(
         "--compile", action="store_true", help="compile the training step (torch.compile); the first steps take minutes"
     )
-    graph = "on CUDA, with one process, launch all kernels of a training step at once, which helps a slow processor"
+    graph = "on CUDA, without torchrun, launch all kernels of a training step at once, which helps a slow processor"
     add("--cuda_graph", action="store_true", help=graph)
     return group
 

@@ -5,6 +5,8 @@ the GPU takes to compute them. A graph is captured once and then launched whole.
 order, so the results have the same bits.
 """
 
+import gc
+
 import torch
 
 import Distributed
@@ -12,9 +14,9 @@ import Distributed
 WARM_UP = 3  # calls before the capture: libraries load their kernels and take their memory
 
 
-def can_capture(wanted, device, world):
-    """Return whether a step is captured: --cuda_graph, on a GPU, with one process (no step waits for others)."""
-    return wanted and device.type == "cuda" and world == 1
+def can_capture(wanted, device):
+    """Return whether a step is captured: --cuda_graph, on a GPU, without torchrun (no step waits for others)."""
+    return wanted and device.type == "cuda" and not Distributed.is_joined()
 
 
 class GraphedLoss:
@@ -69,17 +71,35 @@ class GraphedLoss:
 
     def _capture(self, inputs):
         """Make the graph; nothing is computed yet. Where that fails, say so once and go on without one."""
+        gc.collect()  # the memory of an older graph
         self.inputs = _clone(inputs)
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph):
+            # thread_local: other threads can go on, such as the one that copies images into pinned memory
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.outputs = self._compute(self.inputs)
         except RuntimeError as error:  # what the net does cannot be captured, or memory ran out
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error.__context__ or error).strip().splitlines()[0]  # the end of the capture fails as well
             Distributed.notice(f"no CUDA graph: {reason[:200]}: going on without one")
-            graph = False
+            _leave_capture(stream)
+            self.graph = False
+            self.inputs = None
+            for parameter in self.parameters:
+                parameter.grad = None
+            return
         self.gradients = [parameter.grad for parameter in self.parameters]
         self.graph = graph
+
+
+def _leave_capture(stream):
+    """Undo what a capture that has failed leaves behind. stream: the one before it.
+
+    The capture's stream is still the current one, and the generator of random numbers takes itself for captured.
+    """
+    torch.cuda.set_stream(stream)
+    generator = torch.cuda.default_generators[stream.device_index]
+    generator.graphsafe_set_state(generator.clone_state())  # the clone is not captured
 
 
 def _tensors_of(nest):

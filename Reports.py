@@ -84,20 +84,29 @@ class Pace:
         """step: the one that comes next; steps: of the whole training."""
         self.first = step + (self.SKIPPED_ON_CUDA if device.type == "cuda" else self.SKIPPED)
         self.steps = steps
+        self.device = device
         self.started = None
         self.seconds = None  # mean seconds of a step so far
 
     def tick(self, step):
         """Note that `step` steps are done. Return whether the pace is now known for the first time."""
         if self.started is None and step >= self.first:
+            self.wait()
             self.started = time.perf_counter()
             self.started_at = step
         done = step - self.started_at if self.started else 0
         if done < self.MEASURED:
             return False
         is_first = self.seconds is None
+        if is_first:
+            self.wait()
         self.seconds = (time.perf_counter() - self.started) / done
         return is_first
+
+    def wait(self):
+        """Wait for what a GPU still has to do, which the host has only launched."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def left(self, step):
         """Return the seconds that the training still takes."""

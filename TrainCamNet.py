@@ -214,7 +214,7 @@ class Trainer:
         self.eager_loss = IMLE.loss if self.searches else Energy.loss
         self.loss = torch.compile(self.eager_loss, dynamic=False) if args.compile else self.eager_loss
         self.graph = None
-        if Graphs.can_capture(args.cuda_graph, device, Distributed.count()):
+        if Graphs.can_capture(args.cuda_graph, device):
             self.graph = Graphs.GraphedLoss(self.loss_of, self.net.parameters())
 
         # for the log

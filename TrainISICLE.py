@@ -168,6 +168,7 @@ class Restored:
     def start_epoch(self, epoch):
         """Take the bank of an epoch; see TrainSimCLR.SamePair."""
         if self.bank_of_epoch:
+            self.bank = None  # room for a new one
             self.bank = self.bank_of_epoch(epoch)
         if self.p_gen is None and epoch >= UNRESTORED * self.args.epochs:
             self.p_gen = Distributed.first_rank_only(self.measured_p_gen)
@@ -179,7 +180,8 @@ class Restored:
         by the share that a random view keeps; see `Evaluate.neighbours_kept`.
         """
         rows = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(0))[:NEIGHBOURS_AMONG]
-        rows, images = next(iter(self.split.batches([rows], next(self.encoder.parameters()).device)))
+        parts = self.split.batches(list(rows.split(256)), next(self.encoder.parameters()).device)
+        images = torch.cat([part for _, part in parts])
         asked = images[:QUERIES]
         view = Flags.augmentation_for(self.args)(asked, torch.Generator().manual_seed(0))
         restored = self.synthetic(rows[:QUERIES], asked, step=0)

@@ -231,7 +231,7 @@ class Trainer:
         self.bf16 = Devices.set_precision(args.precision, device)
         self.forward = Distributed.wrap(self.net, device, args.compile)
         self.graph = None
-        if self.chunks == 1 and Graphs.can_capture(args.cuda_graph, device, world):
+        if self.chunks == 1 and Graphs.can_capture(args.cuda_graph, device):
             self.graph = Graphs.GraphedLoss(self.loss_of, self.net.parameters())
 
     @property

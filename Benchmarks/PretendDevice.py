@@ -304,6 +304,8 @@ def _answers(gpu):
         "get_device_name": lambda device=None: "pretend",
         "mem_get_info": lambda device=None: (gpu.free_memory, gpu.free_memory),
         "max_memory_allocated": lambda device=None: 0,
+        "memory_allocated": lambda device=None: 0,
+        "memory_reserved": lambda device=None: 0,
         "current_stream": lambda device=None: None,
         "set_device": lambda device: None,
         "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),

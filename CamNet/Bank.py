@@ -286,13 +286,22 @@ def _write_note(note, content):
     scratch.replace(note)
 
 
+def _copied(images, device, rows_at_once=1024):
+    """Return an array or memory map as a tensor on a device; the host holds only some rows at a time."""
+    copy = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    for start in range(0, len(images), rows_at_once):
+        part = np.array(images[start : start + rows_at_once])
+        copy[start : start + len(part)] = torch.from_numpy(part)
+    return copy
+
+
 class Bank:
     """Restorations uint8 (N, K, 3, H, W), on a device or as a memory map, from which views are picked."""
 
     def __init__(self, images, device, copied):
         """images: array, memory map or tensor. copied: copy an array to the device, or leave it where it is."""
         if copied:
-            images = torch.from_numpy(np.array(images)).to(device)
+            images = _copied(images, device)
         self.images = images
         self.device = torch.device(device)
         self.is_tensor = isinstance(images, torch.Tensor)  # on the device

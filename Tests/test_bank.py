@@ -185,6 +185,14 @@ def test_take_picks_rows_and_columns(tmp_path, storage):
             assert (taken[i, j].numpy() == images[rows[i], columns[i, j]]).all()
 
 
+def test_a_bank_is_copied_to_the_device_in_parts(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (7, 2, 3, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "b.npy", images)
+    for rows_at_once in (3, 7, 100):
+        copy = Bank._copied(Bank.read(tmp_path / "b.npy", 7, 8), "cpu", rows_at_once)
+        assert (copy.numpy() == images).all()
+
+
 def test_auto_storage_looks_at_what_is_free(monkeypatch):
     for free, held in ((200, True), (199, False)):
         monkeypatch.setattr(Devices, "free_memory", lambda device, free=free: free)

@@ -250,12 +250,14 @@ def test_a_step_that_cannot_be_captured_goes_on_without_a_graph(capsys):
         assert loss.item() == 9
         assert torch.equal(weight.grad, 3 * x)
     assert capsys.readouterr().err.count("no CUDA graph") == 1
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.dropout(x, 0.5, True).shape == (3,)  # random numbers are drawn as before
 
 
 def test_random_numbers_differ_from_replay_to_replay():
-    weight = torch.nn.Parameter(torch.ones(1000, device="cuda"))
+    weight = torch.nn.Parameter(torch.ones(100_000, device="cuda"))
     graphed = Graphs.GraphedLoss(lambda x: (torch.dropout(weight * x, 0.5, True).sum(),), [weight])
-    x = torch.ones(1000, device="cuda")
+    x = torch.ones(100_000, device="cuda")
     values = {graphed(x)[0].item() for _ in range(3 * Graphs.WARM_UP)}
     assert len(values) > 2 * Graphs.WARM_UP
 

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 
+import Distributed
 import Graphs
 
 
@@ -14,18 +15,32 @@ class Stand:
     def __init__(self, monkeypatch, error=None):
         self.error = error
         self.captured = 0
+        self.device_index = 0
+        self.left = []  # what the end of a failed capture has set
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         monkeypatch.setattr(torch.cuda, "graph", self.capture)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: self)
+        monkeypatch.setattr(torch.cuda, "set_stream", self.left.append)
+        monkeypatch.setattr(torch.cuda, "default_generators", (self,))
         monkeypatch.setattr(torch.cuda, "Stream", lambda: self)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
 
     @contextlib.contextmanager
-    def capture(self, graph):
-        yield
-        if self.error:
-            raise self.error
+    def capture(self, graph, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        try:
+            yield
+            if self.error:
+                raise self.error
+        except RuntimeError:
+            raise RuntimeError("operation failed due to a previous error during capture") from None
         self.captured += 1
+
+    def clone_state(self):
+        return "another state"
+
+    def graphsafe_set_state(self, state):
+        self.left.append(state)
 
     def wait_stream(self, stream):
         pass
@@ -77,7 +92,7 @@ def test_a_graph_takes_each_calls_inputs_and_sets_the_gradients(monkeypatch, wei
 
 
 def test_what_cannot_be_captured_is_computed_without_a_graph(monkeypatch, weight, capsys):
-    Stand(monkeypatch, error=RuntimeError("operation not permitted when stream is capturing\nand more"))
+    stand = Stand(monkeypatch, error=RuntimeError("operation not permitted when stream is capturing\nand more"))
     graphed = graphed_loss(weight)
     for index in range(3 * Graphs.WARM_UP):
         x, nested = inputs(index)
@@ -85,11 +100,14 @@ def test_what_cannot_be_captured_is_computed_without_a_graph(monkeypatch, weight
         assert loss.item() == x.sum().item() * 2.0 ** (index % 3)
     (line,) = capsys.readouterr().err.splitlines()
     assert "no CUDA graph: operation not permitted when stream is capturing" in line
+    assert stand.left == [stand, "another state"]  # the stream of before, and a generator that is not captured
+    assert graphed.inputs is None
 
 
-def test_a_graph_is_for_one_process_on_a_gpu():
+def test_a_graph_is_for_one_process_on_a_gpu(monkeypatch):
     cuda = torch.device("cuda")
-    assert Graphs.can_capture(True, cuda, 1)
-    assert not Graphs.can_capture(False, cuda, 1)
-    assert not Graphs.can_capture(True, cuda, 2)
-    assert not Graphs.can_capture(True, torch.device("cpu"), 1)
+    assert Graphs.can_capture(True, cuda)
+    assert not Graphs.can_capture(False, cuda)
+    assert not Graphs.can_capture(True, torch.device("cpu"))
+    monkeypatch.setattr(Distributed, "is_joined", lambda: True)  # by torchrun, also as the only one
+    assert not Graphs.can_capture(True, cuda)

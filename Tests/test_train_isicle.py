@@ -370,6 +370,20 @@ def test_positives_of_ones_own_need_no_generator(quick, tmp_path, cli):
     assert only_run(tmp_path / "m").name.startswith("TrainISICLE-")
 
 
+def test_an_old_bank_is_given_up_before_the_next_one_is_made():
+    held = []
+
+    def next_bank(epoch):
+        held.append(source.bank)
+        return f"bank {epoch}"
+
+    source = TrainISICLE.Restored(TrainISICLE.get_args(["--p_gen", "1"]), next_bank)
+    for epoch in range(3):
+        source.start_epoch(epoch)
+        assert source.bank == f"bank {epoch}"
+    assert held == [None, None, None]
+
+
 def test_refresh_makes_a_new_bank_every_e_epochs(quick, models, cli):
     done = cli(quick(models, "--num_codes", "2", "--refresh", "2", "--suffix", "fresh", "--bs", "24", "--no-baselines"))
     assert done.code == 0, done.err

@@ -1,0 +1,70 @@
+"""Devices.py: which GPU a process uses, and what is free on it, with answers of a GPU that is not there."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import one_line
+
+import Devices
+import Distributed
+import Reports
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Let torch say that there are two GPUs; a tensor on one of them is an error."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+def test_a_gpu_is_known_by_its_index_without_touching_one(two_gpus):
+    assert Devices.pick_device("auto") == torch.device("cuda")
+    assert Devices.pick_device("cuda") == torch.device("cuda")
+    assert Devices.pick_device("cuda:1") == torch.device("cuda:1")
+    one_line(lambda: Devices.pick_device("cuda:2"), "--device cuda:2", "cuda:0 to cuda:1")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_more_processes_than_gpus_are_one_line(two_gpus, monkeypatch, name):
+    for variable in Distributed.LAUNCHED:
+        monkeypatch.setenv(variable, "1")
+    assert Devices.pick_device(name) == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    one_line(lambda: Devices.pick_device(name), f"--device {name}", "GPUs (2)", "--nproc_per_node=2")
+    assert Devices.pick_device("cpu") == torch.device("cpu")
+
+
+def test_a_single_process_makes_its_gpu_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cuda:1", "cuda", "cpu"):
+        assert Distributed.start(torch.device(name)) == (0, 1, torch.device(name))
+    assert chosen == [torch.device("cuda:1")]
+
+
+def test_memory_that_torch_keeps_for_later_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300)
+    assert Devices.free_memory("cuda") == 500
+
+
+def test_the_pace_counts_what_a_gpu_still_has_to_do(monkeypatch):
+    clock = SimpleNamespace(now=0.0, waiting=0.0)  # seconds; waiting: launched but not done
+
+    def synchronize(device):
+        clock.now += clock.waiting
+        clock.waiting = 0.0
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(Reports.time, "perf_counter", lambda: clock.now)
+    pace = Reports.Pace(0, 100, torch.device("cuda"))
+    step = 0
+    known = False
+    while not known:
+        step += 1
+        clock.now += 0.01  # to launch a step
+        clock.waiting += 1.0  # to compute it
+        known = pace.tick(step)
+    assert pace.seconds == pytest.approx(1.01)
