@@ -73,8 +73,16 @@ def frozen(encoder):
 
 
 def embed(net, x):
-    """Return the features float32 (B, F) of views x, float (B, 3, H, W)."""
-    return net(x.contiguous(memory_format=torch.channels_last)).float()
+    """Return the features float32 (B, F) of views x, float (B, 3, H, W).
+
+    Without gradients: if a GPU runs out of memory, it computes one half after the other.
+    """
+    try:
+        return net(x.contiguous(memory_format=torch.channels_last)).float()
+    except torch.OutOfMemoryError:
+        if len(x) == 1 or torch.is_grad_enabled():
+            raise
+    return torch.cat([embed(net, half) for half in x.chunk(2)])
 
 
 @torch.no_grad()

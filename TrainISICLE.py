@@ -379,7 +379,14 @@ def train_generator(args, split, words, asked):
             return found
         Distributed.say(Utils.shown(f"no generator for {args.data} yet: it is trained first, as by {command}"))
         # a signal that ends the training also ends the program
-        TrainCamNet.main(TrainCamNet.get_args(argv), is_final=False)
+        theirs = TrainCamNet.get_args(argv)
+        try:
+            TrainCamNet.main(theirs, is_final=False)
+        except torch.OutOfMemoryError as error:
+            reason = Utils.explain(error).removesuffix("lower --bs")
+            raise Utils.UserError(
+                f"{reason}the generator does not fit: lower its batch by --camnet '--bs {max(1, theirs.bs // 2)}'"
+            ) from error
         found = Banks.find_generator(args, split, asked)
         if found is None:
             raise Utils.UserError(

@@ -106,8 +106,9 @@ def fill(
     """Fill `file` with k restorations of every image of the split, or continue where an interrupted call stopped.
 
     The codes follow from seed, image and index alone. autocast: makes the context that the generator runs in. bs:
-    images in a forward pass; None: `batch_size` of the device. first_only, spread: what lets several processes fill it
-    together, with the same bytes, see Distributed.py; only the first one touches the file.
+    images in a forward pass, fewer where memory runs out; None: `batch_size` of the device. first_only, spread: what
+    lets several processes fill it together, with the same bytes, see Distributed.py; only the first one touches the
+    file.
     Returns whether there was work to do. ValueError if the file was made from something else (generator, corruption,
     k, seed or data), or if the disk is full.
     """
@@ -121,11 +122,24 @@ def fill(
     with autocast():
         generator = generator.frozen()
 
+    step = bs or batch_size(device, split.size)
+    at_once = step  # images in a forward pass
+
+    def restored_of(rows, x):
+        nonlocal at_once
+        if len(rows) <= at_once:
+            try:
+                return restore(generator, x, rows, k, seed, autocast).cpu()
+            except torch.OutOfMemoryError:  # of a GPU: from now on half as many at once
+                if len(rows) == 1:
+                    raise
+            at_once = len(rows) // 2
+        return torch.cat([restored_of(*part) for part in zip(rows.split(at_once), x.split(at_once))])
+
     def restored(parts):
         for rows, x in split.batches(parts, device):
-            yield rows, restore(generator, x, rows, k, seed, autocast).cpu()
+            yield rows, restored_of(rows, x)
 
-    step = bs or batch_size(device, split.size)
     parts = [torch.arange(start, min(start + step, len(split))) for start in range(done, len(split), step)]
     with tqdm(desc="bank", total=len(split), initial=done, unit="image", disable=quiet) as bar, filling.kept():
         for rows, images in spread(parts, restored):

@@ -116,6 +116,25 @@ def test_killed_filling_goes_on_where_it_was(tmp_path, generator, split, monkeyp
     assert np.abs(np.load(file).astype(int) - np.load(tmp_path / "whole.npy")).max() <= 1  # batches round differently
 
 
+def test_memory_that_runs_out_leaves_the_same_bank(tmp_path, generator, split, monkeypatch):
+    fill(tmp_path / "whole.npy", generator, split)
+    restore = Bank.restore
+    counts = []
+
+    def small(generator, images, rows, *more):
+        counts.append(len(rows))
+        if len(rows) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return restore(generator, images, rows, *more)
+
+    monkeypatch.setattr(Bank, "restore", small)
+    fill(tmp_path / "small.npy", generator, split)
+    assert counts[:4] == [8, 4, 2, 1]
+    assert set(counts[3:]) == {1}
+    whole = np.load(tmp_path / "whole.npy").astype(int)
+    assert abs(whole - np.load(tmp_path / "small.npy")).max() <= 1
+
+
 def test_a_filling_that_was_killed_at_its_very_end_is_finished(tmp_path, generator, split, monkeypatch):
     file = tmp_path / "b.npy"
     monkeypatch.setattr(Bank, "SAVED_EVERY", 0)

@@ -87,6 +87,23 @@ def slow_knn(train, train_labels, test, test_labels, k, temperature):
     return right / len(test)
 
 
+def test_features_are_computed_by_halves_where_memory_runs_out():
+    x = torch.rand(7, 3, 4, 4)
+    counts = []
+
+    def net(x):
+        counts.append(len(x))
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return x.mean((2, 3))
+
+    with torch.no_grad():
+        assert torch.allclose(Evaluate.embed(net, x), x.mean((2, 3)))
+    assert counts == [7, 4, 2, 2, 3, 2, 1]
+    with pytest.raises(torch.OutOfMemoryError):  # a training step has other batch statistics by halves
+        Evaluate.embed(net, x)
+
+
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (20, 0.1), (20, 1.0), (7, 0.5), (1000, 0.1)])
 def test_knn(clouds, k, temperature):
     train, train_labels, test, test_labels = clouds

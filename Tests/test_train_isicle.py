@@ -637,6 +637,15 @@ def test_a_full_disk_is_one_line(quick, models, generator, cli):
     assert not any(models.glob("*-full-*"))
 
 
+def test_a_generator_that_does_not_fit_into_memory_names_its_own_batch(quick, tmp_path, cli, monkeypatch):
+    def update(self, period, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(TrainCamNet.Trainer, "update", update)
+    done = cli(quick(tmp_path / "m", *TRAINED))
+    one_error(done, "out of memory", "--camnet '--bs 4'")
+
+
 def test_a_bank_lies_in_models_dir_if_the_generators_folder_cannot_be_written(
     quick, tmp_path, generator, cli, monkeypatch
 ):
