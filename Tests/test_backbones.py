@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision import models
+from torchvision.transforms.v2 import functional as tv
 
 import Backbones
 from Backbones import ContrastiveNet, build_encoder, build_head, check_backbone, count_parameters
@@ -223,6 +224,23 @@ def test_what_is_said_of_a_size_is_true(name):
 
 
 # ---------------------------------------------------------------------------------------------------- head, whole net
+
+
+def test_weights_are_loaded(tmp_path):
+    theirs = models.resnet18()
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    encoder = build_encoder("resnet18", False, 32)
+    Backbones.load_weights(encoder, tmp_path / "w.pth")
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, theirs.state_dict()[name])
+
+
+def test_an_encoder_that_normalises_does_as_torchvision():
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    normalising = seeded(build_encoder, "resnet8", True, 32, True).eval()
+    plain = seeded(build_encoder, "resnet8", True, 32, False).eval()
+    wanted = plain(tv.normalize(images, Backbones.IMAGENET_MEAN, Backbones.IMAGENET_STD))
+    torch.testing.assert_close(normalising(images), wanted)
 
 
 def test_the_head():

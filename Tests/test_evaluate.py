@@ -1,7 +1,9 @@
 """Evaluate: the probes against slow references, what scoring leaves untouched, and the script."""
 
+import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -325,6 +327,26 @@ def test_fine_tuning(encoder, eval):
 # the script
 
 
+def test_a_last_batch_of_one_image_is_left_out_of_fine_tuning():
+    torch.manual_seed(0)
+    encoder = build_encoder("resnet8", False, 8)
+    views = Data.get_ssl_data_augs("shapes", size=8, aug="crop")
+    accuracy = Evaluate.fine_tune(encoder, colour_splits(size=8), CPU, views, epochs=1, bs=89)  # of 90 images
+    assert 0 <= accuracy <= 1
+
+
+def test_every_fold_is_fine_tuned_from_the_same_encoder(encoder, monkeypatch):
+    copied = []
+
+    def noted(net):
+        copied.append(net)
+        return copy.deepcopy(net)
+
+    monkeypatch.setattr(Evaluate, "copy", SimpleNamespace(deepcopy=noted))
+    Evaluate.fine_tune(encoder, colour_splits("cv"), CPU, Data.plain_views(16), epochs=1)
+    assert copied == [encoder] * 3
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The folder of a run of one epoch on a tree of shapes."""
@@ -377,13 +399,23 @@ def test_few_labels_are_the_same_share_of_each_class():
     assert torch.equal(few.train.labels[kept], splits.train.labels[kept])
     assert (splits.train.labels >= 0).sum() == 90  # these have not changed
     assert torch.equal(few.test.labels, splits.test.labels)
+    fewest = Evaluate.with_few_labels(splits, 1e-6).train.labels
+    assert fewest[fewest >= 0].bincount().tolist() == [1, 1, 1]
     one_line(lambda: Evaluate.with_few_labels(colour_splits("cv"), 0.1), "--labels 0.1", "--eval val or test")
 
 
 def test_scores_of_other_data_or_few_labels_have_a_file_of_their_own(folder, monkeypatch):
-    monkeypatch.setattr(Evaluate, "evaluate", lambda *rest: {"epoch": rest[-1], "split": "val", "n_test": 60})
+    counts = []
+
+    def scored(encoder, untrained, splits, views, device, epoch):
+        counts.append((splits.train.labels >= 0).sum().item())
+        return {"epoch": epoch, "split": "val", "n_test": 60}
+
+    monkeypatch.setattr(Evaluate, "evaluate", scored)
     images = folder.parents[1] / "images"
-    evaluated(folder, "--data", images, "--labels", 0.1)
+    for labels in (1, 0.1):
+        evaluated(folder, "--data", images, "--labels", labels)
+    assert counts[1] == pytest.approx(0.1 * counts[0], abs=10)
     assert list(folder.glob("evaluation-1-val-images-??????-labels_0.1.json"))
 
 

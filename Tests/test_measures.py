@@ -1,5 +1,6 @@
 """The measures of a generator against loops in NumPy, and samples that differ in one half of their code alone."""
 
+import contextlib
 import itertools
 import math
 
@@ -8,6 +9,7 @@ import pytest
 import scipy.stats
 import torch
 
+from CamNet import Measures
 from CamNet.Codes import make_keys
 from CamNet.Corruptions import Corruption
 from CamNet.Distances import Pixels
@@ -168,6 +170,15 @@ def test_consistency_by_hand():
 
 
 # samples
+
+
+def test_quality_in_parts_is_that_of_all(monkeypatch):
+    images = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    held = Measures.HeldOut(torch.arange(5), images, Corruption("gray", 8), Pixels(), 0, contextlib.nullcontext)
+    samples = torch.rand(5, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    whole = held.quality(samples, (1, 4))
+    monkeypatch.setattr(Measures, "AT_ONCE", 2)
+    assert held.quality(samples, (1, 4)) == pytest.approx(whole, rel=1e-5)
 
 
 @torch.no_grad()

@@ -94,6 +94,27 @@ def test_adam_lars_moves_a_layer_by_lr_trust_times_its_norm():
     assert still.item() == 1.0  # no gradient, no move
 
 
+def test_adam_lars_leaves_biases_to_adam():
+    w, b = tensors(W0, B0)
+    plain = b.detach().clone().requires_grad_()
+    groups = [{"params": [w], "adapt": True}, {"params": [b], "adapt": False}]
+    layered = AdamLARS(groups, lr=0.1, trust=0.02)
+    adam = torch.optim.Adam([plain], lr=0.1)
+    w.grad = torch.tensor(GRAD, dtype=torch.float64)
+    b.grad = plain.grad = torch.tensor([0.1, -0.2], dtype=torch.float64)
+    layered.step()
+    adam.step()
+    torch.testing.assert_close(b, plain)
+
+
+@pytest.mark.parametrize("lars", [False, True])
+def test_the_momentum_is_that_of_the_flag(lars):
+    (group,) = build_optimizer("SGD", [{"params": tensors(W0)}], 0.1, 0.8, lars).param_groups
+    assert (group["momentum"], group["nesterov"]) == (0.8, True)
+    (group,) = build_optimizer("Adam", [{"params": tensors(W0)}], 0.1, 0.8, lars).param_groups
+    assert group["betas"] == (0.8, 0.999)
+
+
 def test_trust_ratio_is_one_where_a_norm_is_zero():
     zero, one = torch.zeros(3), torch.ones(3)
     ratios = trust_ratios([zero, one, one], [one, zero, 2 * one], 0.01)

@@ -1,5 +1,6 @@
 """TrainCamNet.py run as its users run it: what it writes, how it stops, and that it goes on in the same bits."""
 
+import copy
 import json
 import math
 import shutil
@@ -146,6 +147,32 @@ def small_trainer(*more):
     parts = list(trainer.batches(10))
     assert [len(part) for part in parts] == 3 * [4, 4, 2]
     return trainer, torch.stack([trainer.update(period, part) for part in parts])
+
+
+def test_the_mapping_has_a_rate_of_its_own():
+    trainer, _ = small_trainer("--map_lr", "0.25")
+    others, mapping = trainer.optimizer.param_groups
+    assert mapping["lr"] == pytest.approx(0.25 * others["lr"])
+
+
+def test_ema_is_the_mean_over_about_the_steps_so_far():
+    trainer, _ = small_trainer()
+    period = trainer.next_period(SimpleNamespace(signal=None), "", quiet=True)
+    before = copy.deepcopy(trainer.ema)
+    step = trainer.step
+    trainer.update(period, next(trainer.batches(10)))
+    decay = min(trainer.args.ema, (step + 1) / (step + 11))
+    for old, mean, new in zip(before.parameters(), trainer.ema.parameters(), trainer.net.parameters()):
+        torch.testing.assert_close(mean, decay * old + (1 - decay) * new.detach())
+
+
+def test_every_period_and_every_visit_has_an_order_of_its_own(monkeypatch):
+    trainer, _ = small_trainer()
+    monkeypatch.setattr(trainer, "images_per_period", len(trainer.rows))
+    assert trainer.rows_of(0).tolist() != trainer.rows_of(1).tolist()
+    trainer.step = 0
+    visits = torch.cat(list(trainer.batches(10))).view(3, 10).tolist()
+    assert visits[0] != visits[1] != visits[2] != visits[0]
 
 
 def test_the_compiled_step_is_one_graph_compiled_once_with_the_same_loss(monkeypatch):

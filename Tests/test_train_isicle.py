@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from helpers import (
@@ -28,12 +29,14 @@ from helpers import (
 )
 
 import Banks
+import Data
 import Flags
 import Reports
 import TrainCamNet
 import TrainISICLE
 import TrainSimCLR
 import Utils
+from Augmentations import Augmentation
 from Benchmarks.Forks import Child, start_ranks
 from CamNet import Bank
 from CamNet.Corruptions import Corruption
@@ -210,6 +213,32 @@ def test_p_gen_is_the_share_of_restorations():
     assert 0 < positives.logged()["synthetic_share"] < 0.8  # of the 12 last views
 
 
+def test_which_restoration_comes_does_not_depend_on_whether_one_comes():
+    positives = source("real_gen", p_gen=0.25)
+    seen = torch.cat([ask(positives, step)[1] for step in range(2000)])
+    counts = ((seen[seen > 0] - 1) % 10).bincount(minlength=5)
+    assert scipy.stats.chisquare(counts.numpy()).pvalue > 1e-3
+
+
+def test_the_seed_decides_the_draws():
+    def draws(**more):
+        return torch.stack([ask(source(**more), step) for step in range(9)])
+
+    assert not torch.equal(draws(seed=0), draws(seed=1))
+    assert not torch.equal(draws(seed=0, p_gen=0.5) > 0, draws(seed=1, p_gen=0.5) > 0)
+
+
+@pytest.mark.parametrize("epochs, first", [(2, 1), (5, 1), (10, 2), (15, 3), (100, 20)])
+def test_auto_measures_after_a_fifth_of_the_epochs(monkeypatch, epochs, first):
+    monkeypatch.setattr(TrainISICLE.Restored, "measured_p_gen", lambda self: 0.25)
+    positives = TrainISICLE.Restored(TrainISICLE.get_args(["--p_gen", "auto", "--epochs", str(epochs)]))
+    is_known = []
+    for epoch in range(epochs):
+        positives.start_epoch(epoch)
+        is_known.append(positives.p_gen is not None)
+    assert is_known.index(True) == first
+
+
 def shares(folder):
     """The share of restorations among the views of each epoch, in order."""
     by_epoch = {}
@@ -297,6 +326,28 @@ def test_farthest_takes_the_least_alike():
     assert columns.tolist() == [[0], [1]]
 
 
+@pytest.mark.parametrize("has_image", [True, False])
+def test_farthest_equals_the_slow_one(has_image):
+    torch.manual_seed(0)
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
+    candidates = torch.randint(256, (9, 7, 3, 8, 8), dtype=torch.uint8)
+    images = torch.randint(256, (9, 3, 8, 8), dtype=torch.uint8)
+    columns = TrainISICLE.farthest(candidates, 3, images if has_image else None, encoder)
+    with torch.no_grad():
+        features = [F.normalize(encoder(each / 255), dim=1) for each in candidates]
+        anchors = F.normalize(encoder(images / 255), dim=1)
+    for own, image, found in zip(features, anchors, columns.tolist()):
+        first = own @ (image if has_image else own.mean(dim=0))
+        chosen = [first.argmin().item()]
+        while len(chosen) < 3:
+            seen = [own[column] for column in chosen] + ([image] if has_image else [])
+            likeness = {}
+            for column in set(range(7)) - set(chosen):
+                likeness[column] = max((own[column] @ other).item() for other in seen)
+            chosen.append(min(likeness, key=likeness.get))
+        assert found == chosen
+
+
 def test_pick_farthest_reads_the_bank_once():
     bank = bank_of([[10, 20, 30, 250], [200, 5, 190, 195]])
     restored = source(pick="farthest")
@@ -368,6 +419,24 @@ def test_positives_of_ones_own_need_no_generator(quick, tmp_path, cli):
     done = cli(quick(tmp_path / "m", "--bank", tmp_path / "mine.npy", "--epochs", "2", "--bs", "24", "--no-baselines"))
     assert done.code == 0, done.err
     assert only_run(tmp_path / "m").name.startswith("TrainISICLE-")
+
+
+def test_every_bank_and_every_seed_has_codes_of_its_own(monkeypatch, tmp_path):
+    seeds = []
+    monkeypatch.setattr(Banks, "fill", lambda *given, **_: seeds.append(given[4]))
+    for seed in (0, 1):
+        schedule = SimpleNamespace(
+            args=SimpleNamespace(num_codes=2, seed=seed),
+            file=lambda index: tmp_path / f"{index}.npy",
+            announce=lambda *_: None,
+            generator=None,
+            split=None,
+            device=None,
+            autocast=None,
+        )
+        for index in (0, 1):
+            Banks.BankSchedule.make(schedule, index)
+    assert len(set(seeds)) == 4
 
 
 def test_an_old_bank_is_given_up_before_the_next_one_is_made():
@@ -681,6 +750,16 @@ def test_a_bank_that_was_moved_is_named_on_resume(quick, tmp_path, cli):
     assert "continuing at step 4" in done.out
 
 
+def test_the_newest_generator_is_taken(quick, models, generator, split, tmp_path):
+    for name, age in (("a", 20), ("b", 10), ("c", 30)):
+        folder = tmp_path / f"{generator.parent.name}-{name}"
+        shutil.copytree(generator.parent, folder)
+        finished = (folder / "generator.json").stat().st_mtime - age
+        os.utime(folder / "generator.json", (finished, finished))
+    args = TrainISICLE.get_args(quick(tmp_path))
+    assert Banks.find_generator(args, split, {}).parent.name.endswith("-b")
+
+
 def test_a_bank_is_of_a_generator_and_of_the_images():
     def name(images):
         split = SimpleNamespace(fingerprint=lambda: images)
@@ -690,6 +769,24 @@ def test_a_bank_is_of_a_generator_and_of_the_images():
 
     assert name("some") != name("others")
     assert name("some") == name("some")
+
+
+def test_cosines_of_the_pairs():
+    images = torch.randint(256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    split = Split(images, torch.zeros(20, dtype=torch.int64), ["one"])
+    net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())  # the mean colour
+    positives = TrainSimCLR.SamePair(2)
+    positives.synthetic = lambda indices, images, step: 255 - images
+
+    def measured(augmentation):
+        return Reports.measure_pairs(net, positives, split, augmentation, 0, torch.device("cpu"), labelled=False)
+
+    plain = measured(Data.plain_views(8))
+    colours = images.float().mean((2, 3)) / 255
+    assert plain["cosine_real"] == pytest.approx(1)
+    wanted = F.cosine_similarity(colours, 1 - colours).mean().item()
+    assert plain["cosine_synthetic"] == pytest.approx(wanted, rel=1e-5)
+    assert measured(Augmentation(8))["cosine_real"] < 0.9999
 
 
 def test_the_lock_of_a_generator_has_a_short_name(tmp_path):

@@ -98,7 +98,8 @@ def test_a_run_logs_every_step_and_its_scores(whole):
         assert line["data_wait"] + sum(stages) == pytest.approx(1, abs=1e-3)
     lr = [line["lr"] for line in training]
     assert lr[29] == pytest.approx(0.1)
-    assert lr[0] < lr[10] < lr[29] > lr[50] > lr[89] < 0.001
+    assert lr[0] < lr[10] < lr[29] > lr[50] > lr[89]
+    assert [lr[0], lr[89]] == pytest.approx([0.1 / 30, 0], abs=1e-12)  # from the first step of the ramp to 0
     seconds = [line["seconds"] for line in training]
     assert seconds == sorted(seconds)
     result = json.loads((whole.folder / "evaluation.json").read_text())
@@ -590,6 +591,34 @@ def check_gradients(trainer, other, **tolerance):
         torch.testing.assert_close(one.grad, two.grad, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
+def test_a_resumed_run_has_the_random_numbers_of_the_net_as_well(step, small_trainer, tmp_path):
+    trainer, _ = step(chunk_layers, 16)  # with dropout
+    file = trainer.save(tmp_path)
+    batch = next(trainer.batches())
+    trainer.update(*batch)
+    torch.manual_seed(99)
+    resumed = small_trainer(chunk_layers, 16)
+    resumed.load(file)
+    resumed.update(*next(resumed.batches()))
+    assert all(map(torch.equal, trainer.net.state_dict().values(), resumed.net.state_dict().values()))
+
+
+def test_seed_and_epoch_decide_the_order_and_the_seed_the_views(small_trainer):
+    def drawn(seed):
+        trainer = small_trainer(plain_layers, 16, "--seed", str(seed))
+        orders = []
+        for step in (0, trainer.steps_per_epoch):
+            trainer.step = step
+            orders.append([row for indices, _ in trainer.batches() for row in indices.tolist()])
+        return orders, trainer.augment([trainer.train_split.images[:16]] * 2)
+
+    (orders, views), (others, other_views) = drawn(0), drawn(1)
+    assert orders[0] != orders[1]
+    assert orders[0] != others[0]
+    assert orders[1] != others[0]
+    assert not torch.equal(views, other_views)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 16, 31])
 def test_chunks_give_the_gradient_of_the_whole_batch(step, chunk):
     whole, loss = step(plain_layers, 16)
@@ -679,6 +708,46 @@ def test_help_shows_the_recipe_of_the_data(cli, monkeypatch):
     text = " ".join(done.out.split())
     assert "--epochs E passes over the data (default: 100)" in text
     assert Data.DATASETS["cifar10"].on_cpu["epochs"] == 100
+
+
+def weights_after(argv, steps=3):
+    """Return all weights after some steps with these flags, (n,)."""
+    args = TrainSimCLR.get_args(argv)
+    TrainSimCLR.adjust_flags(args, world=1)
+    split = Flags.splits_for(args, torch.device("cpu")).train
+    trainer = TrainSimCLR.Trainer(args, split, TrainSimCLR.SamePair(args.num_views), torch.device("cpu"))
+    trainer.net.train()
+    for batch, _ in zip(trainer.batches(), range(steps)):
+        trainer.update(*batch)
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.net.parameters()])
+
+
+@pytest.mark.parametrize(
+    "base, more",
+    [
+        ("--num_views 3", "--loss lin"),
+        ("--num_views 3 --loss ntxent", "--gen_weight 3"),
+        ("", "--wd 1"),
+        ("", "--mm 0.1"),
+        ("", "--color_s 0"),
+        ("", "--crop_min 0.9"),
+        ("", "--gray_p 1"),
+        ("", "--blur_p 1"),
+        ("", "--temp 1"),
+        ("--lars", "--trust 1"),
+    ],
+)
+def test_a_flag_changes_what_is_learnt(quick, tmp_path, base, more):
+    without, having = (weights_after(quick(tmp_path, *base.split(), *words.split())) for words in ("", more))
+    assert not torch.equal(without, having)
+
+
+@pytest.mark.parametrize("n, changed", [(50_000, {"epochs": 39}), (300, {"bs": 128, "lr": 0.6}), (600, {})])
+def test_flags_are_adjusted_to_the_number_of_images(n, changed):
+    args = TrainSimCLR.get_args(["--data", "cifar10", "--device", "cpu"])
+    wanted = {"bs": 256, "lr": 1.2, "epochs": 100} | changed
+    TrainSimCLR.adjust_to_images(args, Data.get_row("cifar10"), n, 1, torch.device("cpu"))
+    assert {name: getattr(args, name) for name in wanted} == pytest.approx(wanted)
 
 
 def test_data_set_and_device_choose_the_defaults():
