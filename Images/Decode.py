@@ -225,11 +225,14 @@ class Files:
         UserError where the workers cannot be started, or one of them fails or is killed.
         """
         readable()  # here, once, and not in every worker
+        # what Python 3.14 does otherwise imports torch in every worker, which takes seconds
+        start_method = "fork" if n_workers and sys.platform == "linux" else None
         loader = DataLoader(
             self,
             sampler=(batch.tolist() for batch in index_batches),
             batch_size=None,
             num_workers=n_workers,
+            multiprocessing_context=start_method,
             collate_fn=_hand_over,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # the loader draws a seed, which must not change training's random numbers

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import multiprocessing
 import os
 import resource
 import shutil
@@ -553,6 +554,20 @@ def test_a_worker_without_memory_is_one_line(load, monkeypatch):
 
     monkeypatch.setattr(Decode, "decode", in_a_worker(fail))
     one_line(lambda: load(n_workers=2), "a process that decodes images", "MemoryError", "--n_workers 0")
+
+
+def test_workers_are_forked_whatever_pythons_default_is(load, monkeypatch):
+    """They see what was changed in this process, so they have not imported anything anew."""
+    grey = np.full((8, 8, 3), 77, dtype=np.uint8)
+    split = load(storage="stream", n_workers=1)
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)  # that of Python 3.14
+    try:
+        monkeypatch.setattr(Decode, "decode", lambda path, size: torch.from_numpy(grey).permute(2, 0, 1))
+        for _, images in split.batches(BATCHES):
+            assert (images == 77).all()
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def test_a_killed_worker_interrupts_no_other_line(load):

@@ -398,16 +398,27 @@ def test_google_drive_out_of_reach(tmp_path):
     assert "Google Drive" in error and "--url" in error and "--archive" in error
 
 
+def stopped_at(place, dest, script, *words):
+    """Return a process of a script, stopped when `place` exists; again, without `dest`, if it has ended before."""
+    for _ in range(20):
+        process = subprocess.Popen([sys.executable, script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        while process.poll() is None and not place.exists():
+            time.sleep(0.001)
+        process.send_signal(signal.SIGSTOP)
+        if process.poll() is None:
+            return process
+        process.communicate()
+        shutil.rmtree(dest)
+    raise AssertionError(f"{script} always ended before it could be stopped")
+
+
 @pytest.mark.parametrize("stage", [".miniImagenet.partial/raw", ".miniImagenet.partial/out/train", "miniImagenet"])
 def test_a_kill_leaves_nothing_or_a_whole_result(tmp_path, stage):
     archive, dest = pack(tmp_path / "a.tar", stand_in(per_class=200)), tmp_path / "out"
-    command = [sys.executable, SETUP, "--archive", archive, "--any_count", "--dest", dest]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (dest / stage).exists():
-        assert process.poll() is None
-        time.sleep(0.001)
+    process = stopped_at(dest / stage, dest, SETUP, "--archive", archive, "--any_count", "--dest", dest)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     if (dest / "miniImagenet").exists():
         assert len(list((dest / "miniImagenet").glob("*/*/*"))) == 800
     else:
@@ -424,17 +435,13 @@ EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
 @pytest.mark.parametrize("sent", EXIT_CODES)
 def test_a_signal_leaves_nothing(tmp_path, sent):
     archive, dest = pack(tmp_path / "a.tar", stand_in(per_class=200)), tmp_path / "out"
-    command = [sys.executable, SETUP, "--archive", archive, "--any_count", "--dest", dest]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (dest / ".miniImagenet.partial" / "raw").exists():
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(signal.SIGSTOP)
+    words = ("--archive", archive, "--any_count", "--dest", dest)
+    process = stopped_at(dest / ".miniImagenet.partial" / "raw", dest, SETUP, *words)
     assert "another run" in setup(archive, dest, ok=False)
     process.send_signal(sent)
     process.send_signal(signal.SIGCONT)
     _, error = process.communicate(timeout=30)
-    assert process.returncode == EXIT_CODES[sent] and error == INTERRUPTED and is_clean(dest)
+    assert process.returncode == EXIT_CODES[sent] and error.decode() == INTERRUPTED and is_clean(dest)
 
 
 @pytest.mark.parametrize("sent", EXIT_CODES)
@@ -969,12 +976,7 @@ def test_invert_completes_after_a_kill(folder, sent):
     for i in range(1000):
         (folder / "train" / "a" / f"more{i}.jpg").write_bytes(jpeg(i))
     out = folder.parent / "camnet" / "mini"
-    command = [sys.executable, INVERT, "--folder", folder, "--dest", out.parent]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not (out / "a" / "train").exists():
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(signal.SIGSTOP)
+    process = stopped_at(out / "a" / "train", out.parent, INVERT, "--folder", folder, "--dest", out.parent)
     assert "another run" in run(INVERT, "--folder", folder, "--dest", out.parent, ok=False)
     process.send_signal(sent)
     process.send_signal(signal.SIGCONT)

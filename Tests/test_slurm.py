@@ -32,7 +32,8 @@ def job(tmp_path):
         environment = os.environ | JOB | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "END": end}
         command = ["bash", str(ROOT / "docs" / "slurm.sh"), "TrainISICLE.py", "--data", "a b"]
         process = subprocess.Popen(command, cwd=tmp_path, env=environment)
-        while not end and not text("started"):
+        deadline = time.monotonic() + 30
+        while not end and not text("started") and time.monotonic() < deadline:
             time.sleep(0.01)
         if not end:
             process.send_signal(signal.SIGTERM)
