@@ -226,6 +226,12 @@ def test_seed_decides_the_split(tmp_path):
     assert splits["0"] == splits["again"] == split_of(tmp_path / "b" / "miniImagenet") != splits["1"]
     assert "seed 0" in setup(archive, tmp_path / "0", "--seed", "1", ok=False)
 
+    # every class is shuffled by itself
+    places = {label: set() for label in CLASS_SPLIT}
+    for label, name in splits["0"]["test"]:
+        places[label].add(name.removeprefix(label))
+    assert len(set(map(frozenset, places.values()))) > 1
+
 
 def test_proportions_of_a_whole_class(tmp_path):
     files = {f"n01/{i}.jpg": jpeg(i % 5) for i in range(600)}

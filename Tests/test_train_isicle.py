@@ -308,6 +308,18 @@ def test_corrupted_is_what_the_generator_sees():
     assert (one.float() - wanted).abs().max() <= 1  # the same in all channels
 
 
+def test_seed_and_step_decide_the_mask_of_the_control():
+    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def view(seed, step):
+        args = SimpleNamespace(pair="corrupted", seed=seed, num_pos=3, p_gen=1.0)
+        return TrainISICLE.Corrupted(args, Corruption("gray+mask0.5", 8))(torch.arange(4), images, step)[0]
+
+    assert torch.equal(view(0, 0), view(0, 0))
+    assert not torch.equal(view(0, 0), view(1, 0))
+    assert not torch.equal(view(0, 0), view(0, 1))
+
+
 class Angle(torch.nn.Module):
     """An encoder whose feature is a direction that follows from the brightness."""
 
