@@ -32,15 +32,16 @@ ROOT = Path(__file__).parents[1]
 STEMS = [("resnet18", True), ("resnet18", False)]
 
 
-def make_run(folder, backbone, small_stem, size=32):
+def make_run(folder, backbone, small_stem, size=32, normalise=False):
     """Make a run folder with one checkpoint, as the trainer saves it, of an encoder that has seen images; return it."""
     torch.manual_seed(5)
-    encoder = build_encoder(backbone, small_stem, size).train()
+    encoder = build_encoder(backbone, small_stem, size, normalise).train()
     with torch.no_grad():
         encoder(torch.rand(8, 3, size, size))
     encoder = encoder.to(memory_format=torch.channels_last)
     folder.mkdir(parents=True)
     args = {"backbone": backbone, "small_stem": small_stem, "size": size, "data": "/home/me/photos"}
+    args["normalise"] = normalise
     rest = {"head": {}, "random": {}, "optimizer": {}}
     Utils.save_(folder / "7.pt", args=args, epoch=7, step=7, encoder=encoder, **rest)
     scores = {"knn": 0.5, "linear": 0.75, "split": "val", "n_test": 60}
@@ -124,6 +125,18 @@ def check_code(code, folder, size=32):
 
 
 # ---------------------------------------------------------------------------------------------------- code
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("file", ["encoder.pt", "encoder.safetensors"])
+def test_printed_code_normalises_as_the_encoder_does(tmp_path, export, file):
+    folder = make_run(tmp_path / "run", "resnet18", False, normalise=True)
+    code = export(folder, "--out", tmp_path / file)
+    images = "torch.linspace(0, 1, 8 * 3 * 32 * 32).view(8, 3, 32, 32)"
+    assert "torch.rand(8, 3, 32, 32)" in code
+    variables = run_code(code.replace("torch.rand(8, 3, 32, 32)", images))
+    torch.testing.assert_close(variables["features"], ours(folder, eval(images)), rtol=1e-4, atol=1e-4)
+    assert (variables["images"] < 0).any()
 
 
 @pytest.mark.parametrize("small_stem", [True, False])
