@@ -13,21 +13,20 @@ from Utils import UserError
 
 def pick_device(name):
     """Return the torch device of --device. Raises UserError if it is not available."""
-    has_gpu = torch.cuda.is_available()
     if name == "auto":
-        device = torch.device("cuda" if has_gpu else "cpu")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     else:
-        device = _device_of(name, has_gpu)
+        device = _device_of(name)
     if device.type == "cuda":
         _check_index(name, device, torch.cuda.device_count())
     return device
 
 
-def _device_of(name, has_gpu):
+def _device_of(name):
     """Return the torch device of a name. Raises UserError if it is not available."""
     try:
         device = torch.device(name)
-        if device.type != "cuda" or not has_gpu:  # this would take memory of the first GPU
+        if device.type != "cuda" or not torch.cuda.is_available():  # this would take memory of the first GPU
             torch.empty(1, device=device).item()  # the meta device has no numbers
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split("Expected one of")[0].strip()  # a list of twenty kinds

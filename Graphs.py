@@ -85,6 +85,7 @@ class GraphedLoss:
             _leave_capture(stream)
             self.graph = False
             self.inputs = None
+            self.outputs = None
             for parameter in self.parameters:
                 parameter.grad = None
             return

@@ -383,10 +383,8 @@ def train_generator(args, split, words, asked):
         try:
             TrainCamNet.main(theirs, is_final=False)
         except torch.OutOfMemoryError as error:
-            reason = Utils.explain(error).removesuffix("lower --bs")
-            raise Utils.UserError(
-                f"{reason}the generator does not fit: lower its batch by --camnet '--bs {max(1, theirs.bs // 2)}'"
-            ) from error
+            remedy = f"lower its batch by --camnet '--bs {max(1, theirs.bs // 2)}'"
+            raise Utils.UserError(f"{Utils.short_reason(error)}: the generator does not fit: {remedy}") from error
         found = Banks.find_generator(args, split, asked)
         if found is None:
             raise Utils.UserError(

@@ -226,6 +226,7 @@ def test_uint8_and_float_agree_in_range_and_stay_as_they_are(settings):
 def test_no_augmentation_is_division_by_255():
     aug, images = Augmentation(32, crop_scale=None, flip_p=0, jitter=None, gray_p=0), uint8_images(8)
     assert torch.equal(aug(images, seeded()), images / 255)
+    assert "\n" not in repr(aug) and all(f"{key}=" in repr(aug) for key in vars(aug))
     assert "the images as they are" in str(aug)
 
 

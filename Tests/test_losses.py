@@ -94,6 +94,7 @@ def test_many_anchors_are_compared_in_parts(monkeypatch, form, similarities):
 
 def test_forms_agree_at_one_positive_and_views_are_symmetric():
     a, b = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(nt_xent(a, b, 0.2), multi_positive(torch.stack([a, b]), 0.2, "out"))
     torch.testing.assert_close(multi_positive(torch.stack([a, b]), 0.2, "in"), nt_xent(a, b, 0.2))
     torch.testing.assert_close(nt_xent(a, b, 0.2), nt_xent(b, a, 0.2))
 
@@ -113,6 +114,14 @@ def test_small_temperature_and_low_precision_stay_finite():
     assert nt_xent(*z, 0.01).item() == pytest.approx(exact, rel=1e-4)
     with torch.autocast("cpu", torch.bfloat16):  # the similarities must not be rounded
         assert nt_xent(*z, 0.01).item() == pytest.approx(exact, rel=1e-4)
+
+
+def test_view_statistics_of_orthogonal_pairs():
+    z = torch.eye(4).expand(2, 4, 4)
+    statistics = {key: value.item() for key, value in view_statistics(z).items()}
+    assert statistics["alignment"] == 0
+    assert statistics["uniformity"] == pytest.approx(-4)  # all squared distances are 2
+    assert statistics["embedding_std"] == pytest.approx(math.sqrt(0.25 * 0.75) * 2)
 
 
 def test_view_statistics_equal_the_slow_ones():

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -46,7 +45,7 @@ def test_a_heartbeat_speaks_until_its_end(capfd):
             text += capfd.readouterr().err
     capfd.readouterr()
     time.sleep(0.05)
-    assert re.fullmatch(r"(scoring: \d+ s so far\n){2,}", text)
+    assert text.count("scoring: 0 s so far\n") >= 2
     assert capfd.readouterr().err == ""
     assert signal.getsignal(signal.SIGALRM) == before
     with pytest.raises(KeyError), Signals.heartbeat("scoring", every=0.02):
