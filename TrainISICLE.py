@@ -379,12 +379,13 @@ def train_generator(args, split, words, asked):
             return found
         Distributed.say(Utils.shown(f"no generator for {args.data} yet: it is trained first, as by {command}"))
         # a signal that ends the training also ends the program
-        theirs = TrainCamNet.get_args(argv)
         try:
-            TrainCamNet.main(theirs, is_final=False)
-        except torch.OutOfMemoryError as error:
-            remedy = f"lower its batch by --camnet '--bs {max(1, theirs.bs // 2)}'"
-            raise Utils.UserError(f"{Utils.short_reason(error)}: the generator does not fit: {remedy}") from error
+            TrainCamNet.main(TrainCamNet.get_args(argv), is_final=False)
+        except Exception as error:
+            message = Utils.explain(error)
+            if message is None:
+                raise
+            raise Utils.UserError(f"training the generator (its flags go into --camnet): {message}") from error
         found = Banks.find_generator(args, split, asked)
         if found is None:
             raise Utils.UserError(

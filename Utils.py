@@ -129,17 +129,12 @@ def nearest(word, names):
     return next(iter(difflib.get_close_matches(word, names, n=1)), None)
 
 
-def short_reason(error):
-    """Return the first sentence of an OutOfMemoryError, without the advice and the figures after it."""
-    return str(error).split(". ")[0]
-
-
 def explain(error):
     """Return the line that tells a user what an error means and what to do, or None for an error of the program."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return f"{short_reason(error)}: lower --bs"
+        return f"{str(error).split('. ')[0]}: lower --bs"  # its first sentence; figures and other advice follow
     if isinstance(error, MemoryError):
         return "out of memory: lower --bs, --size or the number of images that are held"
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:

@@ -718,13 +718,20 @@ def test_a_full_disk_is_one_line(quick, models, generator, cli):
     assert not any(models.glob("*-full-*"))
 
 
-def test_a_generator_that_does_not_fit_into_memory_names_its_own_batch(quick, tmp_path, cli, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "CUDA out of memory: lower --bs"),
+        (Utils.UserError("the loss is not a number: lower --lr"), "the loss is not a number: lower --lr"),
+    ],
+)
+def test_errors_of_the_generators_training_say_where_its_flags_go(error, told, quick, tmp_path, cli, monkeypatch):
     def update(self, period, batch):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise error
 
     monkeypatch.setattr(TrainCamNet.Trainer, "update", update)
     done = cli(quick(tmp_path / "m", *TRAINED))
-    one_error(done, "out of memory", "--camnet '--bs 4'")
+    one_error(done, f"training the generator (its flags go into --camnet): {told}")
 
 
 def test_a_bank_lies_in_models_dir_if_the_generators_folder_cannot_be_written(
