@@ -34,7 +34,7 @@ def get_args(argv=None):
     add("--bs", type=bounded(int, 4), default=4096, metavar="N", help="images in a step of the large batch")
     add("--chunk_views", type=bounded(int, 4), default=512, metavar="N", help="views in a chunk")
     add("--steps", type=bounded(int, 1), default=2, metavar="N", help="steps that are timed, after one that is not")
-    add("--out", default="Results/chunks-cpu.json", metavar="FILE", help="JSON to write")
+    add("--out", type=Flags.path, default="Results/chunks-cpu.json", metavar="FILE", help="JSON to write")
     return parser.parse_args(argv)
 
 

@@ -28,7 +28,9 @@ def get_args(argv=None):
     """Parse the flags."""
     parser = Flags.plain_parser(__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders of one table")
-    parser.add_argument("--out", metavar="FILE", help="JSON to write them to; those in Results/ are shown")
+    parser.add_argument(
+        "--out", type=Flags.path, metavar="FILE", help="JSON to write them to; those in Results/ are shown"
+    )
     args = parser.parse_args(argv)
     if bool(args.runs) != bool(args.out):
         raise Utils.UserError("run folders and --out FILE go together: give both, or neither")

@@ -44,7 +44,12 @@ def get_args(argv=None):
     add("--images", type=bounded(int, 1), default=100, metavar="N", help="files, at most")
     add("--size", type=bounded(int, 1), default=128, metavar="PX", help="side of the decoded images")
     add("--rounds", type=bounded(int, 1), default=5, metavar="N", help="repetitions; the variants take turns")
-    add("--out", metavar="FILE", help="JSON to write; default: Results/decoding-cpu.json or, with --data, nothing")
+    add(
+        "--out",
+        type=Flags.path,
+        metavar="FILE",
+        help="JSON to write; default: Results/decoding-cpu.json or, with --data, nothing",
+    )
     return parser.parse_args(argv)
 
 

@@ -61,7 +61,7 @@ def get_args(argv=None):
     add("--threads", type=bounded(int, 0), default=0, metavar="N", help="threads of torch; 0: torch's choice")
     add("--seconds", type=bounded(float, 0), default=5.0, metavar="S", help="seconds per stage, all rounds together")
     add("--rounds", type=bounded(int, 1), default=5, metavar="N", help="repetitions of all measurements")
-    add("--out", default="Results/floor-cpu.json", metavar="FILE", help="JSON to write")
+    add("--out", type=Flags.path, default="Results/floor-cpu.json", metavar="FILE", help="JSON to write")
     return parser.parse_args(argv)
 
 

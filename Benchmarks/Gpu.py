@@ -416,7 +416,12 @@ def get_args(argv=None):
     add("--minutes", type=bounded(float, 0), default=10.0, metavar="M", help="time for all parts together")
     add("--only", choices=list(PARTS), nargs="+", help="parts to run; default: all")
     add("--quick", action="store_true", help="everything in small")
-    add("--out", metavar="FILE", help="JSON to write; default: Results/gpu.json or, on a CPU or with --quick, nothing")
+    add(
+        "--out",
+        type=Flags.path,
+        metavar="FILE",
+        help="JSON to write; default: Results/gpu.json or, on a CPU or with --quick, nothing",
+    )
     return parser.parse_args(argv)
 
 

@@ -43,7 +43,7 @@ def get_args(argv=None):
     add("--bs", type=bounded(int, 2), default=16, metavar="N", help="images in a step of SimCLR and ISICLE")
     images = "images in a step of CamNet, in its search and in the filling of the bank"
     add("--camnet_bs", type=bounded(int, 2), default=4, metavar="N", help=images)
-    add("--out", default="Results/kernels.json", metavar="FILE", help="JSON to write")
+    add("--out", type=Flags.path, default="Results/kernels.json", metavar="FILE", help="JSON to write")
     return parser.parse_args(argv)
 
 

@@ -42,7 +42,12 @@ def get_args(argv=None):
     add("what", choices=["method", "arms", "shapes"], help="picture to draw")
     source = "method: a run folder of TrainCamNet.py, default: the newest in Models/; arms: a JSON of Benchmarks.Arms"
     add("source", nargs="?", help=source)
-    add("--out", metavar="FILE", help="file to write; default: Results/method.png, Results/shapes.png, SOURCE.png")
+    add(
+        "--out",
+        type=Flags.path,
+        metavar="FILE",
+        help="file to write; default: Results/method.png, Results/shapes.png, SOURCE.png",
+    )
     args = parser.parse_args(argv)
     if args.what == "arms" and not args.source:
         raise Utils.UserError("arms: name the JSON file that Benchmarks.Arms has written")

@@ -42,7 +42,7 @@ def get_args(argv=None):
     add("--images", type=bounded(int, 64), default=512, metavar="N", help="images that are searched and restored")
     add("--steps", type=bounded(int, 1), default=20, metavar="N", help="training steps")
     add("--rounds", type=bounded(int, 1), default=3, metavar="N", help="repetitions of all measurements")
-    add("--out", default="Results/processes-cpu.json", metavar="FILE", help="JSON to write")
+    add("--out", type=Flags.path, default="Results/processes-cpu.json", metavar="FILE", help="JSON to write")
     add("--work", action="store_true", help="measure once in this process: so the script starts itself")
     args = parser.parse_args(argv)
     args.processes = args.processes or max(2, Utils.usable_cores())

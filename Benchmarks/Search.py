@@ -44,7 +44,7 @@ def get_args(argv=None):
     add("--device", default="auto", help="torch device, for example cpu or cuda:1; auto: cuda if available")
     add("--images", type=bounded(int, 1), default=64, metavar="N", help="images of the train split to search")
     add("--rounds", type=bounded(int, 1), default=3, metavar="N", help="repetitions of all measurements")
-    add("--out", metavar="FILE", help="JSON to write; default: Results/search-DEVICE.json")
+    add("--out", type=Flags.path, metavar="FILE", help="JSON to write; default: Results/search-DEVICE.json")
     return parser.parse_args(argv)
 
 

@@ -309,7 +309,7 @@ def get_args(argv=None):
     add = parser.add_argument
     add("--quick", action="store_true", help="a tenth of the tries; writes nothing without --out")
     add("--only", default="", metavar="WORD", help="the kinds whose title has this word")
-    add("--out", metavar="FILE", help="JSON to write; default: Results/soak.json")
+    add("--out", type=Flags.path, metavar="FILE", help="JSON to write; default: Results/soak.json")
     jobs = "kinds that are tried at the same time"
     add("--jobs", type=Flags.bounded(int, 1, 64), default=min(os.cpu_count(), 4), metavar="N", help=jobs)
     return parser.parse_args(argv)

@@ -67,7 +67,12 @@ def get_args(argv=None):
     add("--workers", type=bounded(int, 0), default=0, metavar="N", help=workers)
     add("--seconds", type=bounded(float, 0), default=10.0, metavar="S", help="seconds per variant, all rounds together")
     add("--rounds", type=bounded(int, 1), default=5, metavar="N", help="repetitions of all measurements")
-    add("--out", metavar="FILE", help="JSON to write; default: Results/speed-DEVICE.json or, with --quick, nothing")
+    add(
+        "--out",
+        type=Flags.path,
+        metavar="FILE",
+        help="JSON to write; default: Results/speed-DEVICE.json or, with --quick, nothing",
+    )
     add("--quick", action="store_true", help="a short test: --bs 32 --seconds 0.2 --rounds 2")
     check = "measure with the flags of the ratios in Results/ and --seconds 1, compare with these, write only --out; "
     check += "exit code 1 if one fell by over 15 %%"

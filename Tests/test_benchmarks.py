@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import io
 import json
 import os
@@ -33,6 +34,17 @@ def few_shapes():
         for split, count in {"train": 200, "val": 60, "test": 60}.items():
             patch.setitem(Shapes.SIZES, split, count)
         yield
+
+
+WRITERS = ["Arms", "Chunks", "Collect", "Decoding", "Floor", "Gpu", "Kernels", "Picture", "Processes", "Search", "Soak"]
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "Speed"])
+def test_the_file_to_write_can_lie_in_the_home_folder(name, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    others = {"Arms": ["--data", "shapes"], "Collect": ["Models/run"], "Picture": ["shapes"]}
+    get_args = importlib.import_module(f"Benchmarks.{name}").get_args
+    assert get_args([*others.get(name, []), "--out=~/x"]).out == "/somewhere/x"
 
 
 # ---------------------------------------------------------------------------------------------------- Speed
