@@ -5,8 +5,8 @@
 
 Flags after -- go to every run. Writes Results/arms-DATA.json and Results/arms-DATA.png after every run; a second start
 continues where the first one stopped. All arms take the same number of steps, except those whose name ends in
-_equal_compute: their epochs are such that they cost as much as isicle_full. Compute is in multiply-accumulates; arms
-with a generator include its search, training and sampling.
+_equal_compute: their epochs are such that they cost as much as isicle_full, or, with crop and flip only, as multi_crop.
+Compute is in multiply-accumulates; arms with a generator include its search, training and sampling.
 """
 
 import argparse
@@ -31,10 +31,20 @@ from Benchmarks.Picture import draw_arms
 from Benchmarks.Tables import arms_table
 from Flags import bounded
 
-EQUAL = "_equal_compute"  # end of the names of arms that take the compute of isicle_full, not its steps
+EQUAL = "_equal_compute"  # end of the names of arms that take the compute of an arm of ISICLE, not its steps
 ALONE = "--p_gen 1 --aug crop"  # only the restorations make the views differ in colour
 ARMS = {  # name: (script, flags, what it is)
     "simclr_crop": ("TrainSimCLR.py", "--aug crop", "SimCLR, crop and flip only"),
+    "simclr_crop_4_views": (
+        "TrainSimCLR.py",
+        "--aug crop --num_views 4",
+        "SimCLR, four real views, crop and flip only",
+    ),
+    f"simclr_crop{EQUAL}": (
+        "TrainSimCLR.py",
+        "--aug crop",
+        "SimCLR, crop and flip only, longer: the total compute of four restorations",
+    ),
     "simclr_full": ("TrainSimCLR.py", "", "SimCLR"),
     "simclr_full_extra_view": ("TrainSimCLR.py", "--num_views 3", "SimCLR, three real views"),
     "simclr_full_4_views": ("TrainSimCLR.py", "--num_views 4", "SimCLR, four real views"),
@@ -121,15 +131,17 @@ def words_of(args, arm, seed, records):
 
 
 def equal_epochs(arm, records):
-    """Return the epochs after which an arm costs as much as isicle_full, generator included. UserError if not known.
+    """Return the epochs after which an arm costs as much as ISICLE, generator included. UserError if not known.
 
-    An epoch costs what it costs in the arm of the same name without _equal_compute.
+    ISICLE: multi_crop for an arm with crop and flip only, isicle_full for others. An epoch costs what it costs in the
+    arm of the same name without _equal_compute.
     """
     name = arm.removesuffix(EQUAL)
-    ours = [row for row in records if row["arm"] == "isicle_full"]
+    isicle = "multi_crop" if "--aug crop" in ARMS[arm][1] else "isicle_full"
+    ours = [row for row in records if row["arm"] == isicle]
     same = [row for row in records if row["arm"] == name]
     if not ours or not same:
-        raise Utils.UserError(f"--arms {arm}: its length follows from {name} and isicle_full: add both")
+        raise Utils.UserError(f"--arms {arm}: its length follows from {name} and {isicle}: add both")
     spent = ours[0]["encoder_macs"] + ours[0]["generator_macs"]
     return round(spent * same[0]["epochs"] / same[0]["encoder_macs"])
 

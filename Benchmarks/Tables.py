@@ -207,7 +207,8 @@ def arms_table(records):
     below = (
         f"Split {first['split']}, {first['n_test']:,} images; compute in 10^12 multiply-accumulates; shared: the same "
     )
-    below += f"if the runs of this table divide the training of their generator; each run on {device_of(first)}."
+    devices = " or ".join(dict.fromkeys(device_of(record) for record in records))
+    below += f"if the runs of this table divide the training of their generator; each run on {devices}."
     return markdown(head, rows, below)
 
 

@@ -183,6 +183,17 @@ def test_equal_compute_needs_both_arms(done, missing):
         Arms.equal_epochs(f"simclr_full{Arms.EQUAL}", [row for row in done[1] if row["arm"] != missing])
 
 
+def test_equal_compute_without_jitter_is_that_of_four_restorations():
+    rows = [
+        {"arm": "simclr_crop", "epochs": 6, "encoder_macs": 60, "generator_macs": 0},
+        {"arm": "isicle_full", "epochs": 6, "encoder_macs": 90, "generator_macs": 10},
+        {"arm": "multi_crop", "epochs": 6, "encoder_macs": 120, "generator_macs": 80},
+    ]
+    assert Arms.equal_epochs(f"simclr_crop{Arms.EQUAL}", rows) == 20
+    with pytest.raises(Utils.UserError, match="simclr_crop and multi_crop: add both"):
+        Arms.equal_epochs(f"simclr_crop{Arms.EQUAL}", rows[:2])
+
+
 # ---------------------------------------------------------------------------------------------------- compute
 
 
@@ -265,6 +276,13 @@ def test_equal_compute_follows_from_the_arm_of_the_same_views(done):
 
 
 # ---------------------------------------------------------------------------------------------------- tables
+
+
+def test_every_machine_of_the_runs_is_named(done):
+    rows = [
+        row | {"device": device} for row, device in zip(done[1], ["cpu, 1 threads", "cpu, 2 threads", "cpu, 1 threads"])
+    ]
+    assert "each run on cpu, 1 thread or cpu, 2 threads." in Tables.arms_table(rows)
 
 
 def test_title_says_what_was_not_the_default(done):
