@@ -64,7 +64,7 @@ def build_encoder(name, small_stem, size, normalise=False):
     standard deviation, as weights that were trained on ImageNet expect. Raises what `check_backbone` raises.
     """
     num_features = check_backbone(name, small_stem, size)
-    encoder = _build(name, small_stem, size)
+    encoder = _build(name, small_stem, size, normalise)
     encoder.num_features = num_features
     if normalise:
         encoder.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
@@ -84,7 +84,8 @@ def load_weights(encoder, file):
     Layers of the classifier, which the encoder lacks, are left out. Raises ValueError if anything else does not fit.
     """
     if not Path(file).is_file():
-        raise ValueError(f"--init {file}: no such file")
+        found = "it is a folder" if Path(file).is_dir() else "no such file"
+        raise ValueError(f"--init {file}: {found}: give a .pt or .pth, such as encoder.pt in a run folder")
     try:
         if zipfile.is_zipfile(file):  # older files of torchvision are none
             Utils.check_archive(file)
@@ -172,14 +173,19 @@ def list_backbones():
     return ["resnet8", *torchvision.models.list_models(module=torchvision.models)]
 
 
-def model_options(name, size):
-    """Return the keyword arguments that torchvision's model needs to be an encoder of images of that size."""
+def model_options(name, size, normalise=False):
+    """Return the keyword arguments that torchvision's model needs to be an encoder of images of that size.
+
+    normalise: whether the images are normalised by ImageNet's mean and standard deviation.
+    """
     if name.startswith("vit_"):
         return {"image_size": size}
     if name == "maxvit_t":
         return {"input_size": (size, size)}
     if name in ("googlenet", "inception_v3"):
-        return {"aux_logits": False, "init_weights": True}
+        options = {"aux_logits": False, "init_weights": True}
+        # torchvision's weights of these two expect another normalisation, which the models themselves then change to
+        return options | {"transform_input": True} if normalise else options
     return {}
 
 
@@ -226,10 +232,10 @@ def _without_values():
         hook.remove()
 
 
-def _build(name, small_stem, size):
+def _build(name, small_stem, size, normalise=False):
     if name == "resnet8":
         return ResNet8()
-    encoder = torchvision.models.get_model(name, weights=None, **model_options(name, size))
+    encoder = torchvision.models.get_model(name, weights=None, **model_options(name, size, normalise))
     encoder.set_submodule(find_classifier(encoder), nn.Identity())
     if small_stem:
         encoder.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)

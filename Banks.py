@@ -152,7 +152,7 @@ def find_generator(args, split, asked, fingerprint=""):
     file = Path(args.generator)
     if file.is_dir():
         file = first_rank_only(partial(Utils.newest_checkpoint, file))
-    if file is None:
+    if file is None or not file.exists():
         raise Utils.UserError(f"--generator {args.generator}: no checkpoint there: give a run of TrainCamNet.py")
     return file
 

@@ -67,6 +67,10 @@ class Run:
         script = re.search("TrainSimCLR|TrainISICLE|TrainCamNet", f"{folder.name} {record.get('starts')}")
         self.script = script[0] if script else "?"
         self.is_generator = self.script == "TrainCamNet"
+        starts = record.get("starts")
+        start = starts[-1] if isinstance(starts, list) and starts and isinstance(starts[-1], dict) else {}
+        if start.get("positives"):  # the generator that was found, which no flag has to name
+            self.flags["positives"] = start["positives"]
 
         self.flags.pop("eval", None)  # the scores themselves say of which split they are
 
@@ -330,8 +334,13 @@ def main(argv=None):
     """Read the runs, print the tables, write the files."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # for letters that its encoding lacks
     try:
-        folders = dict.fromkeys(folder for path in args.runs for folder in find_runs(path))
+        if args.plot and args.plot.suffix.lower() not in ("", ".png"):
+            raise UserError(f"--plot {args.plot}: the picture is a PNG: let its name end in .png")
+        # `Models/*` has a README.md as well
+        paths = [path for path in args.runs if len(args.runs) == 1 or not path.is_file()]
+        folders = dict.fromkeys(folder for path in paths or args.runs for folder in find_runs(path))
         runs = [Run(folder) for folder in folders]
         for run in runs:
             if run.problems:

@@ -11,7 +11,16 @@ import torch
 from Augmentations import Augmentation
 from Distributed import first_rank_first, notice, say
 from Images import Shapes
-from Images.Folders import Options, check_same_classes, check_size, folders_in, holds_images, load_folder, some
+from Images.Folders import (
+    Options,
+    check_same_classes,
+    check_size,
+    folders_in,
+    holds_images,
+    is_hidden,
+    load_folder,
+    some,
+)
 from Images.Split import Split, StreamedSplit
 from Lazy import LazyModule
 from Utils import UserError, expanded, nearest, shown
@@ -96,7 +105,7 @@ def _split_folders(root):
     return sorted(names)
 
 
-def _note_unread(row):
+def note_unread(row):
     """Print what next to a user's splits is not read: folders, such as other classes next to "train", and images."""
     if not row.folder:
         return
@@ -362,6 +371,18 @@ def place(data):
     return data if is_named(data) or not path.is_dir() else str(path.resolve())
 
 
+def is_read(data, folder):
+    """Return whether images in a folder, which need not exist, would be taken for those of --data PATH."""
+    row = get_row(data)
+    folder = Path(folder).resolve()
+    if not row.folder or not folder.is_relative_to(row.folder):
+        return False
+    parts = folder.relative_to(row.folder).parts
+    if any(is_hidden(part) for part in parts):
+        return False
+    return not _has_splits(row.folder) or parts[:1] in [("train",), (row.splits.get("val", "val"),), ("test",)]
+
+
 def get_row(data, size=None):
     """Return the row of a named data set, or a new one for the path of an image folder; UserError if it is neither."""
     if is_named(data):
@@ -396,7 +417,7 @@ def get_data_splits(data, eval="val", options=DEFAULT_OPTIONS):
     if eval not in ("val", "cv", "test"):
         raise UserError(f"--eval {eval}: choose val, cv or test")
     row = get_row(data, options.size)
-    _note_unread(row)
+    note_unread(row)
     train = row.load(row, "train", options)
     if eval == "val" and not row.has_val:
         if len(train.classes) > 1:
@@ -412,7 +433,7 @@ def get_data_splits(data, eval="val", options=DEFAULT_OPTIONS):
 def get_train_split(data, options=DEFAULT_OPTIONS):
     """Return only the train split of `get_data_splits`: the images that a generator learns from."""
     row = get_row(data, options.size)
-    _note_unread(row)
+    note_unread(row)
     return row.load(row, "train", options)
 
 

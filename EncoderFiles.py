@@ -98,6 +98,19 @@ def load_encoder(path):
     return Encoder(encoder, encoder_metadata(encoder, described, described.epoch, result), file, is_plain)
 
 
+def normalises(file):
+    """Return whether weights that --init can load were trained on normalised images; None if their file does not say.
+
+    Those of this repository say it: a checkpoint, an encoder.pt by its .json, and a .pt that Export.py wrote.
+    """
+    file = Path(file)
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    if isinstance(state.get("args"), dict):
+        return _said_by_checkpoint(file, state)[0]["normalise"]
+    said = state.get("metadata") or Utils.read_json(file.with_suffix(".json"))
+    return said.get("mean") is not None if isinstance(said, dict) and "mean" in said else None
+
+
 def _said_by_checkpoint(file, state):
     """Return what a checkpoint says of its encoder, with the names of DESCRIBED, and the scores of its epoch."""
     said = state["args"] if isinstance(state["args"], dict) else {}

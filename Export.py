@@ -186,7 +186,8 @@ def _model_code(metadata, library):
         return imports, [f'model = build_encoder("{name}", small_stem={metadata["small_stem"]}, size={size})']
     else:
         imports = ["import torch", "import torchvision"]
-        options = ", ".join(f"{key}={value}" for key, value in model_options(name, size).items())
+        options = model_options(name, size, normalise=metadata.get("mean") is not None)
+        options = ", ".join(f"{key}={value}" for key, value in options.items())
         layer = re.sub(r"\.(\d+)", r"[\1]", classifier_name(name, size))  # classifier.2 is classifier[2]
         lines = [f"model = torchvision.models.{name}({options})"]
         lines.append(f"model.{layer} = torch.nn.Identity()  # features instead of classes")
@@ -302,9 +303,10 @@ def open_split(args, size):
         row = Data.get_row(args.features, size)
         if args.split == "val" and not row.has_val:
             raise UserError(f"--split val: {row.name} has no validation split: choose train or test")
+        Data.note_unread(row)
         return row.folder or options.data_dir / row.name, row.load(row, args.split, options)
     except UserError as error:
-        raise UserError(str(error).replace("--data ", "--features ", 1)) from error
+        raise UserError(str(error).replace("--data ", "--features ")) from error
 
 
 @torch.no_grad()

@@ -151,10 +151,11 @@ def _meant_flag(flag, flags):
 def plain_parser(doc):
     """Return a parser without flags. doc: the docstring of the script: its first line describes it, its commands are
     the examples at the end of --help."""
+    doc = doc or ""  # python -OO removes docstrings
     commands = [line.strip() for line in doc.splitlines() if line.startswith("    ")]
     return Parser(
-        description=doc.splitlines()[0],
-        epilog="examples:\n  " + "\n  ".join(commands) if commands else None,
+        description=doc.partition("\n")[0],
+        epilog="examples:\n  " + "\n  ".join(commands) if commands else "",
         allow_abbrev=False,
         formatter_class=HelpFormatter,
     )
@@ -311,7 +312,10 @@ def _parse_resumed(argv, parser, file, stored):
     parser.set_defaults(**kept)
     args = parser.parse_args(argv)
     args.data = Data.place(args.data)
-    args.given = sorted({*given_flags(parser, argv), *kept})  # what the first start said or fitted stays
+    given = given_flags(parser, argv)
+    if "models_dir" not in given:  # the run may have been moved, with its generator
+        args.models_dir = str(Path(file).resolve().parents[1])
+    args.given = sorted({*given, *kept})  # what the first start said or fitted stays
 
     # flags that decide the result must not have changed; images, generators and banks are compared later, by content
     files = {each.dest for each in parser._actions if each.dest in FILE_FLAGS and not each.choices}
@@ -402,6 +406,15 @@ def file_options(args, device):
         skip_bad=args.skip_bad,
         device=str(device),
     )
+
+
+def check_models_dir(args):
+    """Raise UserError if the pictures of runs would become training images of the next run."""
+    if Data.is_read(args.data, args.models_dir):
+        raise Utils.UserError(
+            f"--models_dir {args.models_dir}: it lies among the images of --data {args.data}, and the pictures in it "
+            "would be taken for images: name a folder outside"
+        )
 
 
 def splits_for(args, device):

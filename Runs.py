@@ -73,17 +73,32 @@ def find_run(args, script, data, hyper, usual, fingerprint):
         return folder
     models = Path(args.models_dir)
     folder = models / run_name(script, data, hyper, usual, args.suffix)
-    if args.resume and not folder.exists():
-        for record in sorted(models.glob(f"{script}-*/args.json")):
-            stored = stored_flags(record.parent)
-            if not _has_flags(stored, args, hyper, usual):
-                continue
-            place = Utils.expanded(str(stored.get("data")))
-            if place == args.data or str(Path(place).resolve()) == args.data:
-                return record.parent
-            if _is_gone(place) and _learnt_from(record.parent, fingerprint()):
-                return record.parent
+    if not args.resume or folder.exists():
+        return folder
+    similar = {}  # runs on this --data, and how their flags differ
+    for record in sorted(models.glob(f"{script}-*/args.json")):
+        stored = stored_flags(record.parent)
+        different = _different_flags(stored, args, hyper, usual)
+        place = Utils.expanded(str(stored.get("data")))
+        is_here = place == args.data or str(Path(place).resolve()) == args.data
+        if not different and (is_here or (_is_gone(place) and _learnt_from(record.parent, fingerprint()))):
+            return record.parent
+        if is_here:
+            similar[record.parent] = different
+    _note_similar(similar, args.given, hyper)
     return folder
+
+
+def _note_similar(similar, given, hyper):
+    """Print which run --resume auto may have meant: one that differs only in flags that were not given.
+
+    These can depend on the number of images. similar: {run folder: {flag: its value}} of flags that differ.
+    """
+    similar = {folder: values for folder, values in similar.items() if not values.keys() & {*given, "suffix"}}
+    if similar:
+        folder = min(similar, key=lambda folder: len(similar[folder]))
+        values = ", ".join(f"--{name} {value} (here {hyper[name]})" for name, value in similar[folder].items())
+        Distributed.notice(f"--resume auto: no run of these flags: {Utils.shown(folder)} has {values}")
 
 
 def stored_flags(folder):
@@ -92,12 +107,12 @@ def stored_flags(folder):
     return Utils.current_flags(flags) if isinstance(flags, dict) else {}
 
 
-def _has_flags(stored, args, hyper, usual):
-    """Return whether a run's stored flags are these ones, --data left out."""
-    for key, value in hyper.items():
-        if key != "data" and stored.get(key, usual.get(key)) != value:
-            return False
-    return stored.get("suffix", "") == args.suffix
+def _different_flags(stored, args, hyper, usual):
+    """Return {flag: stored value} of a run's flags that differ from these ones, --data left out."""
+    asked = hyper | {"suffix": args.suffix}
+    usual = usual | {"suffix": ""}
+    found = {key: stored.get(key, usual.get(key)) for key in asked if key != "data"}
+    return {key: value for key, value in found.items() if value != asked[key]}
 
 
 def _is_gone(place):
@@ -265,10 +280,10 @@ class Run:
 
     TAGS: ClassVar = {"loss": "Loss/train", "knn": "Accuracy/knn", "linear": "Accuracy/linear"}
 
-    def __init__(self, folder, args, device, resumed_step=None, writes=True):
+    def __init__(self, folder, args, device, resumed_step=None, writes=True, positives=""):
         """Write args.json, and open the logs. resumed_step: drop what was logged after it; None: the run is new.
 
-        writes: False in all but the first of several processes.
+        writes: False in all but the first of several processes. positives: what identifies the generator or the bank.
         """
         self.folder = Path(folder)
         self.writes = writes
@@ -282,7 +297,10 @@ class Run:
         record = self.folder / "args.json"
         starts = (Utils.read_json(record) or {}).get("starts")
         starts = starts if isinstance(starts, list) else []
-        Utils.write_json(record, {"args": Utils.plain(args), "starts": [*starts, provenance(device)]})
+        start = provenance(device)
+        if positives:
+            start["positives"] = positives
+        Utils.write_json(record, {"args": Utils.plain(args), "starts": [*starts, start]})
         self.metrics = self.folder / METRICS
         if resumed_step is not None:
             self._drop_after(resumed_step)

@@ -711,6 +711,7 @@ def prepare(args):
     """Adjust flags that were not given; return the device and the run folder. Raises UserError on what does not fit."""
     *_, device = Distributed.start(Devices.pick_device(args.device))
     torch.backends.cudnn.deterministic = args.deterministic
+    Flags.check_models_dir(args)
     row = Data.get_row(args.data, args.size)
     args.image_size = row.size
     adjust_to_objective(args)

@@ -44,7 +44,7 @@ from Backbones import (
     stem_text,
 )
 from Distributed import say
-from EncoderFiles import encoder_metadata, save_encoder
+from EncoderFiles import encoder_metadata, normalises, save_encoder
 from Flags import bounded
 from Images.Split import StreamedSplit
 from Optimizers import build_optimizer, learning_rate, parameter_groups, set_learning_rate
@@ -662,8 +662,13 @@ def check_views(args, count):
 
 def check_init(args):
     """Raise UserError if the weights of --init do not fit, before anything that takes long."""
-    if args.init:
-        Flags.encoder_for(args)
+    if not args.init:
+        return
+    Flags.encoder_for(args)
+    normalised = normalises(args.init)
+    if normalised is not None and normalised != args.normalise:
+        expected = "with" if normalised else "without"
+        Distributed.notice(f"--init {Utils.shown(args.init)}: this encoder was trained {expected} --normalise")
 
 
 def note_unused(args):
@@ -725,6 +730,7 @@ def main(args, make_positives=same_pair, script=Path(__file__).stem, build_parse
     # device, images, run folder
     rank, world, device = Distributed.start(Devices.pick_device(args.device))
     torch.backends.cudnn.deterministic = args.deterministic
+    Flags.check_models_dir(args)
     row = adjust_flags(args, world)
     check_memory(args, row, world, device)
     splits = Flags.splits_for(args, device)
@@ -787,7 +793,8 @@ def pretrain(args, row, folder, splits, trainer):
     trainer.positives.start_epoch(trainer.epoch - 1 if unscored else trainer.epoch)
 
     resumed_step = first_step if args.resume else None
-    run = Runs.Run(folder, args, trainer.device, resumed_step, writes=trainer.rank == 0)
+    positives = trainer.positives.fingerprint
+    run = Runs.Run(folder, args, trainer.device, resumed_step, writes=trainer.rank == 0, positives=positives)
     with contextlib.closing(run):
         describe(args, row, splits, trainer, folder)
         if run.writes and Evaluate.can_probe(splits):

@@ -161,7 +161,10 @@ def check_same_classes(train, other):
     if only_in_other:
         found.append(f"only in {other_name}: {some(only_in_other)}")
     reason = "; ".join(found) or "the same in another order"
-    raise UserError(f"{other_name}: not the classes of {train_name} ({reason}): give both the same class folders")
+    raise UserError(
+        f"{other_name}: not the classes of {train_name} ({reason}): give both the same class folders, or score by "
+        "--eval cv"
+    )
 
 
 def check_size(size, n_bytes):

@@ -243,6 +243,19 @@ def test_an_encoder_that_normalises_does_as_torchvision():
     torch.testing.assert_close(normalising(images), wanted)
 
 
+@pytest.mark.parametrize("name, size", [("googlenet", 64), ("inception_v3", 75)])
+def test_weights_of_imagenet_get_the_images_that_they_expect(name, size, tmp_path):
+    options = {"aux_logits": True, "init_weights": False, "transform_input": True}  # as torchvision gives its weights
+    theirs = seeded(models.get_model, name, **options).eval()
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    encoder = build_encoder(name, False, size, normalise=True).eval()
+    Backbones.load_weights(encoder, tmp_path / "w.pth")
+    theirs.fc = nn.Identity()
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    wanted = theirs(tv.normalize(images, Backbones.IMAGENET_MEAN, Backbones.IMAGENET_STD))
+    torch.testing.assert_close(encoder(images), wanted)
+
+
 def test_the_head():
     head = build_head(12, 7, 5)
     assert [type(layer) for layer in head] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]

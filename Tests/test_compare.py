@@ -22,11 +22,14 @@ FLAGS = {"data": "shapes", "backbone": "resnet8", "epochs": 4, "lr": 0.5, "seed"
 GENERATOR_FLAGS = {"data": "shapes", "net": "tiny", "periods": 4, "seed": 0, "device": "cpu"}
 
 
-def save_run(folder, script="TrainSimCLR", epochs=4, evaluation=None, **flags):
+def save_run(folder, script="TrainSimCLR", epochs=4, evaluation=None, positives=None, **flags):
     """Write a run that has done `epochs` epochs of two steps, and its evaluation.json if there is one."""
     folder.mkdir(parents=True)
     args = (GENERATOR_FLAGS if script == "TrainCamNet" else FLAGS) | flags
-    record = {"args": args, "starts": [{"command": f"python {script}.py --seed {args['seed']}"}]}
+    start = {"command": f"python {script}.py --seed {args['seed']}"}
+    if positives:
+        start["positives"] = positives
+    record = {"args": args, "starts": [start]}
     (folder / "args.json").write_text(json.dumps(record))
     lines = []
     for epoch in range(1, epochs + 1):
@@ -70,6 +73,36 @@ def error(capsys, *argv):
 def test_flags_of_no_interest_are_those_of_flags():
     assert set(Compare.RUN_FLAGS.split()) | {"eval", "suffix"} == Flags.RUN_FLAGS
     assert Compare.RENAMED == Utils.RENAMED
+
+
+def test_runs_of_two_generators_are_no_two_seeds(tmp_path, capsys):
+    for seed, positives in enumerate(["0a1b2c3d", "0a1b2c3d", "99999999"]):
+        evaluation = {"knn": 0.5, "linear": 0.6 - 0.1 * seed}
+        save_run(tmp_path / str(seed), "TrainISICLE", evaluation=evaluation, positives=positives, seed=seed)
+    found = rows(show(capsys, tmp_path))
+    assert [row["seed"] for row in found] == ["0, 1", "2"]
+    assert [row["flags"] for row in found] == ["positives 0a1b2c3d", "positives 99999999"]
+
+
+def test_files_next_to_runs_are_passed_over(tmp_path, capsys):
+    for name in "ab":
+        save_run(tmp_path / name, lr=0.1 if name == "a" else 0.2)
+    (tmp_path / "README.md").write_text("as in Models/")
+    assert len(rows(show(capsys, *sorted(tmp_path.iterdir())))) == 2
+    assert "README.md: Not a directory: give a run folder" in error(capsys, tmp_path / "README.md")
+
+
+def test_letters_that_the_terminal_lacks(tmp_path):
+    for seed in (0, 1):
+        save_run(tmp_path / str(seed), evaluation={"knn": 0.5, "linear": 0.5 + 0.1 * seed}, seed=seed)
+    done = subprocess.run(
+        [sys.executable, ROOT / "Compare.py", tmp_path],
+        env={"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    assert r"55.0 \xb1 7.1" in done.stdout
 
 
 def test_best_first_with_the_flags_that_differ(tmp_path, capsys):
@@ -315,6 +348,12 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one_alone(tmp_path, capsy
     assert f"--csv {file}: cannot write it: No space left" in capsys.readouterr().err
     assert file.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["runs.csv"]
+
+
+@pytest.mark.parametrize("name", ["x.pdf", "x.jpg"])
+def test_a_plot_is_a_png(tmp_path, capsys, name):
+    assert f"{name}: the picture is a PNG" in error(capsys, save_run(tmp_path / "a"), "--plot", tmp_path / name)
+    assert not (tmp_path / name).exists()
 
 
 def test_a_plot_of_names_with_dollars(tmp_path):

@@ -439,6 +439,8 @@ def test_a_file_that_is_no_checkpoint_of_an_encoder_is_one_line(tmp_path, cli):
     one_line(lambda: evaluated(tmp_path), str(tmp_path), "holds no checkpoint", "give")
     (tmp_path / "text.pt").write_text("no")
     one_line(lambda: evaluated(tmp_path / "text.pt"), "text.pt", "damaged")
+    torch.save({"conv1.weight": torch.ones(2)}, tmp_path / "encoder.pt")
+    one_line(lambda: evaluated(tmp_path / "encoder.pt"), "encoder.pt is an encoder alone", "its run folder")
     for content, reason in (({"generator": 1}, "no encoder"), ([1], "no checkpoint"), (torch.ones(2), "no checkpoint")):
         torch.save(content, tmp_path / "other.pt")
         one_line(lambda: evaluated(tmp_path / "other.pt"), "other.pt", reason)
@@ -452,9 +454,14 @@ def test_data_that_cannot_be_scored_is_one_line(folder, tmp_path):
     one_line(lambda: evaluated(folder, "--eval", "test"), "no folder", "test")
 
 
-def test_a_place_that_cannot_be_written_is_one_line(folder, tmp_path, monkeypatch):
+def test_a_place_that_cannot_be_written_is_one_line(folder, monkeypatch):
     monkeypatch.setattr(Evaluate, "evaluate", lambda *rest: {"epoch": rest[-1], "split": "val", "n_test": 60})
-    one_line(lambda: evaluated(folder, "--out", tmp_path / "no" / "where.json"), "where.json")
+    one_line(lambda: evaluated(folder, "--out", "/proc/where.json"), "where.json", "by --out FILE")
+
+
+def test_a_place_that_does_not_exist_is_one_line_before_the_scores(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Evaluate, "read_run", lambda args: pytest.fail("too late"))
+    one_line(lambda: evaluated(folder, "--out", tmp_path / "no" / "where.json"), "where.json", "no folder", "make it")
 
 
 def test_a_net_that_does_not_fit_is_one_line(folder, tmp_path):

@@ -509,6 +509,15 @@ def test_images_without_classes(drawings, runs, export, tmp_path):
     assert [row[:3] for row in read_csv(tmp_path / "x.csv")[1]] == [[f"{k}.png", "-1", ""] for k in range(4)]
 
 
+def test_folders_that_are_not_read_are_named(drawings, runs, capfd, tmp_path):
+    (drawings / "train").mkdir()
+    (drawings / "disc").rename(drawings / "train" / "disc")
+    flags = ["--features", str(drawings), "--n_workers", "0", "--device", "cpu", "--out", str(tmp_path / "x.npz")]
+    Export.main(Export.get_args([str(runs("resnet8", True)), *flags]))
+    assert "folders that are not read: " in capfd.readouterr().err
+    assert len(np.load(tmp_path / "x.npz")["paths"]) == 3
+
+
 def test_a_run_and_its_data(whole, tree, export, tmp_path):
     """A run of TrainSimCLR.py: the features of its test split are those that it is scored on."""
     assert whole.code == 0, whole.err

@@ -1,8 +1,9 @@
 """Flags: what the user gave, in every script the same way."""
 
 import pytest
-from helpers import one_error, one_line
+from helpers import content, one_error, one_line, save_shapes
 
+import Data
 import Flags
 import TrainCamNet
 import TrainISICLE
@@ -34,6 +35,36 @@ def test_paths_begin_with_the_home_folder_also_after_an_equals_sign(monkeypatch)
     found = [args.models_dir, args.data_dir, args.bank, args.generator, args.init]
     assert found == [f"/somewhere/{letter}" for letter in "abcde"]
     assert TrainCamNet.get_args(["--lpips_weights=~/f"]).lpips_weights == "/somewhere/f"
+
+
+@pytest.mark.parametrize(
+    ("layout", "place", "is_read"),
+    [
+        ("a", "", True),
+        ("a", "runs", True),
+        ("a", "a/runs", True),
+        ("a", "a/../../runs", False),
+        ("a", ".runs", False),
+        ("train/a", "train/runs", True),
+        ("train/a", "valid/runs", True),
+        ("train/a", "runs", False),
+    ],
+)
+def test_where_images_are_looked_for(layout, place, is_read, tmp_path):
+    (tmp_path / "data" / layout).mkdir(parents=True)
+    if layout.startswith("train"):
+        (tmp_path / "data" / "valid").mkdir()
+    assert Data.is_read(str(tmp_path / "data"), tmp_path / "data" / place) == is_read
+    assert not Data.is_read("shapes", tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_runs_among_the_images_are_refused(cli, script, tmp_path):
+    save_shapes(tmp_path, 1, size=8)
+    before = content(tmp_path)
+    done = cli(["--data", tmp_path, "--models_dir", tmp_path / "runs", "--device", "cpu"], script=script)
+    one_error(done, f"--models_dir {tmp_path / 'runs'}: it lies among the images", "name a folder outside")
+    assert content(tmp_path) == before
 
 
 @pytest.mark.parametrize("flag", ["--data", "--resume", "--models_dir", "--bank", "--generator", "--init"])

@@ -54,9 +54,9 @@ def test_a_run_name_fits_a_file_system(tmp_path):
 # ---------------------------------------------------------------------------------------------------- folders
 
 
-def found(models, data, resume="auto", images="of the images", **other):
+def found(models, data, resume="auto", images="of the images", given=(), **other):
     """Return the folder of a run on this data. images: the fingerprint of what the folder holds."""
-    args = Namespace(models_dir=str(models), data=str(data), suffix="", resume=resume)
+    args = Namespace(models_dir=str(models), data=str(data), suffix="", resume=resume, given=given)
     hyper = HYPER | {"data": str(data)} | other
     return Runs.find_run(args, "TrainX", "tiny", hyper, HYPER, lambda: images)
 
@@ -78,6 +78,20 @@ def test_resume_auto_finds_the_run_whose_data_were_moved_and_no_other(tmp_path):
     assert found(tmp_path, tmp_path / "new", lr=0.2) != folder
     assert found(tmp_path, tmp_path / "new", resume=None) != folder
     assert found(tmp_path, "anywhere", resume=str(folder / "3.pt")) == folder
+
+
+def test_resume_auto_names_the_run_that_it_does_not_find(tmp_path, capsys):
+    data = tmp_path / "x"
+    data.mkdir()
+    folder = found(tmp_path / "m", data)
+    Run(folder, Namespace(**HYPER | {"data": str(data)}), CPU)
+    assert found(tmp_path / "m", data, given=["lr"], bs=16) != folder
+    assert f"--resume auto: no run of these flags: {folder} has --bs 8 (here 16)" in capsys.readouterr().err
+    found(tmp_path / "m", data, given=["bs"], bs=16)  # asked for another one
+    found(tmp_path / "m", tmp_path, bs=16)  # of other images
+    found(tmp_path / "m", data, resume=None, bs=16)
+    assert found(tmp_path / "m", data) == folder
+    assert capsys.readouterr().err == ""
 
 
 def test_a_folder_is_claimed_by_one_process_and_removed_if_nothing_was_written(tmp_path):

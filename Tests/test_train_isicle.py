@@ -87,6 +87,12 @@ def first(quick, models):
 # ---------------------------------------------------------------------------------------------------- a whole run
 
 
+def test_a_run_says_which_generator_it_has(first, models):
+    (start,) = json.loads((first.folder / "args.json").read_text())["starts"]
+    (bank,) = models.glob("TrainCamNet-*/bank-*-k3-*.npy")
+    assert bank.name.startswith(f"bank-{start['positives']}-")
+
+
 def test_a_run_makes_the_bank_and_ends_with_scores(first, models):
     assert "generator: " in first.out
     assert "made in" in first.out
@@ -755,6 +761,23 @@ def test_a_run_is_resumed_with_its_own_generator_not_with_a_newer_one(first, mod
     done = cli(argv)
     assert done.code == 0, done.err
     assert "this run is complete" in done.out
+
+
+def test_a_run_that_was_moved_with_its_generator_goes_on(first, models, tmp_path, cli):
+    shutil.copytree(models, tmp_path / "m")
+    folder = tmp_path / "m" / first.folder.name
+    for name in ("3.pt", "encoder.pt", "evaluation.json"):
+        (folder / name).unlink()
+    done = cli(["--resume", folder / "2.pt", "--device", "cpu"])
+    assert done.code == 0, done.err
+    assert f"generator: {tmp_path / 'm'}" in done.out
+    assert "continuing at step" in done.out
+    assert losses(folder) == losses(first.folder)
+
+
+def test_a_generator_that_is_not_there_is_one_line(quick, tmp_path, cli):
+    one_error(cli(quick(tmp_path / "m", "--generator", tmp_path / "no")), "--generator", "no checkpoint there")
+    assert not (tmp_path / "m").exists()
 
 
 def test_a_bank_that_was_moved_is_named_on_resume(quick, tmp_path, cli):

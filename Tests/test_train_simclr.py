@@ -811,3 +811,17 @@ def test_a_run_goes_on_without_the_weights_that_it_began_with(whole, quick, tmp_
     assert done.code == 0, done.err
     assert "no scores of the untrained encoder" in done.out
     assert "kNN on raw pixels" in done.out
+
+
+@pytest.mark.parametrize("name", ["3.pt", "encoder.pt"])
+def test_an_encoder_that_was_trained_on_other_values_is_told(whole, quick, tmp_path, cli, name):
+    argv = quick(tmp_path / "m", "--init", whole.folder / name, "--dry_run")
+    assert "--normalise" not in cli(argv).err
+    done = cli([*argv, "--normalise"])
+    assert done.code == 0, done.err
+    assert f"--init {whole.folder / name}: this encoder was trained without --normalise" in done.err
+
+
+def test_a_folder_is_no_file_of_weights(whole, quick, tmp_path, cli):
+    argv = quick(tmp_path / "m", "--init", whole.folder, "--dry_run")
+    one_error(cli(argv), f"--init {whole.folder}: it is a folder", "such as encoder.pt")
