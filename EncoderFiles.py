@@ -72,7 +72,7 @@ def save_encoder(file, encoder, metadata):
     Raises UserError on a full disk.
     """
     Utils.write_json(Path(file).with_suffix(".json"), metadata)
-    Utils.write_atomically(file, lambda scratch: torch.save(plain_weights(encoder), scratch))
+    Utils.write_tensors(file, plain_weights(encoder))
 
 
 def load_encoder(path):

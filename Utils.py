@@ -353,7 +353,17 @@ def save_(file, **parts):
     """Write {name: state} to `file`, atomically. parts: modules and optimizers (anything with a state_dict), and plain
     values: numbers, strings, tensors, lists and dictionaries of them, so that `weights_only=True` reads it back."""
     state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
-    write_atomically(file, lambda scratch: torch.save(state, scratch))
+    write_tensors(file, state)
+
+
+def write_tensors(file, content):
+    """Write tensors and plain values to `file` as torch.save does, atomically. Equal content gives equal bytes."""
+
+    def write(scratch):
+        with scratch.open("wb") as handle:  # given a name, torch.save would write it into the file
+            torch.save(content, handle)
+
+    write_atomically(file, write)
 
 
 def load_(file, **parts):

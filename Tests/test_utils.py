@@ -54,6 +54,12 @@ def test_a_heartbeat_speaks_until_its_end(capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_equal_content_gives_equal_bytes(tmp_path):
+    for name in ("a.pt", "another.pt"):
+        Utils.save_(tmp_path / name, weights={"w": torch.arange(5.0)}, epoch=1)
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "another.pt").read_bytes()
+
+
 def test_save_and_load_round_trip(tmp_path):
     net, optimizer = trained()
     plain = {"step": 7, "args": {"lr": 0.1, "name": "é", "none": None}, "random": {"torch": torch.get_rng_state()}}
