@@ -102,7 +102,8 @@ def load_weights(encoder, file):
         encoder.load_state_dict({name: value for name, value in state.items() if name not in classifier})
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"--init {file}: does not fit: {reason}: give the same --backbone and --stem") from error
+        remedy = "give the same --backbone and --stem, and for a transformer the same --size"
+        raise ValueError(f"--init {file}: does not fit: {reason}: {remedy}") from error
 
 
 def check_backbone(name, small_stem, size):

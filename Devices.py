@@ -1,6 +1,7 @@
 """Devices: which one is used, its random states, number formats and memory."""
 
 import os
+import re
 import resource
 import sys
 from pathlib import Path
@@ -29,7 +30,8 @@ def _device_of(name):
         if device.type != "cuda" or not torch.cuda.is_available():  # this would take memory of the first GPU
             torch.empty(1, device=device).item()  # the meta device has no numbers
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split("Expected one of")[0].strip()  # a list of twenty kinds
+        # the first sentence; a list of kinds of devices, or advice, follows
+        reason = re.split(r"\. |\n|Expected one of", str(error))[0].strip()
         raise UserError(f"--device {name}: {reason or 'torch has no such device'}: try --device auto") from error
     return device
 

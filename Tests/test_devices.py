@@ -35,6 +35,14 @@ def test_more_processes_than_gpus_are_one_line(two_gpus, monkeypatch, name):
     assert Devices.pick_device("cpu") == torch.device("cpu")
 
 
+@pytest.mark.parametrize("name", ["mps", "xla", "meta", "gpu", "", "cuda:"])
+def test_a_device_that_is_not_there_is_a_short_line(name):
+    if name == "mps" and torch.backends.mps.is_available():
+        pytest.skip("it is there")
+    line = one_line(lambda: Devices.pick_device(name), f"--device {name}", "try --device auto")
+    assert len(line) < 150
+
+
 def test_a_single_process_makes_its_gpu_the_current_one(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
