@@ -328,6 +328,21 @@ def test_photographs(name):
     agrees(records(name)[-1]["flags"]["p_gen"] == "auto", "the default")
 
 
+def test_cifar10_without_jitter():
+    scores = scores_of("arms-cifar10-25")
+    linear, deviations = lead(scores, "linear", "multi_crop", "simclr_full")
+    agrees(abs(linear) < deviations, f"the linear probes are equal: {linear:.1f} points")
+    knn, deviations = lead(scores, "knn", "multi_crop", "simclr_full")
+    agrees(-knn > deviations, f"four restorations are behind in kNN by {-knn:.1f} points, deviations: {deviations:.1f}")
+    says("Results/README.md", f"{-knn:.1f} points behind in kNN")
+    arms = Tables.by_arm(records("arms-cifar10-25"))
+    compute = {name: sum(Tables.compute_of(rows[0])) for name, rows in arms.items()}
+    times = f"{compute['multi_crop'] / compute['simclr_full']:.1f} times the compute"
+    says("Results/README.md", times)
+    level = mean(scores, "multi_crop", "linear")
+    says("README.md", f"four equal it in the linear probe ({level:.0f} %), for {times}")
+
+
 def test_photographs_without_jitter():
     scores = scores_of("arms-photos-64")
     lifted = []
