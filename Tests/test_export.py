@@ -213,8 +213,8 @@ def own_run(monkeypatch, tmp_path):
     build = Backbones._build
 
     def run(bessel=False):
-        def build_own(name, small_stem, size):
-            return Own(bessel) if name == "own" else build(name, small_stem, size)
+        def build_own(name, *rest):
+            return Own(bessel) if name == "own" else build(name, *rest)
 
         monkeypatch.setattr(Backbones, "list_backbones", lambda: ["own", *names])
         monkeypatch.setattr(Backbones, "_build", build_own)
