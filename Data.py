@@ -105,11 +105,16 @@ def _split_folders(root):
     return sorted(names)
 
 
+def _read_folders(row):
+    """Return the names of the folders of a user's splits."""
+    return ["train", row.splits.get("val", "val"), "test"]
+
+
 def note_unread(row):
     """Print what next to a user's splits is not read: folders, such as other classes next to "train", and images."""
     if not row.folder:
         return
-    read = ["train", row.splits.get("val", "val"), "test"]
+    read = _read_folders(row)
     unread = [name for name in _split_folders(row.folder) if name not in read]
     if unread:
         notice(f"{row.name}: folders that are not read: {some(unread, 8)}: its splits are {', '.join(read)}")
@@ -380,7 +385,7 @@ def is_read(data, folder):
     parts = folder.relative_to(row.folder).parts
     if any(is_hidden(part) for part in parts):
         return False
-    return not _has_splits(row.folder) or parts[:1] in [("train",), (row.splits.get("val", "val"),), ("test",)]
+    return not _has_splits(row.folder) or (bool(parts) and parts[0] in _read_folders(row))
 
 
 def get_row(data, size=None):

@@ -404,9 +404,9 @@ def read_run(args):
     if file is None:
         raise Utils.UserError(f"{args.checkpoint} holds no checkpoint: give a .pt file or another folder")
     state = Utils.load_(file)
-    if file.name == "encoder.pt":
-        raise Utils.UserError(f"{file} is an encoder alone: give its run folder, or EPOCH.pt in it")
     if not {"args", "encoder", "epoch"} <= state.keys():
+        if file.name == "encoder.pt":
+            raise Utils.UserError(f"{file} is an encoder alone: give its run folder, or EPOCH.pt in it")
         raise Utils.UserError(f"{file} holds no encoder: give a checkpoint of TrainSimCLR.py or TrainISICLE.py")
     Utils.check_run(file, state)
     given = {key: value for key, value in vars(args).items() if value is not None}
@@ -463,8 +463,7 @@ def main(args):
 
 def check_out(out):
     """Raise UserError where --out has no folder, or would be written over something else than such scores."""
-    if not out.parent.is_dir():
-        raise Utils.UserError(f"--out {out}: no folder {out.parent}: make it first")
+    Flags.check_folder_of(out)
     if out.resolve().name == "evaluation.json":
         raise Utils.UserError(f"--out {out}: this name is for the scores of a run itself: choose another")
     if out.is_file() and out.stat().st_size and Utils.read_json(out, ("split", "epoch", "protocol")) is None:

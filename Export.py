@@ -112,8 +112,7 @@ def check_out(out, endings):
     """Raise UserError if `out` cannot be written, or packages that its ending needs are not installed."""
     if out.suffix not in endings:
         raise UserError(f"--out {out}: ending not known: choose {', '.join(endings)}")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: no folder {out.parent}: make it first")
+    Flags.check_folder_of(out)
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder: name a file")
     missing = [name for name in PACKAGES.get(out.suffix, ()) if importlib.util.find_spec(name) is None]

@@ -71,6 +71,12 @@ def path(text):
     return Utils.expanded(text)
 
 
+def check_folder_of(out):
+    """Raise UserError if the file of --out has no folder to lie in."""
+    if not out.parent.is_dir():
+        raise Utils.UserError(f"--out {out}: no folder {out.parent}: make it first")
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of every flag that has one."""
 
