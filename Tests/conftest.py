@@ -34,6 +34,8 @@ OFTEN = "--log_iter 1 --save_iter 1 --eval_iter 0 --n_workers 0 --device cpu"
 os.environ["OMP_NUM_THREADS"] = "1"  # one thread here and in all processes started: the same bits everywhere
 torch.set_num_threads(1)
 
+OWN_PROCESS = ("test_pretend_device", "test_cuda")  # files that run only where they are named
+
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory, pytestconfig):
@@ -134,14 +136,18 @@ def fork(tmp_path):
         child.kill()
 
 
-def pytest_collection_finish():
-    """Collect garbage from here on, but not among what the imports have made: forks share that memory."""
+def pytest_collection_finish(session):
+    """Prepare this process for the tests that fork it."""
+    # collect garbage from here on, but not among what the imports have made: forks share that memory
     gc.freeze()
     gc.enable()
+    # the first gradient starts a thread for each device that torch knows, and a process with such threads cannot fork;
+    # torch.export makes torch know a CUDA device where there is none: compute a gradient before it
+    if not any(item.path.stem in OWN_PROCESS for item in session.items):
+        torch.zeros(1, requires_grad=True).sum().backward()
 
 
 def pytest_ignore_collect(collection_path, config):
     """Leave out the files that need a process of their own, unless they are named: see test_pretend.py, test_gpu.py."""
-    needs_own_process = collection_path.stem in ("test_pretend_device", "test_cuda")
     is_named = any(collection_path.stem in argument for argument in config.invocation_params.args)
-    return True if needs_own_process and not is_named else None
+    return True if collection_path.stem in OWN_PROCESS and not is_named else None
