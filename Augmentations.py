@@ -4,7 +4,7 @@ Every operation takes a batch (B, 3, H, W) in [0, 1] and parameters (B,), and eq
 name applied to each image (`to_gray`: `rgb_to_grayscale`). `Augmentation` draws the parameters on the CPU with
 torchvision's distributions, and sends all parameters of a call to a GPU in one copy, without waiting for it.
 
-Bicubic interpolation, solarisation and normalisation have no flag: they are for callers from Python.
+Bicubic interpolation, solarization and normalization have no flag: they are for callers from Python.
 """
 
 import math
@@ -86,7 +86,7 @@ def resized_crop(images, top, left, height, width, size, flip=None, interpolatio
 
 
 def _luma(x):
-    """Greyscale (B, 1, H, W) by ITU-R 601 with torchvision's digits."""
+    """Grayscale (B, 1, H, W) by ITU-R 601 with torchvision's digits."""
     red, green, blue = x.split(1, dim=1)
     return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
@@ -94,7 +94,7 @@ def _luma(x):
 def _adjust_tone_(x, factor, operation):
     """Adjust, in place, brightness, contrast or saturation of each image, as `operation` (B,) says.
 
-    All three blend the image with a target: black, the mean of the greyscale image, the greyscale image. factor (B,):
+    All three blend the image with a target: black, the mean of the grayscale image, the grayscale image. factor (B,):
     0 gives the target, 1 changes nothing.
     """
     gray = _luma(x)
@@ -104,9 +104,9 @@ def _adjust_tone_(x, factor, operation):
 
 
 def adjust_hue(x, shift, out=None):
-    """Turn the hue by `shift` (B,) in [-0.5, 0.5] of the colour circle, at constant HSV saturation and value.
+    """Turn the hue by `shift` (B,) in [-0.5, 0.5] of the color circle, at constant HSV saturation and value.
 
-    On the hexagonal colour circle, with red at 0, green at 1/3 and blue at 2/3, and chroma = max - min:
+    On the hexagonal color circle, with red at 0, green at 1/3 and blue at 2/3, and chroma = max - min:
         hue     = sign(green - blue) * (1 + (green + blue - red - min) / chroma) / 6
         channel = max - chroma * clamp(6 * distance(hue + shift, channel's place) - 1, 0, 1)
     The distance is the shorter one around the circle. out: where to write the result; it may be x.
@@ -123,7 +123,7 @@ def adjust_hue(x, shift, out=None):
 
 
 def to_gray(x):
-    """Greyscale in all three channels."""
+    """Grayscale in all three channels."""
     return _luma(x).expand_as(x).contiguous()
 
 
@@ -174,8 +174,8 @@ class Augmentation:
     """SimCLR's random views of a whole batch (Chen et al. 2020); parameters are drawn for each image.
 
     Crop and resize to `size`, mirror, jitter (brightness, contrast, saturation, hue in an order drawn for each image),
-    grey, blur, solarise, each with its probability; normalise. `crop_scale` None resizes the whole image; `jitter` None
-    leaves the colours; `blur_kernel` None is a tenth of `size`, odd, at least 3; `mean` None does not normalise.
+    gray, blur, solarize, each with its probability; normalize. `crop_scale` None resizes the whole image; `jitter` None
+    leaves the colors; `blur_kernel` None is a tenth of `size`, odd, at least 3; `mean` None does not normalize.
 
     size: in pixels. crop_scale: smallest and largest share of the area, in (0, 1]. crop_ratio: width / height, > 0.
     jitter: strengths of brightness, contrast and saturation (>= 0) and of hue (0 to 0.5). blur_kernel: odd, in pixels.
@@ -231,8 +231,8 @@ class Augmentation:
         if self.flip_p:
             parts.append("flip")
         if self.jitter_p and self.jitter:
-            parts.append(f"colour jitter {', '.join(f'{amount:g}' for amount in self.jitter)}")
-        for name, p in (("grey", self.gray_p), ("blur", self.blur_p), ("solarise", self.solarize_p)):
+            parts.append(f"color jitter {', '.join(f'{amount:g}' for amount in self.jitter)}")
+        for name, p in (("gray", self.gray_p), ("blur", self.blur_p), ("solarize", self.solarize_p)):
             if p:
                 parts.append(f"{name} with probability {p:g}")
         return ", ".join(parts) or "the images as they are"
@@ -282,7 +282,7 @@ class Augmentation:
     def apply(self, images, params):
         """Return views of images (B, 3, H, W), uint8 or float in [0, 1], with the parameters that `draw` returned.
 
-        The views are float32 (B, 3, size, size), in [0, 1] unless normalised. Raises ValueError on other shapes.
+        The views are float32 (B, 3, size, size), in [0, 1] unless normalized. Raises ValueError on other shapes.
         """
         _check_images(images)
         n = len(images)

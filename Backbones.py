@@ -54,26 +54,26 @@ class ResNet8(nn.Module):
         return self.stages(self.stem(x)).mean(dim=(2, 3))
 
 
-def build_encoder(name, small_stem, size, normalise=False):
+def build_encoder(name, small_stem, size, normalize=False):
     """Return an encoder with random weights and the attribute `num_features`, the length F of its output.
 
     name: "resnet8" or a classification model of torchvision, whose last layer becomes Identity. small_stem: give a
     ResNet of torchvision a 3x3 stem with stride 1 and no pooling (SimCLR, appendix B.9), for images of up to about
     64 pixels: the 7x7 stem and its pooling would quarter their side at once. resnet8 has one stem and ignores it.
-    size: side of the images in pixels. normalise: let the encoder itself normalise the images by ImageNet's mean and
+    size: side of the images in pixels. normalize: let the encoder itself normalize the images by ImageNet's mean and
     standard deviation, as weights that were trained on ImageNet expect. Raises what `check_backbone` raises.
     """
     num_features = check_backbone(name, small_stem, size)
-    encoder = _build(name, small_stem, size, normalise)
+    encoder = _build(name, small_stem, size, normalize)
     encoder.num_features = num_features
-    if normalise:
+    if normalize:
         encoder.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         encoder.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
-        encoder.register_forward_pre_hook(_normalise)
+        encoder.register_forward_pre_hook(_normalize)
     return encoder
 
 
-def _normalise(encoder, inputs):
+def _normalize(encoder, inputs):
     (images,) = inputs
     return (images - encoder.mean) / encoder.std
 
@@ -174,10 +174,10 @@ def list_backbones():
     return ["resnet8", *torchvision.models.list_models(module=torchvision.models)]
 
 
-def model_options(name, size, normalise=False):
+def model_options(name, size, normalize=False):
     """Return the keyword arguments that torchvision's model needs to be an encoder of images of that size.
 
-    normalise: whether the images are normalised by ImageNet's mean and standard deviation.
+    normalize: whether the images are normalized by ImageNet's mean and standard deviation.
     """
     if name.startswith("vit_"):
         return {"image_size": size}
@@ -185,8 +185,8 @@ def model_options(name, size, normalise=False):
         return {"input_size": (size, size)}
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}
-        # torchvision's weights of these two expect another normalisation, which the models themselves then change to
-        return options | {"transform_input": True} if normalise else options
+        # torchvision's weights of these two expect another normalization, which the models themselves then change to
+        return options | {"transform_input": True} if normalize else options
     return {}
 
 
@@ -233,10 +233,10 @@ def _without_values():
         hook.remove()
 
 
-def _build(name, small_stem, size, normalise=False):
+def _build(name, small_stem, size, normalize=False):
     if name == "resnet8":
         return ResNet8()
-    encoder = torchvision.models.get_model(name, weights=None, **model_options(name, size, normalise))
+    encoder = torchvision.models.get_model(name, weights=None, **model_options(name, size, normalize))
     encoder.set_submodule(find_classifier(encoder), nn.Identity())
     if small_stem:
         encoder.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)

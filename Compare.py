@@ -34,7 +34,7 @@ GENERATOR_CURVES = {"best_of_4": ("distance, best of 4 samples", 1), "diversity_
 RUN_FLAGS = """device n_workers data_dir storage skip_bad models_dir resume log_iter eval_iter save_iter sample_iter
 baselines precision compile deterministic cuda_graph small_stem image_size given dry_run chunk lpips_weights
 bank_storage"""
-RENAMED = {"m": "candidates"}  # a copy of Utils.RENAMED
+RENAMED = {"m": "candidates", "normalise": "normalize"}  # a copy of Utils.RENAMED
 OF_RUNS = (".pt", ".json", ".jsonl", ".npy")  # endings of the files that runs write
 
 
@@ -56,7 +56,7 @@ class Run:
         self.folder = folder
         self.problems = []  # with damaged files
 
-        # Flags: those that decide what is learnt, and which split is scored.
+        # Flags: those that decide what is learned, and which split is scored.
         record = next(self.objects("args.json"), {})
         args = record.get("args") if isinstance(record.get("args"), dict) else {}
         if not args:

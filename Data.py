@@ -37,7 +37,7 @@ TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1
 class Splits(NamedTuple):
     """What a run learns from and what it is scored on."""
 
-    train: Split | StreamedSplit  # label -1: none; such images are learnt from but not probed
+    train: Split | StreamedSplit  # label -1: none; such images are learned from but not probed
     test: Split | StreamedSplit  # the split that is scored; `train` itself under "cv"
     eval: str  # "val", "test", or "cv": stratified 3-fold on train
 
@@ -445,9 +445,9 @@ def get_train_split(data, options=DEFAULT_OPTIONS):
 def get_ssl_data_augs(data, color_s=None, *, aug="full", size=None, crop_min=None, gray_p=None, blur_p=None):
     """Return the random views that SimCLR trains on, a batched `Augmentation`; None stands for the row's recipe.
 
-    color_s: strength of the colour jitter, 0 to about 1: (.8, .8, .8, .2) times it, for four images of five.
+    color_s: strength of the color jitter, 0 to about 1: (.8, .8, .8, .2) times it, for four images of five.
     aug: "full"; "crop", crop and flip alone; or "none", the images as they are.
-    crop_min: smallest share of the area that a crop keeps. gray_p, blur_p: probabilities of greyscale and of blur.
+    crop_min: smallest share of the area that a crop keeps. gray_p, blur_p: probabilities of grayscale and of blur.
     """
     row = get_row(data, size)
     if aug == "none":

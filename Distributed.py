@@ -246,7 +246,7 @@ def wrap(net, device, compiled=False):
     if not is_joined():
         return net
     cards = [device] if device.type == "cuda" else None
-    # broadcast_buffers: the statistics of batch normalisation are the same in all processes
+    # broadcast_buffers: the statistics of batch normalization are the same in all processes
     return nn.parallel.DistributedDataParallel(net, device_ids=cards, broadcast_buffers=False)
 
 
@@ -264,8 +264,8 @@ class _Sum(torch.autograd.Function):
         return _Sum.forward(ctx, gradient)
 
 
-class _Normalise(torch.autograd.Function):
-    """Batch normalisation by the mean and variance of all processes, with its exact gradient.
+class _Normalize(torch.autograd.Function):
+    """Batch normalization by the mean and variance of all processes, with its exact gradient.
 
     x: (B, C, ...), a process's share; statistics: (2, C), mean and variance of all shares; count: values of a channel
     in all shares. torch computes it in one pass, as it does for one process; only the sums of a channel are exchanged.
@@ -287,7 +287,7 @@ class _Normalise(torch.autograd.Function):
         constant = (mean, variance, None, None, False, ctx.eps, [True, True, True])
         of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(gradient, x, weight, *constant)
 
-        # What they add to it: a linear function of the normalised x, so a batch normalisation, too.
+        # What they add to it: a linear function of the normalized x, so a batch normalization, too.
         of_all = torch.stack([of_weight, of_bias])
         dist.all_reduce(of_all)
         slope, offset = of_all * weight * (variance + ctx.eps).rsqrt() / ctx.count
@@ -296,7 +296,7 @@ class _Normalise(torch.autograd.Function):
 
 
 class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation over the equal shares of all processes; its state is that of BatchNorm1d and 2d."""
+    """Batch normalization over the equal shares of all processes; its state is that of BatchNorm1d and 2d."""
 
     def _check_input_dim(self, x):
         pass
@@ -322,4 +322,4 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.num_batches_tracked += 1
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        return _Normalise.apply(x, self.weight, self.bias, torch.stack([mean, variance]), count, self.eps)
+        return _Normalize.apply(x, self.weight, self.bias, torch.stack([mean, variance]), count, self.eps)

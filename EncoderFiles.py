@@ -19,7 +19,7 @@ from Utils import UserError
 NOT_SCORES = ("protocol", "pairs", "epoch")  # keys of evaluation.json
 LARGEST_SIDE = 2**16  # of images, in pixels
 # What a file must say of its encoder, with the types.
-DESCRIBED = {"backbone": str, "small_stem": bool, "image_size": int, "normalise": bool, "data": str, "epoch": int}
+DESCRIBED = {"backbone": str, "small_stem": bool, "image_size": int, "normalize": bool, "data": str, "epoch": int}
 
 
 class Encoder(NamedTuple):
@@ -38,8 +38,8 @@ def encoder_metadata(encoder, described, epoch, result=None):
     result: the content of evaluation.json, if there is one.
     """
     size = described.image_size
-    normalise = described.normalise
-    normalisation = "normalised by ImageNet's mean and std" if normalise else "not normalised by a mean and a std"
+    normalize = described.normalize
+    normalization = "normalized by ImageNet's mean and std" if normalize else "not normalized by a mean and a std"
     scores = {}
     for key, value in (result or {}).items():
         if key not in NOT_SCORES and isinstance(value, (int, float, str)):
@@ -50,9 +50,9 @@ def encoder_metadata(encoder, described, epoch, result=None):
         "stem": stem_text(encoder) or f"that of {described.backbone}",
         "image_size": size,
         "num_features": encoder.num_features,
-        "input": f"RGB, float32 (B, 3, {size}, {size}), {normalisation}",
-        "mean": list(IMAGENET_MEAN) if normalise else None,
-        "std": list(IMAGENET_STD) if normalise else None,
+        "input": f"RGB, float32 (B, 3, {size}, {size}), {normalization}",
+        "mean": list(IMAGENET_MEAN) if normalize else None,
+        "std": list(IMAGENET_STD) if normalize else None,
         "value_range": [0.0, 1.0],
         "resizing": f"shorter side to {size} px, bilinear with antialiasing, then the central square",
         "data": Utils.shown(Path(described.data).name),
@@ -84,38 +84,38 @@ def load_encoder(path):
     file = _find(Path(path))
     state = Utils.load_(file)
     is_plain = "encoder" not in state
-    weights = state if is_plain else state["encoder"]
-    if "args" in state and not is_plain:
-        said, result = _said_by_checkpoint(file, state)
-    else:
-        said = Utils.read_json(file.with_suffix(".json")) if is_plain else state.get("metadata")
-        said = said if isinstance(said, dict) else {}
-        said = said | {"normalise": said.get("mean") is not None}
-        result = said.get("scores")
-    described = _checked(file, said)
-    encoder = _build(file, weights, described)
+    said, result = _said(file, state)
+    described = _checked(file, {"normalize": False} | said)  # older versions did not normalize, nor say so
+    encoder = _build(file, state if is_plain else state["encoder"], described)
     result = result if isinstance(result, dict) else {}
     return Encoder(encoder, encoder_metadata(encoder, described, described.epoch, result), file, is_plain)
 
 
-def normalises(file):
-    """Return whether weights that --init can load were trained on normalised images; None if their file does not say.
+def normalizes(file):
+    """Return whether weights that --init can load were trained on normalized images; None if their file does not say.
 
     Those of this repository say it: a checkpoint, an encoder.pt by its .json, and a .pt that Export.py wrote.
     """
-    file = Path(file)
     state = torch.load(file, map_location="cpu", weights_only=True)
-    if isinstance(state.get("args"), dict):
-        return _said_by_checkpoint(file, state)[0]["normalise"]
-    said = state.get("metadata") or Utils.read_json(file.with_suffix(".json"))
-    return said.get("mean") is not None if isinstance(said, dict) and "mean" in said else None
+    return _said(Path(file), state)[0].get("normalize")
+
+
+def _said(file, state):
+    """Return what a file says of its encoder, with the names of DESCRIBED, and its scores. state: its content."""
+    if "args" in state and "encoder" in state:
+        return _said_by_checkpoint(file, state)
+    said = state.get("metadata") if "encoder" in state else Utils.read_json(file.with_suffix(".json"))
+    said = said if isinstance(said, dict) else {}
+    if "mean" in said:
+        said = said | {"normalize": said["mean"] is not None}
+    return said, said.get("scores")
 
 
 def _said_by_checkpoint(file, state):
     """Return what a checkpoint says of its encoder, with the names of DESCRIBED, and the scores of its epoch."""
-    said = state["args"] if isinstance(state["args"], dict) else {}
+    said = Utils.current_flags(state["args"]) if isinstance(state["args"], dict) else {}
     row = Data.DATASETS.get(str(said.get("data")), Data.DATASETS["folder"])
-    older = {"normalise": False, "image_size": said.get("size") or row.size}  # what older versions did not note
+    older = {"normalize": False, "image_size": said.get("size") or row.size}  # what older versions did not note
     result = Utils.read_json(file.parent / "evaluation.json") or {}
     if result.get("epoch") != state.get("epoch"):
         result = {}
@@ -149,7 +149,7 @@ def _find(path):
 def _build(file, weights, described):
     name = described.backbone
     try:
-        encoder = build_encoder(name, described.small_stem, described.image_size, described.normalise)
+        encoder = build_encoder(name, described.small_stem, described.image_size, described.normalize)
         encoder.load_state_dict(weights)
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
         name = Utils.shown(name)[:80]

@@ -38,12 +38,12 @@ PROTOCOL = {
     "knn_metric": "cosine, votes weighted by exp(similarity / knn_temperature)",
     "knn_k": 20,
     "knn_temperature": 0.1,
-    "linear": "softmax regression on standardised features, full batch, L-BFGS",
+    "linear": "softmax regression on standardized features, full batch, L-BFGS",
     "linear_l2": 1e-3,
     "linear_iterations": 100,
     "linear_aug_passes": 5,  # over train, each with new random views, all in one fit
     "folds": 3,
-    "selection": "none: the weights of this epoch, all labelled images of the split",
+    "selection": "none: the weights of this epoch, all labeled images of the split",
 }
 
 
@@ -134,13 +134,13 @@ def knn_accuracy(train, train_labels, test, test_labels, k=PROTOCOL["knn_k"], te
 
 
 @torch.no_grad()
-def neighbours_kept(encoder, images, versions, k=20):
-    """Return a share in [0, 1] for each set of versions: how many of an image's k nearest neighbours its version has.
+def neighbors_kept(encoder, images, versions, k=20):
+    """Return a share in [0, 1] for each set of versions: how many of an image's k nearest neighbors its version has.
 
     It is averaged over the images.
 
-    images: uint8 (N, 3, S, S), among which neighbours are looked for, by cosine similarity of features in evaluation
-    mode. versions: float (Q, 3, S, S) in [0, 1] each, of the first Q images. An image is no neighbour of its version.
+    images: uint8 (N, 3, S, S), among which neighbors are looked for, by cosine similarity of features in evaluation
+    mode. versions: float (Q, 3, S, S) in [0, 1] each, of the first Q images. An image is no neighbor of its version.
     """
 
     def features(x):
@@ -150,13 +150,13 @@ def neighbours_kept(encoder, images, versions, k=20):
     known = features(to_float(images))
     k = min(k, len(known) - 1)
 
-    def neighbours(x):
+    def neighbors(x):
         return (x @ known.T).fill_diagonal_(-2).topk(k, dim=1).indices
 
     found = []
     for version in versions:
-        own = neighbours(known[: len(version)])
-        theirs = neighbours(features(version))
+        own = neighbors(known[: len(version)])
+        theirs = neighbors(features(version))
         found.append((theirs[:, :, None] == own[:, None]).any(dim=2).float().mean().item())
     return found
 
@@ -181,7 +181,7 @@ def fit_linear(train, train_labels, l2=PROTOCOL["linear_l2"], iterations=PROTOCO
 
 
 def linear_accuracy(train, train_labels, test, test_labels):
-    """Return the accuracy, in [0, 1], of `fit_linear` on features standardised by train: (N, F), (M, F)."""
+    """Return the accuracy, in [0, 1], of `fit_linear` on features standardized by train: (N, F), (M, F)."""
     mean = train.mean(dim=0)
     std = train.std(dim=0, correction=0) + 1e-6
     weight, bias = fit_linear((train - mean) / std, train_labels)
@@ -190,15 +190,15 @@ def linear_accuracy(train, train_labels, test, test_labels):
 
 
 def folds(splits):
-    """Return [(train rows, test rows)]: the labelled images that a probe learns from, and is scored on.
+    """Return [(train rows, test rows)]: the labeled images that a probe learns from, and is scored on.
 
     One pair for "val" and "test"; for "cv" three, all of `splits.train`, stratified: each class is divided evenly.
     """
     labels = splits.train.labels
-    labelled = (labels >= 0).nonzero().flatten()
+    labeled = (labels >= 0).nonzero().flatten()
     if splits.eval != "cv":
-        return [(labelled, (splits.test.labels >= 0).nonzero().flatten())]
-    shuffled = labelled[torch.randperm(len(labelled), generator=torch.Generator().manual_seed(0))]
+        return [(labeled, (splits.test.labels >= 0).nonzero().flatten())]
+    shuffled = labeled[torch.randperm(len(labeled), generator=torch.Generator().manual_seed(0))]
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     deal = torch.arange(len(by_class)) % PROTOCOL["folds"]
     return [(by_class[deal != k], by_class[deal == k]) for k in range(PROTOCOL["folds"])]
@@ -221,7 +221,7 @@ def mean_accuracy(probe, splits, train, test, passes=1):
 def with_few_labels(splits, share, seed=0):
     """Return the splits with a part of the labels of `train`: the same share of each class, at least one label.
 
-    share: in (0, 1]; seed: decides which. Raises UserError under "cv", where the same labels are learnt and scored.
+    share: in (0, 1]; seed: decides which. Raises UserError under "cv", where the same labels are learned and scored.
     """
     if splits.eval == "cv":
         raise Utils.UserError(f"--labels {share:g}: cross-validation scores on these labels: give --eval val or test")
@@ -238,9 +238,9 @@ def with_few_labels(splits, share, seed=0):
 
 def can_probe(splits):
     """Return whether there are labels of at least two classes, and enough of them to score with."""
-    n_labelled = int((splits.train.labels >= 0).sum())
+    n_labeled = int((splits.train.labels >= 0).sum())
     n_scored = int((splits.test.labels >= 0).sum())
-    enough = n_labelled >= PROTOCOL["folds"] if splits.eval == "cv" else n_labelled > 0 and n_scored > 0
+    enough = n_labeled >= PROTOCOL["folds"] if splits.eval == "cv" else n_labeled > 0 and n_scored > 0
     return len(splits.train.classes) > 1 and enough
 
 
@@ -277,7 +277,7 @@ def chance(splits):
 
 
 def fine_tune(encoder, splits, device, views, epochs, bs=256, lr=0.05, seed=0):
-    """Return the accuracy of a copy of the encoder trained further, with a linear layer on top, on the labelled images.
+    """Return the accuracy of a copy of the encoder trained further, with a linear layer on top, on the labeled images.
 
     SGD with Nesterov momentum .9, weight decay 5e-4, a cosine per step; views: the augmentation.
     """
@@ -291,7 +291,7 @@ def fine_tune(encoder, splits, device, views, epochs, bs=256, lr=0.05, seed=0):
         net = nn.Sequential(copy.deepcopy(encoder), linear).to(device)
         optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
         n_batches = math.ceil(len(rows) / bs)
-        if n_batches > 1 and len(rows) % bs == 1:  # batch normalisation needs two images
+        if n_batches > 1 and len(rows) % bs == 1:  # batch normalization needs two images
             n_batches -= 1
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * n_batches)
 
@@ -376,7 +376,7 @@ def get_args(argv=None):
     add = parser.add_argument
     add("checkpoint", type=Flags.path, help="a .pt file, or a run folder, whose newest checkpoint is used")
     add("--eval", choices=["val", "cv", "test"], help="split that is scored; default: as in the run")
-    data = "labelled images to score on: the run's own in another place, or others (transfer); default: the run's own"
+    data = "labeled images to score on: the run's own in another place, or others (transfer); default: the run's own"
     add("--data", help=data)
     labels = "share of each class's labels that probes and fine-tuning learn from"
     add("--labels", type=Flags.bounded(float, 1e-6, 1), default=1.0, metavar="SHARE", help=labels)
@@ -410,7 +410,8 @@ def read_run(args):
         raise Utils.UserError(f"{file} holds no encoder: give a checkpoint of TrainSimCLR.py or TrainISICLE.py")
     Utils.check_run(file, state)
     given = {key: value for key, value in vars(args).items() if value is not None}
-    run = argparse.Namespace(**usual_flags(file, state["args"]) | state["args"] | given)
+    stored = Utils.current_flags(state["args"])
+    run = argparse.Namespace(**usual_flags(file, stored) | stored | given)
     if args.data:  # a folder's images are resized to what the encoder has seen; a named data set has its own size
         run.size = None if Data.is_named(args.data) else run.image_size
     else:
@@ -497,7 +498,7 @@ def usual_flags(file, stored):
     """
     row = Data.DATASETS.get(str(stored.get("data", "shapes")), Data.DATASETS["folder"])
     usual = {"data": "shapes", "size": None, "eval": "val", "aug": "full", "seed": 0, "small_stem": row.small_images}
-    usual |= {"image_size": stored.get("size") or row.size, "init": None, "normalise": False}
+    usual |= {"image_size": stored.get("size") or row.size, "init": None, "normalize": False}
     usual |= {"n_workers": 2, "data_dir": str(DATA_DIR), "storage": "auto", "skip_bad": False}
     usual |= row.recipe_for("cuda")
     for key, value in usual.items():

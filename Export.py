@@ -162,7 +162,7 @@ def loading_code(metadata, file, library, is_plain):
         use = "features = model(images)"
     title = f"# {metadata['backbone']} after {metadata['epoch']} epochs on {metadata['data']}"
     images += "  # your images instead: RGB in [0, 1]"
-    if metadata.get("mean") is not None and file.suffix != ".onnx":  # an ONNX model normalises by itself
+    if metadata.get("mean") is not None and file.suffix != ".onnx":  # an ONNX model normalizes by itself
         mean, std = (f"torch.tensor({metadata[name]}).view(3, 1, 1)" for name in ("mean", "std"))
         images += f"\nimages = (images - {mean}) / {std}"
     use += f"  # (8, {metadata['num_features']})"
@@ -185,7 +185,7 @@ def _model_code(metadata, library):
         return imports, [f'model = build_encoder("{name}", small_stem={metadata["small_stem"]}, size={size})']
     else:
         imports = ["import torch", "import torchvision"]
-        options = model_options(name, size, normalise=metadata.get("mean") is not None)
+        options = model_options(name, size, normalize=metadata.get("mean") is not None)
         options = ", ".join(f"{key}={value}" for key, value in options.items())
         layer = re.sub(r"\.(\d+)", r"[\1]", classifier_name(name, size))  # classifier.2 is classifier[2]
         lines = [f"model = torchvision.models.{name}({options})"]

@@ -265,7 +265,7 @@ FILE_FLAGS = ("data", "generator", "bank", "init")
 
 
 def hyper_parameters(args):
-    """Return {flag: value} of the flags that decide what is learnt."""
+    """Return {flag: value} of the flags that decide what is learned."""
     return {key: value for key, value in vars(args).items() if key not in RUN_FLAGS}
 
 
@@ -474,7 +474,7 @@ def encoder_for(args, with_init=True):
     """
     torch.manual_seed(args.seed)
     with Utils.as_user_error():
-        encoder = build_encoder(args.backbone, args.small_stem, args.image_size, args.normalise)
+        encoder = build_encoder(args.backbone, args.small_stem, args.image_size, args.normalize)
         if args.init and with_init:
             load_weights(encoder, args.init)
     return encoder

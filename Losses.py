@@ -15,7 +15,7 @@ SIMILARITIES = 2**22  # similarities in memory at a time: 16 MiB in float32
 def nt_xent(z1, z2, temperature=0.5):
     """Return SimCLR's loss (Chen et al. 2020, arXiv:2002.05709, eq. 1), the mean over all 2N anchors.
 
-    z1, z2: (N, D), projections of two views of the same N images, not yet normalised. The positive of a view is
+    z1, z2: (N, D), projections of two views of the same N images, not yet normalized. The positive of a view is
     the other view of its image; the 2N - 2 views of other images are its negatives. temperature: > 0.
     Equal embeddings everywhere (collapse) give log(2N - 1).
     """
@@ -25,7 +25,7 @@ def nt_xent(z1, z2, temperature=0.5):
 def multi_positive(z, temperature=0.5, form="out"):
     """Return NT-Xent for M views of each image, the mean over all M N anchors.
 
-    z: (M, N, D), M >= 2 projections of the same N images, not yet normalised. An anchor has M - 1 positives.
+    z: (M, N, D), M >= 2 projections of the same N images, not yet normalized. An anchor has M - 1 positives.
     form: where the mean over an anchor's positives is taken (Khosla et al. 2020, arXiv:2004.11362):
         "out"  outside the logarithm, eq. 2: SupCon's and StableRep's loss;
         "in"   inside it, as a sum: -log(sum of positives / sum of all others).
@@ -55,7 +55,7 @@ def multi_positive(z, temperature=0.5, form="out"):
 def _losses_of(anchors, z, start, n, temperature, form):
     """Return the losses of `multi_positive` (A,) of A anchors, the rows of z (MN, D) from `start` on.
 
-    z: normalised; n: the number of images.
+    z: normalized; n: the number of images.
     """
     rows = torch.arange(start, start + len(anchors), device=z.device)
     s = anchors @ z.T / temperature  # (A, MN), cosine similarities over temperature
@@ -72,7 +72,7 @@ def _losses_of(anchors, z, start, n, temperature, form):
 
 
 def squared_distance(z1, z2):
-    """Return the mean squared distance, 0 to 4, of the normalised projections z1, z2 (N, D) of the same images."""
+    """Return the mean squared distance, 0 to 4, of the normalized projections z1, z2 (N, D) of the same images."""
     return (2 - 2 * F.cosine_similarity(z1, z2, dim=1)).mean()
 
 
@@ -118,7 +118,7 @@ FORMS = {  # --loss NAME
 def contrastive(z, temperature=0.5, form="lout", weight=1.0):
     """Return the loss of M views of N images: a scalar, float32 or better.
 
-    z: (M, N, D), M >= 2 projections of the same N images, not yet normalised. temperature: > 0. form: a key of FORMS;
+    z: (M, N, D), M >= 2 projections of the same N images, not yet normalized. temperature: > 0. form: a key of FORMS;
     with two views all of them are `nt_xent`. weight: >= 0, of the views after the second, with "ntxent" and "align".
     Raises ValueError on another form.
     """

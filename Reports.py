@@ -143,11 +143,11 @@ def show_pairs(run, x, captions, step=0, images=8):
 
 
 @torch.no_grad()
-def measure_pairs(net, positives, split, augmentation, step, device, labelled):
+def measure_pairs(net, positives, split, augmentation, step, device, labeled):
     """Measure the pairs by the net in evaluation mode; neither the net nor the random state of training changes.
 
     net: a ContrastiveNet; positives: a source like TrainSimCLR.SamePair, at `step`; split: the train split;
-    augmentation: the random views. labelled: measure `label_preservation` as well.
+    augmentation: the random views. labeled: measure `label_preservation` as well.
     alignment, uniformity, embedding_std: of the pairs' projections, see `Losses.view_statistics`. cosine_real:
     similarity of two views of an image; cosine_synthetic: of a view of the image and one of its restoration, if there
     is a generator.
@@ -173,7 +173,7 @@ def measure_pairs(net, positives, split, augmentation, step, device, labelled):
             measured["cosine_synthetic"] = F.cosine_similarity(anchor, project(synthetic)).mean()
         measured = {name: value.item() for name, value in measured.items()}
 
-        if labelled and synthetic is not None:
+        if labeled and synthetic is not None:
             measured |= label_preservation(net.encoder, positives, split, step, device)
     return measured
 
@@ -185,10 +185,10 @@ def label_preservation(encoder, positives, split, step, device):
     A linear probe learns from real images of the train split. "label_real": its accuracy on other images of
     this split; "label_synthetic": on the restorations of those.
     """
-    # a random part of the labelled images
-    labelled = (split.labels >= 0).nonzero().flatten()
-    order = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(0))
-    chosen = labelled[order[:PROBED]]
+    # a random part of the labeled images
+    labeled = (split.labels >= 0).nonzero().flatten()
+    order = torch.randperm(len(labeled), generator=torch.Generator().manual_seed(0))
+    chosen = labeled[order[:PROBED]]
 
     # features of the images and of their restorations
     real = []

@@ -81,7 +81,7 @@ def find_run(args, script, data, hyper, usual, fingerprint):
         different = _different_flags(stored, args, hyper, usual)
         place = Utils.expanded(str(stored.get("data")))
         is_here = place == args.data or str(Path(place).resolve()) == args.data
-        if not different and (is_here or (_is_gone(place) and _learnt_from(record.parent, fingerprint()))):
+        if not different and (is_here or (_is_gone(place) and _learned_from(record.parent, fingerprint()))):
             return record.parent
         if is_here:
             similar[record.parent] = different
@@ -120,7 +120,7 @@ def _is_gone(place):
     return Path(place).is_absolute() and not Path(place).exists()
 
 
-def _learnt_from(folder, fingerprint):
+def _learned_from(folder, fingerprint):
     """Return whether the newest checkpoint of a run says that it was trained on the images of this fingerprint."""
     checkpoint = Utils.newest_checkpoint(folder)
     return checkpoint is not None and Utils.load_(checkpoint).get("data_fingerprint") == fingerprint

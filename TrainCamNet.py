@@ -73,7 +73,7 @@ def build_parser(data="shapes", device_type="cpu"):
     group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help=flip)
     add_generator_flags(parser.add_argument_group("generator"))
     add_search_flags(parser.add_argument_group("search and distance"), device_type)
-    add_optimisation_flags(parser.add_argument_group("optimisation"))
+    add_optimization_flags(parser.add_argument_group("optimization"))
     run = Flags.add_run_group(parser, "periods")
     sample = "periods between pictures; 0: only at the end"
     run.add_argument("--sample_iter", type=bounded(int, 0), default=5, metavar="P", help=sample)
@@ -135,7 +135,7 @@ def add_search_flags(group, device_type):
     add("--lpips_weights", type=Flags.path, metavar="FILE", help=weights)
 
 
-def add_optimisation_flags(group):
+def add_optimization_flags(group):
     add = group.add_argument
     add("--periods", type=bounded(int, 1), metavar="P", help="number of times that codes are searched, then trained on")
     add("--visits", type=bounded(int, 1), metavar="V", help="training steps on each image in a period")
@@ -605,11 +605,11 @@ def build(args, device):
 
 
 def measure(trainer, single):
-    """Return the content of generator.json; single: the Trainer of the net that learnt from one code, or None."""
+    """Return the content of generator.json; single: the Trainer of the net that learned from one code, or None."""
     args = trainer.args
     held = trainer.held_out_images()
 
-    # what the generator is worth, next to two draws of the colour jitter in SimCLR's recipe for the data
+    # what the generator is worth, next to two draws of the color jitter in SimCLR's recipe for the data
     views = Data.get_ssl_data_augs(args.data, size=args.size)
     jitter = replace(views, crop_scale=None, flip_p=0.0, gray_p=0.0, blur_p=0.0)
     rng = torch.Generator().manual_seed(args.seed)

@@ -59,9 +59,9 @@ PAIRS = {  # --pair NAME
 
 # --p_gen auto, with a pair that has the image
 P_GEN_MAX = 0.5
-UNRESTORED = 0.2  # share of the epochs, the first ones, that have no restorations; then neighbours are compared
-QUERIES = 500  # images whose nearest neighbours are compared with those of their restorations
-NEIGHBOURS_AMONG = 2000  # images among which neighbours are looked for
+UNRESTORED = 0.2  # share of the epochs, the first ones, that have no restorations; then neighbors are compared
+QUERIES = 500  # images whose nearest neighbors are compared with those of their restorations
+NEIGHBORS_AMONG = 2000  # images among which neighbors are looked for
 
 # ---------------------------------------------------------------------------------------------------- flags
 
@@ -98,7 +98,7 @@ def add_positives(group):
     pairs = "; ".join(f"{name}: {pair.what}" for name, pair in PAIRS.items())
     add("--pair", choices=list(PAIRS), default="real_real_gen", help=f"views of a step; {pairs}")
     p_gen = "probability of each restoration of the pair; otherwise the image takes its place; auto: 0 in the first "
-    p_gen += f"fifth of the epochs, then at most {P_GEN_MAX:g}, less where restorations have other nearest neighbours "
+    p_gen += f"fifth of the epochs, then at most {P_GEN_MAX:g}, less where restorations have other nearest neighbors "
     p_gen += f"than their images; {P_GEN_MAX:g} for pairs without the image and in runs of one epoch"
     add("--p_gen", type=probability, default="auto", metavar="P", help=p_gen)
     add(
@@ -174,23 +174,23 @@ class Restored:
             self.p_gen = Distributed.first_rank_only(self.measured_p_gen)
 
     def measured_p_gen(self):
-        """Return the probability of a restoration by what the encoder has learnt so far; no label is used.
+        """Return the probability of a restoration by what the encoder has learned so far; no label is used.
 
-        p_gen = min(P_GEN_MAX, s^2). s: the share of an image's nearest neighbours that its restoration keeps, divided
-        by the share that a random view keeps; see `Evaluate.neighbours_kept`.
+        p_gen = min(P_GEN_MAX, s^2). s: the share of an image's nearest neighbors that its restoration keeps, divided
+        by the share that a random view keeps; see `Evaluate.neighbors_kept`.
         """
-        rows = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(0))[:NEIGHBOURS_AMONG]
+        rows = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(0))[:NEIGHBORS_AMONG]
         parts = self.split.batches(list(rows.split(256)), next(self.encoder.parameters()).device)
         images = torch.cat([part for _, part in parts])
         asked = images[:QUERIES]
         view = Flags.augmentation_for(self.args)(asked, torch.Generator().manual_seed(0))
         restored = self.synthetic(rows[:QUERIES], asked, step=0)
         k = min(20, max(1, len(images) // 10))
-        of_view, of_restored = Evaluate.neighbours_kept(self.encoder, images, [view, to_float(restored)], k)
+        of_view, of_restored = Evaluate.neighbors_kept(self.encoder, images, [view, to_float(restored)], k)
         share = of_restored / max(of_view, 1e-6)
         p_gen = round(min(P_GEN_MAX, share**2), 3)
         print(
-            f"--p_gen auto: {p_gen:g}: restorations keep {of_restored:.0%} of their images' nearest neighbours, "
+            f"--p_gen auto: {p_gen:g}: restorations keep {of_restored:.0%} of their images' nearest neighbors, "
             f"random views {of_view:.0%}",
             flush=True,
         )

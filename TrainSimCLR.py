@@ -7,7 +7,7 @@
     tensorboard --logdir Models
 
 Writes Models/RUN/: checkpoints, encoder.pt, scores, logs; Models/README.md lists the files. RUN is made of the script's
-name, the data and the flags that decide what is learnt.
+name, the data and the flags that decide what is learned.
 """
 
 import Signals  # first: a signal during the other imports then ends the program with one line
@@ -44,7 +44,7 @@ from Backbones import (
     stem_text,
 )
 from Distributed import say
-from EncoderFiles import encoder_metadata, normalises, save_encoder
+from EncoderFiles import encoder_metadata, normalizes, save_encoder
 from Flags import bounded
 from Images.Split import StreamedSplit
 from Optimizers import build_optimizer, learning_rate, parameter_groups, set_learning_rate
@@ -73,7 +73,7 @@ def build_parser(data="shapes", device_type="cpu", doc=__doc__, add_positives=ad
     add_data_flags(parser.add_argument_group("data and views"))
     add_positives(parser.add_argument_group("positives"))
     add_model_flags(parser.add_argument_group("model and loss"))
-    add_optimisation_flags(parser.add_argument_group("optimisation"))
+    add_optimization_flags(parser.add_argument_group("optimization"))
     add_run_flags(Flags.add_run_group(parser, "epochs"))
     Flags.set_recipe(parser, Data.get_row(data).recipe_for(device_type), data, device_type)
     return parser
@@ -87,11 +87,11 @@ def add_data_flags(group):
     )
     scored += "only for numbers that are reported"
     add("--eval", choices=["val", "cv", "test"], default="val", help=scored)
-    aug = "full: crop, flip, colour; crop: crop and flip; none: the images as they are"
+    aug = "full: crop, flip, color; crop: crop and flip; none: the images as they are"
     add("--aug", choices=["full", "crop", "none"], default="full", help=aug)
-    add("--color_s", type=bounded(float, 0, 2), metavar="S", help="strength of the colour jitter, 0 to about 1")
+    add("--color_s", type=bounded(float, 0, 2), metavar="S", help="strength of the color jitter, 0 to about 1")
     add("--crop_min", type=bounded(float, 0.001, 1), metavar="A", help="smallest part of the area that a crop keeps")
-    add("--gray_p", type=bounded(float, 0, 1), metavar="P", help="probability of a grey view")
+    add("--gray_p", type=bounded(float, 0, 1), metavar="P", help="probability of a gray view")
     add("--blur_p", type=bounded(float, 0, 1), metavar="P", help="probability of a blurred view")
 
 
@@ -103,11 +103,11 @@ def add_model_flags(group):
     add("--stem", choices=["auto", "small", "large"], default="auto", help=stem)
     init = "weights to continue from: torchvision's for this backbone, an encoder.pt or a checkpoint"
     add("--init", type=Flags.path, metavar="FILE", help=init)
-    normalise = "normalise images by ImageNet's mean and standard deviation, as weights trained on it expect"
-    add("--normalise", action="store_true", help=normalise)
+    normalize = "normalize images by ImageNet's mean and standard deviation, as weights trained on it expect"
+    add("--normalize", "--normalise", action="store_true", help=normalize)
     add("--proj_dim", type=bounded(int, 1), metavar="D", help="dimensions of a projection")
     add("--proj_hidden", type=bounded(int, 1), metavar="H", help="hidden units of the projection head")
-    add("--proj_norm", action=argparse.BooleanOptionalAction, help="batch normalisation in the projection head")
+    add("--proj_norm", action=argparse.BooleanOptionalAction, help="batch normalization in the projection head")
     loss = "; ".join(f"{name}: {form.what}" for name, form in Losses.FORMS.items())
     add("--loss", choices=list(Losses.FORMS), default="lout", help=loss)
     weight = "weight of the views after the second, with --loss ntxent or align"
@@ -115,12 +115,12 @@ def add_model_flags(group):
     add("--temp", type=bounded(float, 1e-3), metavar="T", help="temperature; if low, similar negatives weigh more")
 
 
-def add_optimisation_flags(group):
+def add_optimization_flags(group):
     add = group.add_argument
     batch = "images per step, over all processes; the incomplete last batch is dropped"
     add("--bs", type=bounded(int, 2), metavar="N", help=batch)
     chunk = "most views in a forward pass of a process (gradient caching): the net needs memory for N views only, and "
-    chunk += "a second forward pass; batch normalisation takes its statistics from N views; 0: all views at once"
+    chunk += "a second forward pass; batch normalization takes its statistics from N views; 0: all views at once"
     add("--chunk_views", type=bounded(int, 0), default=0, metavar="N", help=chunk)
     add("--epochs", type=bounded(int, 1), metavar="E", help="passes over the data")
     add("--opt", choices=["SGD", "Adam"], help="optimizer; SGD has Nesterov momentum")
@@ -527,7 +527,7 @@ def is_unscored(trainer, folder):
     return Distributed.first_rank_only(lambda: "cosine_real" not in Runs.logged_at(folder, trainer.step))
 
 
-def measure_pairs(trainer, labelled):
+def measure_pairs(trainer, labeled):
     """Return the measures of the pairs at the trainer's step; see `Reports.measure_pairs`."""
     return Reports.measure_pairs(
         net=trainer.net,
@@ -536,7 +536,7 @@ def measure_pairs(trainer, labelled):
         augmentation=trainer.augmentation,
         step=trainer.step,
         device=trainer.device,
-        labelled=labelled,
+        labeled=labeled,
     )
 
 
@@ -549,7 +549,7 @@ def finish_run(trainer, run, splits, again):
     logged = Runs.logged_at(run.folder, trainer.step)
     if not Evaluate.can_probe(splits):
         if "cosine_real" not in logged:
-            run.log(trainer.step, trainer.epoch, group="Pairs", **measure_pairs(trainer, labelled=False))
+            run.log(trainer.step, trainer.epoch, group="Pairs", **measure_pairs(trainer, labeled=False))
             run.show_flags(Flags.hyper_parameters(trainer.args))
         print("fewer than two classes, or too few labels: nothing to score")
         return {}
@@ -576,7 +576,7 @@ def finish_run(trainer, run, splits, again):
         result = Evaluate.evaluate(
             encoder, untrained, splits, trainer.augmentation, trainer.device, trainer.epoch, baselines
         )
-        result["pairs"] = measure_pairs(trainer, labelled=True)
+        result["pairs"] = measure_pairs(trainer, labeled=True)
     print(Evaluate.scores_table(result))  # before they are written: the disk may be full
 
     # files, what TensorBoard shows, and last the log: what it lacks is scored again after a kill
@@ -665,10 +665,10 @@ def check_init(args):
     if not args.init:
         return
     Flags.encoder_for(args)
-    normalised = normalises(args.init)
-    if normalised is not None and normalised != args.normalise:
-        expected = "with" if normalised else "without"
-        Distributed.notice(f"--init {Utils.shown(args.init)}: this encoder was trained {expected} --normalise")
+    normalized = normalizes(args.init)
+    if normalized is not None and normalized != args.normalize:
+        expected = "with" if normalized else "without"
+        Distributed.notice(f"--init {Utils.shown(args.init)}: this encoder was trained {expected} --normalize")
 
 
 def note_unused(args):
@@ -686,11 +686,11 @@ def note_unused(args):
 
 
 def check_chunks(args, net, smallest):
-    """Raise UserError if a chunk of --chunk_views has a single view and the net has batch normalisation."""
+    """Raise UserError if a chunk of --chunk_views has a single view and the net has batch normalization."""
     has_batch_norm = any(isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in net.modules())
     if args.chunk_views and smallest < 2 and has_batch_norm:
         raise Utils.UserError(
-            f"--chunk_views {args.chunk_views}: batch normalisation needs more than one view in every chunk: "
+            f"--chunk_views {args.chunk_views}: batch normalization needs more than one view in every chunk: "
             "use 3 or more, or 0"
         )
 

@@ -464,7 +464,7 @@ def all_finite(values):
     return not checks or bool(torch.stack(checks).all())
 
 
-RENAMED = {"m": "candidates"}  # flags of older versions: their names now
+RENAMED = {"m": "candidates", "normalise": "normalize"}  # flags of older versions: their names now
 
 
 def current_flags(stored):

@@ -32,7 +32,7 @@ from Benchmarks.Tables import arms_table
 from Flags import bounded
 
 EQUAL = "_equal_compute"  # end of the names of arms that take the compute of an arm of ISICLE, not its steps
-ALONE = "--p_gen 1 --aug crop"  # only the restorations make the views differ in colour
+ALONE = "--p_gen 1 --aug crop"  # only the restorations make the views differ in color
 ARMS = {  # name: (script, flags, what it is)
     "simclr_crop": ("TrainSimCLR.py", "--aug crop", "SimCLR, crop and flip only"),
     "simclr_crop_4_views": (

@@ -51,7 +51,7 @@ def collect(folder):
     flags = Runs.stored_flags(folder)
     starts = json.loads((folder / "args.json").read_text())["starts"]
 
-    # what was learnt, and how long it took up to the last epoch's scores
+    # what was learned, and how long it took up to the last epoch's scores
     record = {}
     for name in GENERATOR_FLAGS if is_generator else FLAGS:
         if name in flags:

@@ -4,7 +4,7 @@
     python -m Benchmarks.Decoding --data FOLDER    # files of your own, JPEG only; writes nothing unless --out is given
 
 Without --data, the files are JPEGs of the size of a photograph, made of the generated shapes. All variants make the
-same centre square; the difference is the mean absolute one to plain Pillow, in steps of 8 bits. Times are those of the
+same center square; the difference is the mean absolute one to plain Pillow, in steps of 8 bits. Times are those of the
 processor, so that other load on the machine counts little.
 """
 
@@ -28,7 +28,7 @@ import Signals
 import Utils
 from Flags import bounded
 from Images import Shapes
-from Images.Decode import _centre_box, decode
+from Images.Decode import _center_box, decode
 from Images.Folders import list_folder
 
 HEIGHT, WIDTH = 375, 500  # ImageNet's photographs are about this large
@@ -69,10 +69,10 @@ def write_files(folder, count):
 
 
 def pillow(path, size):
-    """Decode the whole image with Pillow, then resize the centre square."""
+    """Decode the whole image with Pillow, then resize the center square."""
     with Image.open(path) as image:
         image = image.convert("RGB")
-    image = image.resize((size, size), Image.Resampling.BILINEAR, _centre_box(image.size, size))
+    image = image.resize((size, size), Image.Resampling.BILINEAR, _center_box(image.size, size))
     return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
 
 

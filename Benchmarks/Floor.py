@@ -46,7 +46,7 @@ RATE_SECONDS = 0.5  # for each of them in a round
 KINDS = {  # kind of operation: its names, tried in this order
     "convolutions, backward": r"convolution_backward",
     "convolutions and products": r"convolution|aten::(add|b)?mm$|linear",
-    "normalisation": r"(batch|group|weight)_norm|vector_norm|norm_except",
+    "normalization": r"(batch|group|weight)_norm|vector_norm|norm_except",
     "optimizer": r"_fused_|_foreach_",
     "copies and layout": r"copy_|_to_copy|contiguous|clone|cat\b|stack|index|gather|fill_|zero_|repeat_interleave",
     "other operations": r"aten::",

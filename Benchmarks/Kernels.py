@@ -4,7 +4,7 @@
 
 Steps of TrainSimCLR.py, TrainISICLE.py and TrainCamNet.py, by the recipes of CIFAR-10 on a GPU, run on the pretend
 device of PretendDevice.py, with images of noise. The number of kernels depends on the net and on the flags, and on
---bs only where a batch is so small that it lacks some of the orders of the colour jitter. The bytes depend on both.
+--bs only where a batch is so small that it lacks some of the orders of the color jitter. The bytes depend on both.
 """
 
 import argparse

@@ -62,7 +62,7 @@ def draw_method(run, file):
     """Draw rows of x, c(x), three restorations and three views, for a generator's run folder.
 
     The third view is a restoration, as it is in training with probability --p_gen. The images are the first ones of the
-    train split whose third view is in colour: --gray_p makes some of them grey.
+    train split whose third view is in color: --gray_p makes some of them gray.
     """
     # restorations
     cpu = torch.device("cpu")
@@ -121,14 +121,14 @@ def draw_arms(records, file):
         values = [100 * row["linear"] for row in runs]
         mean = statistics.mean(values)
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        marker, colour = MARKERS[kind_of(runs[0]["title"])]
-        left.errorbar(mean, place, xerr=deviation, fmt=marker, color=colour, capsize=3)
+        marker, color = MARKERS[kind_of(runs[0]["title"])]
+        left.errorbar(mean, place, xerr=deviation, fmt=marker, color=color, capsize=3)
         left.annotate(f"{mean:.1f}", (mean, place), (0, 6), textcoords="offset points", ha="center", fontsize="small")
 
         # compute
         encoder, generator = Tables.compute_of(runs[0])
-        right.barh(place, encoder, color=colour, height=0.5)
-        right.barh(place, generator, left=encoder, color=colour, height=0.5, alpha=0.35, hatch="//")
+        right.barh(place, encoder, color=color, height=0.5)
+        right.barh(place, generator, left=encoder, color=color, height=0.5, alpha=0.35, hatch="//")
         total = f" {encoder + generator:.1f}"
         if generator:
             total += f", generator {generator:.1f}"

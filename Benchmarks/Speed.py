@@ -6,7 +6,7 @@
 
 Augmentation, on one core: ours on a batch; torchvision on PIL images and, by its v2, on uint8 tensors, one image after
 another; kornia on a batch. With --device cuda ours and kornia's are on the GPU. Step, data loading included:
-`TrainSimCLR.Trainer`, also without some of its optimisations; a plain loop over a DataLoader; the same loop with the
+`TrainSimCLR.Trainer`, also without some of its optimizations; a plain loop over a DataLoader; the same loop with the
 transform, head and loss of lightly, if it is installed; then three views instead of two. All see the same images,
 encoder and batch size, and take turns, so that other load on the machine affects them all.
 

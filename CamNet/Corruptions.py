@@ -31,7 +31,7 @@ def _to_float(images):
 def _luma(x):
     """Return the luminance (B, 1, H, W) of RGB images by ITU-R 601.
 
-    The weights add up to 1. Those of torchvision (0.2989 for red) do not, and would darken a grey image.
+    The weights add up to 1. Those of torchvision (0.2989 for red) do not, and would darken a gray image.
     """
     red, green, blue = x.split(1, dim=1)
     return 0.299 * red + 0.587 * green + 0.114 * blue
@@ -57,16 +57,16 @@ def _coarse(x, k):
         return projection @ x.float() @ projection
 
 
-def _around(centre, deviation, dims):
-    """Return centre + s * deviation, with the largest s <= 1 that keeps it in [0, 1]; one s for each group of values.
+def _around(center, deviation, dims):
+    """Return center + s * deviation, with the largest s <= 1 that keeps it in [0, 1]; one s for each group of values.
 
-    A group extends along dims. Its centre is in [0, 1] and its deviations have the (weighted) mean 0, so the result has
-    the mean `centre`. Clamping instead would shift the mean. The final clamp only removes rounding errors.
+    A group extends along dims. Its center is in [0, 1] and its deviations have the (weighted) mean 0, so the result has
+    the mean `center`. Clamping instead would shift the mean. The final clamp only removes rounding errors.
     """
-    room = torch.where(deviation > 0, 1 - centre, centre)
+    room = torch.where(deviation > 0, 1 - center, center)
     largest = room / torch.maximum(deviation.abs(), room).clamp(min=TINY)  # s <= 1 that each value allows
     s = largest.amin(dims, keepdim=True)
-    return (centre + s * deviation).clamp(0, 1)
+    return (center + s * deviation).clamp(0, 1)
 
 
 def _with_block_means(x, means):
@@ -92,12 +92,12 @@ def _parse(spec):
 
 
 class Corruption:
-    """The corruption `spec` of size x size images: first grey; then without low frequencies, or smaller; then masked.
+    """The corruption `spec` of size x size images: first gray; then without low frequencies, or smaller; then masked.
 
     spec is one of these, or several joined by + in any order:
     gray: luminance by ITU-R 601.
     detail<k>: removes the k x k lowest spatial frequencies (light and large areas). The remaining detail is
-        halved and centred at 0.5. Cannot be combined with down or mask.
+        halved and centered at 0.5. Cannot be combined with down or mask.
     down<k>: means over blocks of k x k pixels; k >= 2 divides size.
     mask<f>: hides round(f * cells) of the cells of an 8 x 8 grid over the (smaller) image, 0 < f < 1.
 
@@ -201,11 +201,11 @@ class Corruption:
         t and the resolution is a multiple of the other.
 
         t may be the side of any level of a pyramid over `size`, e.g. size / 4, size / 2, size. The corruption at side t
-        is grey, then the means over blocks of t / resolution pixels per side; where t <= resolution it is grey only,
+        is gray, then the means over blocks of t / resolution pixels per side; where t <= resolution it is gray only,
         and the condition is reduced to t first (`condition_at`).
 
-        Block means (of the luminance, if grey) are replaced by the condition, and the deviations from them are scaled
-        by one s <= 1 per block and channel. Then, if grey, the colours' deviations from the luminance are scaled by one
+        Block means (of the luminance, if gray) are replaced by the condition, and the deviations from them are scaled
+        by one s <= 1 per block and channel. Then, if gray, the colors' deviations from the luminance are scaled by one
         s <= 1 per pixel. With detail<k> the images keep their lowest frequencies and take the others from the
         condition; values outside [0, 1] are then clamped, so the agreement is not exact there, nor at smaller sides.
         """
@@ -213,14 +213,14 @@ class Corruption:
         side = x.shape[-1]
         condition = self.condition_at(condition.float(), side)
 
-        # The luminance or the colours that agree with the condition.
+        # The luminance or the colors that agree with the condition.
         field = _luma(x) if self.gray else x
         if self.taken:
             result = (_coarse(field, self.taken) + 2 * condition - 1).clamp(0, 1)
         else:
             result = _with_block_means(field, condition[:, : self.colors])
 
-        # The colours around that luminance.
+        # The colors around that luminance.
         if self.gray:
             result = _around(result, x - field, (1,))
 
@@ -232,7 +232,7 @@ class Corruption:
     def upsample(self, condition):
         """Return the condition as a picture, float32 (B, 3, size, size) in [0, 1]: what restorations are compared with.
 
-        Bicubic, clamped; grey in all three channels; hidden cells are 0.5.
+        Bicubic, clamped; gray in all three channels; hidden cells are 0.5.
         """
         x = condition[:, : self.colors].float()
         if self.masks:

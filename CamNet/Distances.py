@@ -1,4 +1,4 @@
-"""Distances between images. The search minimises them over codes, training over the generator's parameters.
+"""Distances between images. The search minimizes them over codes, training over the generator's parameters.
 
 Every distance is a module with three methods:
 features(images): a list of float32 tensors, computed from images (B, 3, s, s) in [0, 1].
@@ -66,14 +66,14 @@ class Patches(Pixels):
     """Euclidean distance of 4 x 4 patches of pixels, averaged over the patches and over the scales of `Pixels`.
 
     In [0, 1]: of each patch the root of its mean squared difference. Unlike `Pixels` it compares the pixels of a patch
-    together, so that the energy score sees whether their colours fit each other. Takes images of any side from 4 px.
+    together, so that the energy score sees whether their colors fit each other. Takes images of any side from 4 px.
     """
 
     def between(self, features, target_features):
         """Return the distances float32 (B * m,) from the features of B * m candidates and of B targets."""
         scales = []
         for x, y in zip(features, target_features, strict=True):
-            squares = _difference(x, y).square().mean(dim=2).flatten(0, 1)  # over the colours: (B * m, s, s)
+            squares = _difference(x, y).square().mean(dim=2).flatten(0, 1)  # over the colors: (B * m, s, s)
             means = F.avg_pool2d(squares[:, None], COARSEST, ceil_mode=True)
             lengths = (means + EPSILON).sqrt() - (torch.zeros_like(means) + EPSILON).sqrt()  # 0 for equal patches
             scales.append(lengths.mean((1, 2, 3)))
@@ -88,7 +88,7 @@ class LPIPS(_Distance):
     side: smaller images are first enlarged to this many pixels, bilinearly; 0: never.
     alpha: >= 0, weight of the mean squared difference of pixels in [0, 1].
 
-    Frozen, and always in eval mode. Autocast affects the backbone only: features are normalised and compared in
+    Frozen, and always in eval mode. Autocast affects the backbone only: features are normalized and compared in
     float32. Raises ValueError on other arguments and when the weights cannot be loaded.
     """
 

@@ -37,7 +37,7 @@ class Architecture:
     # "both": finer levels see c(x) and the previous output; "output": the output alone, as published for
     # super-resolution.
     level_input: str = "both"
-    # "he": initialisation of the style layers that keeps the style alive; "ref": the published one, where the style
+    # "he": initialization of the style layers that keeps the style alive; "ref": the published one, where the style
     # has no effect at step 0.
     init: str = "he"
 
@@ -182,13 +182,13 @@ class Mapping(nn.Module):
 
     def __init__(self, arch, before):
         super().__init__()
-        self.normalise = arch.init == "he"
+        self.normalize = arch.init == "he"
         self.first = nn.Linear(arch.z_dim, arch.w_dim)
         inputs = [arch.w_dim * (1 + before)] + [arch.w_dim] * (arch.map_depth - 2)
         self.rest = nn.ModuleList(nn.Linear(features, arch.w_dim) for features in inputs)
 
     def forward(self, z, styles):
-        if self.normalise:
+        if self.normalize:
             z = F.normalize(z, dim=1) * z.shape[1] ** 0.5
         w = torch.cat([F.leaky_relu(self.first(z), SLOPE), *styles], dim=1)
         for layer in self.rest:
@@ -276,7 +276,7 @@ class Generator(nn.Module):
             head_inputs = self.corruption.channels if self._head_sees_condition(side) else 0
             before = level if arch.mapping == "cumulative" else 0
             self.levels.append(Level(arch, level, inputs, head_inputs, before))
-        self._initialise()
+        self._initialize()
 
     def _check_sides(self):
         resolution = self.corruption.resolution
@@ -294,7 +294,7 @@ class Generator(nn.Module):
         """Return whether c(x) is finer than the working side of the level with this output side."""
         return self.corruption.resolution >= side
 
-    def _initialise(self):
+    def _initialize(self):
         for level in self.levels:
             affines = [block.affine for block in level.blocks]
             for layer in [level.mapping.first, *level.mapping.rest, *affines]:

@@ -13,7 +13,7 @@ DIVERSE = 8  # samples of an image, whose differences are measured
 SHOWN = 8  # rows, and samples in a row, of a picture
 AT_ONCE = 64  # images in a forward pass
 DIVERSITIES = ("pixels", "histogram", "distance")
-BINS = 16  # of a colour histogram, per channel
+BINS = 16  # of a color histogram, per channel
 # (distance of two samples) / (distance of a sample and the image). It is 1 if samples have the distribution of the
 # image given c(x). Below this, codes are of no use. Measured: generators 0.95 to 0.99, the same nets after training on
 # one code 0.40 to 0.46 (Results/camnet-*.json).
@@ -66,7 +66,7 @@ def perceptual_diversity(samples, distance):
 
 
 def histogram_diversity(samples):
-    """Return the mean distance of colour histograms over all pairs of the samples (B, K, 3, S, S), in [0, 1].
+    """Return the mean distance of color histograms over all pairs of the samples (B, K, 3, S, S), in [0, 1].
 
     The earth mover's distance of each channel's histogram (mean difference of the cumulative shares), their mean.
     """
@@ -143,7 +143,7 @@ class HeldOut:
     def measure(self, generator, single, jittered):
         """Return the measures of the generator, and of what it is compared with.
 
-        single: the net that was trained on one code, or None. jittered: two draws of colour jitter of each image,
+        single: the net that was trained on one code, or None. jittered: two draws of color jitter of each image,
         float (B, 2, 3, S, S) in [0, 1].
         """
         result = self.quality(self.samples(generator, KS[-1]), KS)
@@ -155,7 +155,7 @@ class HeldOut:
         result["bicubic"] = bicubic["best_of_1"]
         result["bicubic_consistency"] = bicubic["consistency"]
 
-        # colour jitter
+        # color jitter
         for name, value in self.quality(jittered, (1,)).items():
             if name.startswith("diversity_"):
                 result[f"jitter_{name}"] = value
@@ -207,7 +207,7 @@ def warning(result):
 
 def fitness_table(result):
     """Return generator.json as text: the generator next to what it is compared with."""
-    columns = {"generator": "", "one code (m = 1)": "single_code_", "bicubic": "bicubic_", "colour jitter": "jitter_"}
+    columns = {"generator": "", "one code (m = 1)": "single_code_", "bicubic": "bicubic_", "color jitter": "jitter_"}
     shown = dict(result)
     shown["bicubic_best_of_1"] = result["bicubic"]
     if "single_code" in result:

@@ -33,7 +33,7 @@ FORMATS = {
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 warnings.filterwarnings("ignore", module="PIL")  # mostly about EXIF blocks; what makes a file bad raises an error
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes of a text or colour profile: beyond Pillow's 1 MiB the pixels are refused
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes of a text or color profile: beyond Pillow's 1 MiB the pixels are refused
 
 # transpositions by the value of the EXIF tag less 2
 TURNS = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
@@ -69,11 +69,11 @@ def _to_8_bit(image):
         bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0]
     values = np.asarray(image).astype(np.int64)
     largest = 2**bits - 1
-    grey = Image.fromarray(((values * 255 + largest // 2) // largest).astype(np.uint8))
+    gray = Image.fromarray(((values * 255 + largest // 2) // largest).astype(np.uint8))
     clear = image.info.get("transparency")
     if clear is not None:
-        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
-    return grey
+        gray.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return gray
 
 
 def _to_rgb(image):
@@ -97,7 +97,7 @@ def _orientation(image):
     return value if isinstance(value, int) and 2 <= value <= 8 else 1
 
 
-def _centre_box(lengths, size):
+def _center_box(lengths, size):
     """Return the square (left, top, right, bottom) that torchvision's Resize and CenterCrop show, in source pixels."""
     near = []
     far = []
@@ -120,13 +120,13 @@ def _pixels(path, size):
         image = image.transpose(Image.Transpose[TURNS[orientation - 2]])
     if image.size != (size, size):
         # only the square is resized: the strips outside it would cost time, and a very long image memory
-        box = _centre_box(image.size, size)
+        box = _center_box(image.size, size)
         image = image.resize((size, size), Image.Resampling.BILINEAR, box, reducing_gap=3.0)
     return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
 
 
 def decode(path, size):
-    """Return the first frame of an image file, upright, its centre square resized: uint8 (3, size, size).
+    """Return the first frame of an image file, upright, its center square resized: uint8 (3, size, size).
 
     Reductions are antialiased; an image of size x size is not resampled; large JPEGs are decoded at a fraction. Raises
     BadFile if it fails.

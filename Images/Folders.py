@@ -34,7 +34,7 @@ class Options:
 
 
 class Listing(NamedTuple):
-    """The image files of a folder: N paths as str, their labels (int64, -1 = unlabelled), the names of the classes."""
+    """The image files of a folder: N paths as str, their labels (int64, -1 = unlabeled), the names of the classes."""
 
     paths: list
     labels: torch.Tensor
@@ -104,7 +104,7 @@ def _endings(left_out):
 
 
 def list_folder(folder, split=""):
-    """Return the Listing of a folder of CLASS/**/IMAGE, classes in order of name, or of images only (unlabelled).
+    """Return the Listing of a folder of CLASS/**/IMAGE, classes in order of name, or of images only (unlabeled).
 
     split: the name of a folder in every class folder, whose images alone are listed: CLASS/SPLIT/**/IMAGE.
     UserError: no such folder, no image in it, a class without image, images next to class folders, not readable.
@@ -126,10 +126,10 @@ def list_folder(folder, split=""):
         raise UserError(f"{shown(folder)}: no image in {place}: fill it with files of {endings}{others}")
     if not classes:
         return Listing(paths, torch.full((len(paths),), -1), classes, left_out)
-    return _labelled(folder, paths, classes, split, left_out)
+    return _labeled(folder, paths, classes, split, left_out)
 
 
-def _labelled(folder, paths, classes, split, left_out):
+def _labeled(folder, paths, classes, split, left_out):
     """Return the Listing of paths whose first folder is their class. UserError where they do not fit the classes."""
     start = len(str(folder).rstrip(os.sep)) + 1
     tops = [path[start:].split(os.sep, 1)[0] for path in paths]

@@ -1,8 +1,8 @@
-"""The embedded data set: ten outlines, whose colours tell nothing about them, generated from a seed in seconds.
+"""The embedded data set: ten outlines, whose colors tell nothing about them, generated from a seed in seconds.
 
-The class is the outline. Colours and textures of object and ground, position, scale, tilt, contrast and noise are drawn
-independently of it. So an encoder that matches two crops by their colours, which is easier, learns nothing about the
-class. This is the shortcut that SimCLR (Chen et al. 2020, section 3.1) describes for colour histograms.
+The class is the outline. Colors and textures of object and ground, position, scale, tilt, contrast and noise are drawn
+independently of it. So an encoder that matches two crops by their colors, which is easier, learns nothing about the
+class. This is the shortcut that SimCLR (Chen et al. 2020, section 3.1) describes for color histograms.
 """
 
 import math
@@ -20,7 +20,7 @@ def _box(u, v, width, height):
 
 
 def _triangle(u, v):
-    # equilateral, one corner up; its centre is 0.5 from each side
+    # equilateral, one corner up; its center is 0.5 from each side
     u = u.abs()
     v = v - 0.15
     return torch.maximum(v - 0.5, (math.sqrt(3) * u - v - 1.0) / 2)
@@ -76,7 +76,7 @@ def outline(name, u, v):
 
 
 def _textured(x, y, generator):
-    """Return (n, 3, H, W): two random colours each, mixed plain, in stripes, in checks or as a gradient."""
+    """Return (n, 3, H, W): two random colors each, mixed plain, in stripes, in checks or as a gradient."""
     n = len(x)
 
     def uniform(low, high):
@@ -100,7 +100,7 @@ def _textured(x, y, generator):
 
 
 def _set_contrast(ground, figure, generator):
-    """Shift the figure's brightness until it differs from the ground's, so that grey images show the outline, too."""
+    """Shift the figure's brightness until it differs from the ground's, so that gray images show the outline, too."""
     difference = (figure - ground).mean(dim=(1, 2, 3), keepdim=True)
     sign = torch.where(difference < 0, -1.0, 1.0)
     wanted = torch.empty_like(difference).uniform_(0.2, 0.5, generator=generator)
@@ -121,11 +121,11 @@ def draw(labels, size, generator, looks=None):
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     x = x.expand(n, -1, -1)
     y = y.expand(n, -1, -1)
-    centre_x, centre_y = torch.empty(2, n, 1, 1).uniform_(-0.3, 0.3, generator=generator)
+    center_x, center_y = torch.empty(2, n, 1, 1).uniform_(-0.3, 0.3, generator=generator)
     scale = torch.empty(n, 1, 1).uniform_(0.4, 0.75, generator=generator)
     tilt = torch.empty(n, 1, 1).uniform_(-math.pi / 6, math.pi / 6, generator=generator)
-    u = ((x - centre_x) * torch.cos(tilt) + (y - centre_y) * torch.sin(tilt)) / scale
-    v = ((y - centre_y) * torch.cos(tilt) - (x - centre_x) * torch.sin(tilt)) / scale
+    u = ((x - center_x) * torch.cos(tilt) + (y - center_y) * torch.sin(tilt)) / scale
+    v = ((y - center_y) * torch.cos(tilt) - (x - center_x) * torch.sin(tilt)) / scale
 
     # the fraction of each pixel that the outline covers
     distance = torch.empty(n, size, size)
@@ -133,7 +133,7 @@ def draw(labels, size, generator, looks=None):
         distance[labels == k] = outline(name, u[labels == k], v[labels == k])
     inside = (0.5 - distance * scale * size / 2).clamp(0, 1)[:, None]
 
-    # colours and textures, then noise
+    # colors and textures, then noise
     ground, figure = _set_contrast(_textured(x, y, looks), _textured(x, y, looks), looks)
     image = torch.lerp(ground, figure, inside)
     noise = torch.empty(n, 1, 1, 1).uniform_(0, 0.08, generator=looks)

@@ -35,7 +35,7 @@ class _Images:
 
 
 class Split(_Images):
-    """Images in memory: images uint8 (N, 3, S, S), labels int64 (N,) with -1 = unlabelled, the classes' names."""
+    """Images in memory: images uint8 (N, 3, S, S), labels int64 (N,) with -1 = unlabeled, the classes' names."""
 
     def __init__(self, images, labels, classes, name=""):
         """ValueError where shapes, types or labels do not fit. The labels stay on the CPU."""

@@ -74,7 +74,7 @@ def test_to_float_divides_uint8_by_255_and_returns_float32_itself():
     assert Augmentations.to_float(floats) is floats
 
 
-COLOUR = {  # in the order of ColorJitter's numbers, with the range of the factor or shift
+COLOR = {  # in the order of ColorJitter's numbers, with the range of the factor or shift
     "adjust_brightness": (0, 2),
     "adjust_contrast": (0, 2),
     "adjust_saturation": (0, 2),
@@ -83,20 +83,20 @@ COLOUR = {  # in the order of ColorJitter's numbers, with the range of the facto
 
 
 def adjust(name, images, values):
-    """One colour operation, as the jitter applies it."""
+    """One color operation, as the jitter applies it."""
     if name == "adjust_hue":
         return Augmentations.adjust_hue(images, values)
-    operation = torch.full((len(images),), list(COLOUR).index(name))
+    operation = torch.full((len(images),), list(COLOR).index(name))
     return Augmentations._adjust_tone_(images.clone(), values, operation)
 
 
-@pytest.mark.parametrize("name", COLOUR)
+@pytest.mark.parametrize("name", COLOR)
 @pytest.mark.parametrize("levels", [2, 4, 1 << 20])
-def test_colour_equals_torchvision(name, levels):
-    """Few levels make many ties between channels, greys, blacks and whites: the corners of the hue's formula."""
+def test_color_equals_torchvision(name, levels):
+    """Few levels make many ties between channels, grays, blacks and whites: the corners of the hue's formula."""
     g = seeded(2)
     images = torch.rand(20, 3, 17, 11, generator=g).mul(levels - 1).round().div(levels - 1)
-    low, high = COLOUR[name]
+    low, high = COLOR[name]
     values = torch.rand(20, generator=g) * (high - low) + low
     values[:2] = torch.tensor([low, high])
     before = images.clone()
@@ -109,7 +109,7 @@ def test_a_mix_of_tone_operations_equals_each_alone():
     images = torch.rand(9, 3, 8, 8, generator=seeded())
     factor = torch.linspace(0, 2, 9)
     mixed = Augmentations._adjust_tone_(images.clone(), factor, torch.arange(9) % 3)
-    for i, name in enumerate(list(COLOUR)[:3]):
+    for i, name in enumerate(list(COLOR)[:3]):
         assert_close(mixed[i::3], adjust(name, images[i::3], factor[i::3]), 1e-6)
 
 
@@ -142,7 +142,7 @@ def torchvision_view(image, aug, row):
     box = [row[key] for key in ("top", "left", "height", "width")]
     x = torchvision_crop(image, *box, aug.size, row["flip"], aug.interpolation)
     for operation in row["order"] if row["jitter"] else ():
-        name = list(COLOUR)[operation]
+        name = list(COLOR)[operation]
         x = getattr(tv, name)(x, float(row[name.removeprefix("adjust_")]))
     x = tv.rgb_to_grayscale(x, 3) if row["gray"] else x
     x = tv.gaussian_blur(x, aug.blur_kernel, float(row["sigma"])) if row["blur"] else x
@@ -166,7 +166,7 @@ def test_pipeline_equals_torchvision(settings, height, width):
     rows = [{key: values[i] for key, values in params.items()} for i in range(64)]
     views = aug.apply(images, params)
     expected = torch.stack([torchvision_view(x / 255, aug, row) for x, row in zip(images, rows)])
-    # rounding adds up over the operations, and normalising magnifies it; solarising is continuous at the threshold 0.5
+    # rounding adds up over the operations, and normalizing magnifies it; solarizing is continuous at the threshold 0.5
     assert_close(views, expected, 2e-5 if aug.mean is None else 1e-4)
 
 
@@ -300,7 +300,7 @@ def test_jitter_has_torchvisions_distribution():
 
 
 def test_masks_have_torchvisions_probabilities():
-    """torchvision's transforms act or do not; on a lopsided, coloured image the outcome shows which."""
+    """torchvision's transforms act or do not; on a lopsided, colored image the outcome shows which."""
     image = torch.arange(12.0).view(3, 2, 2) / 12
     acts = {
         "flip": v2.RandomHorizontalFlip(0.5),

@@ -235,12 +235,12 @@ def test_weights_are_loaded(tmp_path):
         assert torch.equal(value, theirs.state_dict()[name])
 
 
-def test_an_encoder_that_normalises_does_as_torchvision():
+def test_an_encoder_that_normalizes_does_as_torchvision():
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    normalising = seeded(build_encoder, "resnet8", True, 32, True).eval()
+    normalizing = seeded(build_encoder, "resnet8", True, 32, True).eval()
     plain = seeded(build_encoder, "resnet8", True, 32, False).eval()
     wanted = plain(tv.normalize(images, Backbones.IMAGENET_MEAN, Backbones.IMAGENET_STD))
-    torch.testing.assert_close(normalising(images), wanted)
+    torch.testing.assert_close(normalizing(images), wanted)
 
 
 @pytest.mark.parametrize("name, size", [("googlenet", 64), ("inception_v3", 75)])
@@ -248,7 +248,7 @@ def test_weights_of_imagenet_get_the_images_that_they_expect(name, size, tmp_pat
     options = {"aux_logits": True, "init_weights": False, "transform_input": True}  # as torchvision gives its weights
     theirs = seeded(models.get_model, name, **options).eval()
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
-    encoder = build_encoder(name, False, size, normalise=True).eval()
+    encoder = build_encoder(name, False, size, normalize=True).eval()
     Backbones.load_weights(encoder, tmp_path / "w.pth")
     theirs.fc = nn.Identity()
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))

@@ -45,7 +45,7 @@ def test_bank_holds_samples_of_every_image(tmp_path, generator, split):
         sample = generator.sample(condition, make_keys(key, number))[0]
         assert np.abs(images[row, number] / 255 - sample.numpy()).max() <= 0.5 / 255 + 1e-5
     differ = np.abs(images[:, 0].astype(int) - images[:, 1]).mean(axis=(1, 2, 3))
-    assert differ.min() > 0.1  # in steps of 1 / 255, of a net that has learnt nothing
+    assert differ.min() > 0.1  # in steps of 1 / 255, of a net that has learned nothing
     corrupted = generator.corruption(torch.from_numpy(images[:, 1]))
     assert (corrupted - generator.corruption(split.images)).abs().max() < 0.6 / 255  # but for the rounding to uint8
 

@@ -156,7 +156,7 @@ def changed_since(record):
             if name != "single_code" and value != theirs.get(name):  # which is only compared with
                 changed[f"generator: {name}"] = (value, theirs.get(name))
 
-    # the colour jitter that a generator is compared with
+    # the color jitter that a generator is compared with
     if "color_s" in record:
         recipe = Data.get_row(record["data"]).recipe
         if record["color_s"] != recipe["color_s"]:
@@ -278,7 +278,7 @@ def test_isicle_loses_at_equal_compute():
     agrees(shared > sum(Tables.compute_of(arms["simclr_full_extra_view"][0])), "compute of a shared generator")
 
 
-def test_restorations_replace_colour_jitter():
+def test_restorations_replace_color_jitter():
     scores = scores_of("arms-shapes")
     energy = scores_of("arms-shapes-energy")
     for score in ("knn", "linear"):

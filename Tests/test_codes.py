@@ -180,7 +180,7 @@ def test_the_halves_of_normals_are_independent():
     assert scipy.stats.kstest(angle, "uniform").pvalue > 1e-3
 
 
-def test_neighbouring_keys_are_independent():
+def test_neighboring_keys_are_independent():
     rows = normals(torch.arange(100), 2000)
     correlation = torch.corrcoef(rows.double()) - torch.eye(100)
     assert correlation.abs().max() < 6 / 2000**0.5

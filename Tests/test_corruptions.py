@@ -16,7 +16,7 @@ CASES = [(spec, side) for spec in SPECS for side in (4, 8, 16)]
 
 
 def pictures(seed=0, size=SIZE):
-    """(5, 3, size, size): noise, noise near 0, saturated colours, black, white."""
+    """(5, 3, size, size): noise, noise near 0, saturated colors, black, white."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(5, 3, size, size, generator=generator)
     x[1] = x[1] ** 8
@@ -204,10 +204,10 @@ def test_projection_does_not_change_images_that_agree(spec):
         torch.testing.assert_close(projected, level, rtol=0, atol=1e-6, msg=f"side {side}")
 
 
-def slow_around(centre, deviation):
+def slow_around(center, deviation):
     """A group of values (n,) around its mean, with the largest factor that some value in [0, 1] allows."""
-    room = [(1 - centre if d > 0 else centre) / abs(d) for d in deviation if d]
-    return centre + min([1.0, *room]) * deviation
+    room = [(1 - center if d > 0 else center) / abs(d) for d in deviation if d]
+    return center + min([1.0, *room]) * deviation
 
 
 def slow_project(image, condition, gray):
@@ -313,7 +313,7 @@ def reference_gray(x):
     return torch.from_numpy(np.stack([slow_luma(image.numpy()) for image in x])).float().expand(-1, 3, -1, -1)
 
 
-def test_upsample_shows_hidden_cells_grey():
+def test_upsample_shows_hidden_cells_gray():
     for spec in ("mask0.5", "gray+down2+mask0.5"):
         corruption = Corruption(spec, SIZE)
         condition = corruption(torch.full((5, 3, SIZE, SIZE), 0.5), KEYS)

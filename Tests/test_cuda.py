@@ -147,7 +147,7 @@ def test_batches_of_files_are_those_of_a_cpu(quick, tmp_path, storage):
 
 
 def test_the_first_step_is_that_of_a_cpu(quick, tmp_path):
-    """Later steps differ: a net with batch normalisation makes rounding errors larger in every step."""
+    """Later steps differ: a net with batch normalization makes rounding errors larger in every step."""
     logged = []
     for name, device in (("a", "cpu"), ("b", "cuda")):
         folder = tmp_path / name

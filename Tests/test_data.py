@@ -1,4 +1,4 @@
-"""Data and Shapes: every row, folders of every layout, the downloads from a local server, and what colours tell."""
+"""Data and Shapes: every row, folders of every layout, the downloads from a local server, and what colors tell."""
 
 import contextlib
 import hashlib
@@ -126,7 +126,7 @@ def test_redrawn_shapes_keep_their_outlines_and_nothing_else(monkeypatch):
     images, redrawn = Shapes.make_split("train", 16)[0], Shapes.redraw_split("train", 3, 16)
     assert redrawn.shape == (600, 3, 3, 16, 16) and redrawn.dtype == torch.uint8
     everything = torch.cat([images[:, None], redrawn], dim=1)
-    means = everything.float().mean(dim=(3, 4)).flatten(2)  # of the colours
+    means = everything.float().mean(dim=(3, 4)).flatten(2)  # of the colors
     assert all((means[:, i] - means[:, j]).abs().mean() > 20 for i in range(4) for j in range(i))
     monkeypatch.setattr(Shapes, "_set_contrast", lambda ground, figure, looks: (0 * ground, 0 * figure + 1))
     outlines = Shapes.make_split("train", 16)[0] > 127, Shapes.redraw_split("train", 3, 16) > 127
@@ -136,17 +136,17 @@ def test_redrawn_shapes_keep_their_outlines_and_nothing_else(monkeypatch):
     assert (outlines[0][1:] != outlines[0][:-1]).float().mean() > 0.1
 
 
-def test_colours_say_nothing_about_the_class(shapes):
-    def colours(split):
+def test_colors_say_nothing_about_the_class(shapes):
+    def colors(split):
         x = split.images.float().flatten(2) / 255
         edges = torch.linspace(0, 1, 9)
         bins = torch.bucketize(x, edges[1:-1])
         histogram = torch.stack([(bins == k).float().mean(2) for k in range(8)], 2).flatten(1)
-        grey = x.mean(1)
-        return torch.cat([x.mean(2), x.std(2), grey.mean(1, keepdim=True), grey.std(1, keepdim=True), histogram], 1)
+        gray = x.mean(1)
+        return torch.cat([x.mean(2), x.std(2), gray.mean(1, keepdim=True), gray.std(1, keepdim=True), histogram], 1)
 
     train, test = shapes["test"].train, shapes["test"].test
-    accuracy = Evaluate.linear_accuracy(colours(train), train.labels, colours(test), test.labels)
+    accuracy = Evaluate.linear_accuracy(colors(train), train.labels, colors(test), test.labels)
     assert accuracy < 0.16  # chance is 0.1
 
 
@@ -322,7 +322,7 @@ def test_an_error_says_what_would_make_a_layout(tmp_path):
     assert "rename Testing to test, Training to train" in found[1]
 
 
-def test_unlabelled_images_alone(tmp_path):
+def test_unlabeled_images_alone(tmp_path):
     save(tmp_path / "images/0.PNG", np.zeros((8, 8, 3), np.uint8))
     assert splits(tmp_path / "images", "cv", data_dir=tmp_path).train.labels.tolist() == [-1]
 
@@ -489,15 +489,15 @@ def tiny_zip(server, monkeypatch):
     archive, root = folder / "tiny-imagenet-200.zip", folder / "made/tiny-imagenet-200"
     notes = []
     for label, wnid in enumerate(WNIDS):
-        grey = np.full((64, 64, 3), 80 * label, np.uint8)
+        gray = np.full((64, 64, 3), 80 * label, np.uint8)
         for index in range(2):
-            save(root / f"train/{wnid}/images/{wnid}_{index}.JPEG", grey)
+            save(root / f"train/{wnid}/images/{wnid}_{index}.JPEG", gray)
         (root / f"train/{wnid}/{wnid}_boxes.txt").write_text("boxes")
         for index in range(label, 9, 3):
-            save(root / f"val/images/val_{index}.JPEG", grey)
+            save(root / f"val/images/val_{index}.JPEG", gray)
             notes.append(f"val_{index}.JPEG\t{wnid}\t0\t0\t62\t62\n")
     (root / "val/val_annotations.txt").write_text("".join(notes))
-    save(root / "test/images/test_0.JPEG", grey)
+    save(root / "test/images/test_0.JPEG", gray)
     with zipfile.ZipFile(archive, "w") as writer:
         for path in sorted(root.rglob("*")):
             writer.write(path, path.relative_to(root.parent))
@@ -506,7 +506,7 @@ def tiny_zip(server, monkeypatch):
 
 
 def check_tiny(data_dir):
-    """Load what tiny_zip holds and look at every image: its grey tells its class."""
+    """Load what tiny_zip holds and look at every image: its gray tells its class."""
     found = splits("tinyImagenet", "test", data_dir=data_dir, size=None)
     assert found.train.classes == found.test.classes == [*WNIDS]
     assert found.train.labels.tolist() == [0, 0, 1, 1, 2, 2] and found.test.labels.bincount().tolist() == [3, 3, 3]
@@ -613,7 +613,7 @@ def test_weaker_views():
         assert torch.equal(views(images, torch.Generator()), plain)
     constant = torch.arange(30, dtype=torch.uint8).view(10, 3, 1, 1).expand(10, 3, 32, 32).contiguous()
     crop = Data.get_ssl_data_augs("shapes", aug="crop")
-    torch.testing.assert_close(crop(constant, torch.Generator()), constant / 255)  # colours stay
+    torch.testing.assert_close(crop(constant, torch.Generator()), constant / 255)  # colors stay
     assert not torch.allclose(crop(images, torch.Generator()), plain)
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def pixel(path, size=4):
-    """The colour of the top left pixel."""
+    """The color of the top left pixel."""
     return decode(path, size)[:, 0, 0].tolist()
 
 
@@ -43,13 +43,13 @@ def test_an_image_of_the_size_is_untouched(tmp_path):
     assert (decode(save(tmp_path / "a.png", pixels), 8).numpy() == pixels.transpose(2, 0, 1)).all()
 
 
-def test_the_centre_is_shown(tmp_path):
+def test_the_center_is_shown(tmp_path):
     pixels = np.zeros((4, 12, 3), np.uint8)
     pixels[:, 4:8] = 200
     assert (decode(save(tmp_path / "a.png", pixels), 4) == 200).all()
 
 
-def test_grey_and_palette(tmp_path):
+def test_gray_and_palette(tmp_path):
     assert pixel(save(tmp_path / "l.png", np.full((4, 4), 77, np.uint8))) == [77] * 3
     bits = Image.new("1", (4, 4), 1)
     assert pixel(save(tmp_path / "1.png", bits)) == [255] * 3
@@ -72,14 +72,14 @@ def test_cmyk(tmp_path):
     assert np.allclose(pixel(path, 16), [255, 0, 0], atol=4)
 
 
-@pytest.mark.parametrize(("value", "grey"), [(0, 0), (256, 1), (32896, 128), (40000, 156), (65535, 255)])
-def test_16_bits_are_scaled(tmp_path, value, grey):
+@pytest.mark.parametrize(("value", "gray"), [(0, 0), (256, 1), (32896, 128), (40000, 156), (65535, 255)])
+def test_16_bits_are_scaled(tmp_path, value, gray):
     values = np.full((4, 4), value, np.uint16)
     assert Image.open(save(tmp_path / "a.png", values)).mode == "I;16"
-    assert pixel(tmp_path / "a.png") == [grey] * 3
-    assert pixel(save(tmp_path / "a.tif", values)) == [grey] * 3
+    assert pixel(tmp_path / "a.png") == [gray] * 3
+    assert pixel(save(tmp_path / "a.tif", values)) == [gray] * 3
     (tmp_path / "a.pgm").write_bytes(b"P5 4 4 65535\n" + values.astype(">u2").tobytes())
-    assert pixel(tmp_path / "a.pgm") == [grey] * 3
+    assert pixel(tmp_path / "a.pgm") == [gray] * 3
 
 
 def test_a_transparent_value_of_16_bits(tmp_path):
@@ -117,7 +117,7 @@ def test_a_turned_tiff_is_turned_once(tmp_path):
 
 @pytest.mark.parametrize("kind", ["gif", "png", "webp", "tiff"])
 def test_first_frame(tmp_path, kind):
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     path = tmp_path / "a.png"  # the content counts
     options = {"lossless": True} if kind == "webp" else {}
     frames[0].save(path, format=kind, save_all=True, append_images=frames[1:], **options)

@@ -199,7 +199,7 @@ def test_first_hour_runs(tmp_path, fork):
         knn, linear = scores.groups()
         assert 0 < float(knn) <= 100
         assert 0 < float(linear) <= 100
-    for name in ("restorations", "neighbours"):
+    for name in ("restorations", "neighbors"):
         with Image.open(tmp_path / "Models" / "first_hour" / f"{name}.png") as picture:
             assert picture.width >= 600
             assert len(picture.convert("RGB").getcolors(2**24)) > 100

@@ -1,4 +1,4 @@
-"""The energy score against loops, and that a generator which minimises it learns the spread of the targets."""
+"""The energy score against loops, and that a generator which minimizes it learns the spread of the targets."""
 
 from types import SimpleNamespace
 
@@ -50,15 +50,15 @@ def test_every_sample_has_its_own_code():
 
 
 class Plain(nn.Module):
-    """A generator of images of one brightness: centre + spread * (normal number)."""
+    """A generator of images of one brightness: center + spread * (normal number)."""
 
     def __init__(self):
         super().__init__()
-        self.centre = nn.Parameter(torch.tensor(0.3))
+        self.center = nn.Parameter(torch.tensor(0.3))
         self.spread = nn.Parameter(torch.tensor(0.3))
 
     def forward(self, condition, codes):
-        return [(self.centre + self.spread * codes).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)]
+        return [(self.center + self.spread * codes).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)]
 
 
 def test_a_generator_learns_the_distribution():
@@ -73,5 +73,5 @@ def test_a_generator_learns_the_distribution():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert generator.centre.item() == pytest.approx(0.5, abs=0.02)
+    assert generator.center.item() == pytest.approx(0.5, abs=0.02)
     assert abs(generator.spread.item()) == pytest.approx(0.1, rel=0.15)

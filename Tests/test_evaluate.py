@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,27 +34,27 @@ NAMES = SCORES | {"n_test", "split", "epoch", "protocol"}
 def clouds():
     """Features and labels of 300 and 200 points of 5 overlapping classes; the features differ in scale."""
     random = torch.Generator().manual_seed(0)
-    centres, scales = torch.randn(5, 12, generator=random), torch.logspace(-1, 1, 12)
+    centers, scales = torch.randn(5, 12, generator=random), torch.logspace(-1, 1, 12)
 
     def cloud(n):
         labels = torch.randint(5, (n,), generator=random)
-        return (centres[labels] + torch.randn(n, 12, generator=random) + 0.5) * scales, labels
+        return (centers[labels] + torch.randn(n, 12, generator=random) + 0.5) * scales, labels
 
     return *cloud(300), *cloud(200)
 
 
-def colour_splits(eval="val", size=16):
-    """Splits whose classes are the colours red, green and blue under noise: 90 images each to learn and to score."""
+def color_splits(eval="val", size=16):
+    """Splits whose classes are the colors red, green and blue under noise: 90 images each to learn and to score."""
     random = torch.Generator().manual_seed(0)
 
-    def split(n, unlabelled=0):
+    def split(n, unlabeled=0):
         labels = torch.arange(n) % 3
         images = torch.randint(0, 130, (n, 3, size, size), generator=random)
         images[torch.arange(n), labels] += 60
-        labels[:unlabelled] = -1
+        labels[:unlabeled] = -1
         return Split(images.byte(), labels, ["red", "green", "blue"])
 
-    train = split(100, unlabelled=10)
+    train = split(100, unlabeled=10)
     return Data.Splits(train, train if eval == "cv" else split(90), eval)
 
 
@@ -130,7 +131,7 @@ def test_knn_in_parts(clouds):
 
 
 def objective(x, labels, weight, bias):
-    """Return what fit_linear minimises, in double precision."""
+    """Return what fit_linear minimizes, in double precision."""
     x, weight, bias = x.double(), torch.as_tensor(weight).double(), torch.as_tensor(bias).double()
     l2 = Evaluate.PROTOCOL["linear_l2"]
     return (F.cross_entropy(x @ weight.T + bias, labels) + l2 / 2 * weight.square().sum()).item()
@@ -140,7 +141,7 @@ def test_the_linear_probe(clouds):
     train, train_labels, test, test_labels = clouds
     mean, std = train.mean(0), train.std(0, correction=0)
     x, y = (train - mean) / std, (test - mean) / std
-    # scikit-learn minimises C times the sum of the losses + |weight|^2 / 2
+    # scikit-learn minimizes C times the sum of the losses + |weight|^2 / 2
     theirs = LogisticRegression(C=1 / (Evaluate.PROTOCOL["linear_l2"] * len(x)), max_iter=10000, tol=1e-10)
     theirs.fit(x.double(), train_labels)
     assert Evaluate.linear_accuracy(*clouds) == pytest.approx(theirs.score(y.double(), test_labels), abs=0.01)
@@ -175,7 +176,7 @@ def test_folds_of_cross_validation():
 
 
 def test_folds_of_a_scored_split():
-    splits = colour_splits()
+    splits = color_splits()
     ((train, test),) = Evaluate.folds(splits)
     assert train.tolist() == [*range(10, 100)]
     assert test.tolist() == [*range(90)]
@@ -185,7 +186,7 @@ def test_folds_of_a_scored_split():
 
 
 def test_features_are_in_order(encoder):
-    split = colour_splits().train
+    split = color_splits().train
     encoder.eval()
     features = Evaluate.extract(encoder, split, CPU, bs=33)
     assert features.shape == (100, 128)
@@ -207,7 +208,7 @@ def test_streamed_features_are_in_order(tmp_path, encoder, n_workers):
 
 
 def test_images_without_a_label_are_not_scored(encoder):
-    splits = colour_splits("cv")
+    splits = color_splits("cv")
     result = Evaluate.evaluate(encoder, encoder, splits, Data.plain_views(16), CPU, 1)
     assert result["n_test"] == 90  # of 100
 
@@ -236,7 +237,7 @@ def test_frozen(encoder):
 
 @pytest.mark.parametrize("eval", ["val", "cv"])
 def test_score_leaves_everything_as_it_was(encoder, eval):
-    splits, before, random = colour_splits(eval), state(encoder), torch.get_rng_state()
+    splits, before, random = color_splits(eval), state(encoder), torch.get_rng_state()
     encoder.train()
     first, second = (Evaluate.score(encoder, splits, CPU) for _ in range(2))
     assert first == second
@@ -248,12 +249,12 @@ def test_score_leaves_everything_as_it_was(encoder, eval):
     assert first["knn"] > 0.5
 
 
-def test_neighbours_kept_are_those_of_a_slow_reference():
+def test_neighbors_kept_are_those_of_a_slow_reference():
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5))
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(256, (30, 3, 2, 2), generator=rng, dtype=torch.uint8)
     version = (images[:9] / 255 + 0.3 * torch.rand(9, 3, 2, 2, generator=rng)).clamp(0, 1)
-    itself, kept = Evaluate.neighbours_kept(encoder, images, [images[:9] / 255, version], k=4)
+    itself, kept = Evaluate.neighbors_kept(encoder, images, [images[:9] / 255, version], k=4)
     assert encoder.training
     assert itself == 1
 
@@ -261,18 +262,18 @@ def test_neighbours_kept_are_those_of_a_slow_reference():
         known = F.normalize(encoder.eval()(images / 255), dim=1).tolist()
         asked = F.normalize(encoder(version), dim=1).tolist()
 
-    def neighbours(x, row):
+    def neighbors(x, row):
         others = [other for other in range(30) if other != row]
         return set(sorted(others, key=lambda other: -sum(a * b for a, b in zip(x, known[other])))[:4])
 
-    shared = [len(neighbours(asked[row], row) & neighbours(known[row], row)) / 4 for row in range(9)]
+    shared = [len(neighbors(asked[row], row) & neighbors(known[row], row)) / 4 for row in range(9)]
     assert 0.2 < kept < 1
     assert kept == pytest.approx(sum(shared) / 9)
 
 
 @pytest.mark.parametrize("eval", ["val", "cv"])
 def test_evaluate(encoder, eval):
-    splits, views = colour_splits(eval), Data.get_ssl_data_augs("shapes", size=16)
+    splits, views = color_splits(eval), Data.get_ssl_data_augs("shapes", size=16)
     before, untrained = state(encoder.train()), build_encoder("resnet8", False, 16)
     random = torch.get_rng_state()
     result = Evaluate.evaluate(encoder, untrained, splits, views, CPU, 7)
@@ -303,7 +304,7 @@ def test_evaluate(encoder, eval):
 
 
 def test_pixels():
-    splits = colour_splits(size=48)
+    splits = color_splits(size=48)
     train, test = (F.interpolate(split.images / 255, 32, mode="area").flatten(1) for split in splits[:2])
     labels = splits.train.labels
     expected = slow_knn(train[10:], labels[10:], test, splits.test.labels, 20, 0.1)
@@ -311,14 +312,14 @@ def test_pixels():
 
 
 def test_augmented_features_meet_their_labels():
-    splits, mean = colour_splits("cv"), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    splits, mean = color_splits("cv"), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert Evaluate.score_augmented(mean, splits, CPU, Data.get_ssl_data_augs("shapes", size=16, aug="crop")) > 0.95
 
 
 @pytest.mark.parametrize("eval", ["val", "cv"])
 def test_fine_tuning(encoder, eval):
     before, views = state(encoder.eval()), Data.get_ssl_data_augs("shapes", size=16, aug="crop")
-    assert Evaluate.fine_tune(encoder, colour_splits(eval), CPU, views, epochs=25, bs=32) > 0.8  # chance: 0.33
+    assert Evaluate.fine_tune(encoder, color_splits(eval), CPU, views, epochs=25, bs=32) > 0.8  # chance: 0.33
     assert same(before, state(encoder))
     assert not encoder.training
     assert all(p.grad is None for p in encoder.parameters())
@@ -331,7 +332,7 @@ def test_a_last_batch_of_one_image_is_left_out_of_fine_tuning():
     torch.manual_seed(0)
     encoder = build_encoder("resnet8", False, 8)
     views = Data.get_ssl_data_augs("shapes", size=8, aug="crop")
-    accuracy = Evaluate.fine_tune(encoder, colour_splits(size=8), CPU, views, epochs=1, bs=89)  # of 90 images
+    accuracy = Evaluate.fine_tune(encoder, color_splits(size=8), CPU, views, epochs=1, bs=89)  # of 90 images
     assert 0 <= accuracy <= 1
 
 
@@ -343,7 +344,7 @@ def test_every_fold_is_fine_tuned_from_the_same_encoder(encoder, monkeypatch):
         return copy.deepcopy(net)
 
     monkeypatch.setattr(Evaluate, "copy", SimpleNamespace(deepcopy=noted))
-    Evaluate.fine_tune(encoder, colour_splits("cv"), CPU, Data.plain_views(16), epochs=1)
+    Evaluate.fine_tune(encoder, color_splits("cv"), CPU, Data.plain_views(16), epochs=1)
     assert copied == [encoder] * 3
 
 
@@ -392,7 +393,7 @@ def test_a_run_folder_and_other_flags(folder, tmp_path):
 
 
 def test_few_labels_are_the_same_share_of_each_class():
-    splits = colour_splits()
+    splits = color_splits()
     few = Evaluate.with_few_labels(splits, 0.1)
     assert few.train.labels[few.train.labels >= 0].bincount().tolist() == [3, 3, 3]  # of 30 each
     kept = few.train.labels >= 0
@@ -401,7 +402,7 @@ def test_few_labels_are_the_same_share_of_each_class():
     assert torch.equal(few.test.labels, splits.test.labels)
     fewest = Evaluate.with_few_labels(splits, 1e-6).train.labels
     assert fewest[fewest >= 0].bincount().tolist() == [1, 1, 1]
-    one_line(lambda: Evaluate.with_few_labels(colour_splits("cv"), 0.1), "--labels 0.1", "--eval val or test")
+    one_line(lambda: Evaluate.with_few_labels(color_splits("cv"), 0.1), "--labels 0.1", "--eval val or test")
 
 
 def test_scores_of_other_data_or_few_labels_have_a_file_of_their_own(folder, monkeypatch):
@@ -444,6 +445,14 @@ def test_a_file_that_is_no_checkpoint_of_an_encoder_is_one_line(tmp_path, cli):
     for content, reason in (({"generator": 1}, "no encoder"), ([1], "no checkpoint"), (torch.ones(2), "no checkpoint")):
         torch.save(content, tmp_path / "other.pt")
         one_line(lambda: evaluated(tmp_path / "other.pt"), "other.pt", reason)
+
+
+def test_a_checkpoint_is_one_under_any_name(folder, tmp_path):
+    shutil.copy(folder / "1.pt", tmp_path / "encoder.pt")
+    evaluated(tmp_path / "encoder.pt", "--data", folder.parents[1] / "images")
+    (file,) = tmp_path.glob("evaluation-*.json")
+    scores, expected = (json.loads(each.read_text()) for each in (file, folder / "evaluation.json"))
+    assert (scores["knn"], scores["linear"]) == (expected["knn"], expected["linear"])
 
 
 def test_data_that_cannot_be_scored_is_one_line(folder, tmp_path):

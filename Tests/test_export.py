@@ -32,16 +32,16 @@ ROOT = Path(__file__).parents[1]
 STEMS = [("resnet18", True), ("resnet18", False)]
 
 
-def make_run(folder, backbone, small_stem, size=32, normalise=False):
+def make_run(folder, backbone, small_stem, size=32, normalize=False):
     """Make a run folder with one checkpoint, as the trainer saves it, of an encoder that has seen images; return it."""
     torch.manual_seed(5)
-    encoder = build_encoder(backbone, small_stem, size, normalise).train()
+    encoder = build_encoder(backbone, small_stem, size, normalize).train()
     with torch.no_grad():
         encoder(torch.rand(8, 3, size, size))
     encoder = encoder.to(memory_format=torch.channels_last)
     folder.mkdir(parents=True)
     args = {"backbone": backbone, "small_stem": small_stem, "size": size, "data": "/home/me/photos"}
-    args["normalise"] = normalise
+    args["normalize"] = normalize
     rest = {"head": {}, "random": {}, "optimizer": {}}
     Utils.save_(folder / "7.pt", args=args, epoch=7, step=7, encoder=encoder, **rest)
     scores = {"knn": 0.5, "linear": 0.75, "split": "val", "n_test": 60}
@@ -129,14 +129,25 @@ def check_code(code, folder, size=32):
 
 @torch.no_grad()
 @pytest.mark.parametrize("file", ["encoder.pt", "encoder.safetensors"])
-def test_printed_code_normalises_as_the_encoder_does(tmp_path, export, file):
-    folder = make_run(tmp_path / "run", "resnet18", False, normalise=True)
+def test_printed_code_normalizes_as_the_encoder_does(tmp_path, export, file):
+    folder = make_run(tmp_path / "run", "resnet18", False, normalize=True)
     code = export(folder, "--out", tmp_path / file)
     images = "torch.linspace(0, 1, 8 * 3 * 32 * 32).view(8, 3, 32, 32)"
     assert "torch.rand(8, 3, 32, 32)" in code
     variables = run_code(code.replace("torch.rand(8, 3, 32, 32)", images))
     torch.testing.assert_close(variables["features"], ours(folder, eval(images)), rtol=1e-4, atol=1e-4)
     assert (variables["images"] < 0).any()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_checkpoint_from_before_a_flag_was_renamed_says_the_same(tmp_path, normalize):
+    folder = make_run(tmp_path / "run", "resnet8", False, normalize=normalize)
+    metadata = EncoderFiles.load_encoder(folder / "7.pt").metadata
+    assert (metadata["mean"] is not None) == normalize
+    state = torch.load(folder / "7.pt")
+    state["args"]["normalise"] = state["args"].pop("normalize")
+    torch.save(state, folder / "7.pt")
+    assert EncoderFiles.load_encoder(folder / "7.pt").metadata == metadata
 
 
 @pytest.mark.parametrize("small_stem", [True, False])
@@ -281,7 +292,7 @@ def test_metadata(runs, export, tmp_path):
     assert metadata["image_size"] == 32
     assert metadata["num_features"] == 512
     assert metadata["value_range"] == [0, 1]
-    assert "not normalised" in metadata["input"]
+    assert "not normalized" in metadata["input"]
     assert metadata["scores"] == {"knn": 0.5, "linear": 0.75, "split": "val", "n_test": 60}
     assert metadata["data"] == "photos"  # not where they lie
 

@@ -556,7 +556,7 @@ def test_killed_anywhere_nothing_is_missing_after_a_resume(data, finished, tmp_p
     assert problem_of(state_of(tmp_path / "models"), finished(name).state) == ""
 
 
-def test_pairs_of_unlabelled_images_are_measured_after_a_kill(data, tmp_path, fork, cli):
+def test_pairs_of_unlabeled_images_are_measured_after_a_kill(data, tmp_path, fork, cli):
     flat = tmp_path / "flat"
     flat.mkdir()
     for path in (data / "train").rglob("*.png"):
@@ -637,7 +637,7 @@ def test_a_signal_during_the_imports(script, number):
 TERM = signal.SIGTERM
 INT = signal.SIGINT
 HUP = signal.SIGHUP
-SIGNALLED_AT = {
+SIGNALED_AT = {
     "reading images": (TERM, "TrainSimCLR", Data, "get_data_splits", 1),
     "scoring an epoch": (INT, "TrainSimCLR", Evaluate, "score", 2),
     "scoring an epoch, end of the terminal": (HUP, "TrainSimCLR", Evaluate, "score", 2),
@@ -652,9 +652,9 @@ SIGNALLED_AT = {
 }
 
 
-@pytest.mark.parametrize("place", SIGNALLED_AT)
+@pytest.mark.parametrize("place", SIGNALED_AT)
 def test_a_signal_ends_a_script_wherever_it_is(data, finished, tmp_path, fork, cli, place):
-    number, name, module, function, times = SIGNALLED_AT[place]
+    number, name, module, function, times = SIGNALED_AT[place]
     if number not in Signals.EXIT_CODES:
         pytest.skip("the tests were started by nohup")
     argv = flags_of(name, data, tmp_path / "models", "--resume", "auto")

@@ -112,8 +112,8 @@ def slow_level(level, inputs, extra, w):
     return torch.tanh(slow_conv(u, level.to_rgb)), u
 
 
-def slow_mapping(mapping, z, styles, normalised):
-    if normalised:
+def slow_mapping(mapping, z, styles, normalized):
+    if normalized:
         z = z / z.square().mean(1, keepdim=True).sqrt()
     w = torch.cat([slow_leaky(slow_linear(z, mapping.first)), *styles], 1)
     for layer in mapping.rest:
@@ -308,7 +308,7 @@ def test_style_and_noise_change_the_output_at_step_0(net, size, corrupt):
 
 
 @torch.no_grad()
-def test_with_the_published_initialisation_the_style_has_no_effect_at_step_0():
+def test_with_the_published_initialization_the_style_has_no_effect_at_step_0():
     """It multiplies the weights of each of the 8 layers from z to w, and of the affine layers, by 0.1."""
     found = spreads(*build("gray+down2", init="ref", map_depth=8))
     assert max(value for (part, _), value in found.items() if part == "style") < 1e-6, found
@@ -355,7 +355,7 @@ def test_with_projection_the_output_agrees_with_the_condition(corrupt, size, aut
     assert (generator.corruption(projected[-1], KEYS) - condition).abs().max() <= 1e-6
     assert (generator.corruption(free[-1], KEYS) - condition).abs().mean() > 1e-2
     resolution = generator.corruption.resolution
-    for image, side in zip(projected, generator.sides):  # at every level, the means of luminance or colours agree
+    for image, side in zip(projected, generator.sides):  # at every level, the means of luminance or colors agree
         kept = generator.corruption.condition_at(condition, min(side, resolution))
         x = (image * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, True) if kept.shape[1] < 3 else image
         error = (F.avg_pool2d(x, side // kept.shape[-1]) - kept[:, : x.shape[1]]).abs()

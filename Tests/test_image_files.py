@@ -138,7 +138,7 @@ def test_listing(folder):
     assert listing.labels.tolist() == [0, 0, 0, 1, 1, 1] and listing.classes == ["a b", "é"]
 
 
-def test_unlabelled_and_one_class(folder, tmp_path):
+def test_unlabeled_and_one_class(folder, tmp_path):
     flat = list_folder(folder / "a b/deep/er")
     assert flat.labels.tolist() == [-1] and flat.classes == [] and flat.labels.dtype == torch.int64
     one = list_folder(folder / "é/..//é/../a b/deep")
@@ -558,12 +558,12 @@ def test_a_worker_without_memory_is_one_line(load, monkeypatch):
 
 def test_workers_are_forked_whatever_pythons_default_is(load, monkeypatch):
     """They see what was changed in this process, so they have not imported anything anew."""
-    grey = np.full((8, 8, 3), 77, dtype=np.uint8)
+    gray = np.full((8, 8, 3), 77, dtype=np.uint8)
     split = load(storage="stream", n_workers=1)
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method("forkserver", force=True)  # that of Python 3.14
     try:
-        monkeypatch.setattr(Decode, "decode", lambda path, size: torch.from_numpy(grey).permute(2, 0, 1))
+        monkeypatch.setattr(Decode, "decode", lambda path, size: torch.from_numpy(gray).permute(2, 0, 1))
         for _, images in split.batches(BATCHES):
             assert (images == 77).all()
     finally:

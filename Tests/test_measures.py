@@ -31,7 +31,7 @@ KEYS = torch.tensor([3, -1, 2**62])
 
 
 def noise(n=3, k=5, side=8, seed=0):
-    """(n, k, 3, side, side) in [0, 1]; each sample has colours of its own."""
+    """(n, k, 3, side, side) in [0, 1]; each sample has colors of its own."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(n, k, 3, side, side, generator=generator) ** (
         0.2 + 4 * torch.rand(n, k, 3, 1, 1, generator=generator)
@@ -91,7 +91,7 @@ def test_histogram_diversity_equals_the_slow_one():
     assert histogram_diversity(samples) == pytest.approx(slow_pairs(samples, slow_histogram), rel=1e-5)
 
 
-def test_histogram_diversity_sees_colours_and_not_places():
+def test_histogram_diversity_sees_colors_and_not_places():
     samples = noise(2, 1)
     mirrored = torch.cat([samples, samples.flip(4), samples.transpose(3, 4)], dim=1)
     assert histogram_diversity(mirrored) == 0

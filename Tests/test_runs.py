@@ -70,7 +70,7 @@ def test_resume_auto_finds_the_run_whose_data_were_moved_and_no_other(tmp_path):
 
     assert found(tmp_path, tmp_path / "new") != folder  # the same flags on other images
     (tmp_path / "old").rmdir()
-    assert found(tmp_path, tmp_path / "new") != folder  # no checkpoint says what it learnt from
+    assert found(tmp_path, tmp_path / "new") != folder  # no checkpoint says what it learned from
     parts = {name: {} for name in ("args", "encoder", "head", "random", "optimizer")}
     Utils.save_(folder / "3.pt", epoch=3, step=3, data_fingerprint="of the images", **parts)
     assert found(tmp_path, tmp_path / "new") == folder

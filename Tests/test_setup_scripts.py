@@ -1029,9 +1029,9 @@ def test_invert_odd_names(folder, name):
 @pytest.mark.parametrize("name", ["valid", "validation", "dev"])
 def test_invert_names_of_the_validation_split(folder, name):
     (folder / "val").rename(folder / name)
-    (folder / "unlabelled").mkdir()
+    (folder / "unlabeled").mkdir()
     printed = invert(folder)
-    assert "val: 2 classes, 4 images" in printed and "not read: unlabelled" in printed
+    assert "val: 2 classes, 4 images" in printed and "not read: unlabeled" in printed
     assert len(list((folder.parent / "camnet" / "mini").glob("*/validation/*"))) == 4
     (folder / "val").mkdir()
     error = invert(folder, ok=False)

@@ -402,7 +402,7 @@ def interrupted(flags, tmp_path, cli, monkeypatch):
     def make(number, *more):
         update = TrainCamNet.Trainer.update
 
-        def signalled(trainer, *args):
+        def signaled(trainer, *args):
             loss = update(trainer, *args)
             if trainer.step == STEPS + 2:
                 signal.raise_signal(number)
@@ -410,7 +410,7 @@ def interrupted(flags, tmp_path, cli, monkeypatch):
 
         argv = flags(tmp_path, *more)
         with monkeypatch.context() as patched:
-            patched.setattr(TrainCamNet.Trainer, "update", signalled)
+            patched.setattr(TrainCamNet.Trainer, "update", signaled)
             done = cli(argv)
         return argv, only_run(tmp_path), done
 
@@ -781,9 +781,9 @@ def test_weights_that_cannot_be_downloaded_are_one_line(flags, tmp_path, cli, mo
 
 
 @pytest.mark.parametrize("storage", ["memory", "stream"])
-def test_bad_images_are_left_out_and_grey_ones_are_not(flags, tree, tmp_path, cli, storage):
+def test_bad_images_are_left_out_and_gray_ones_are_not(flags, tree, tmp_path, cli, storage):
     data = shutil.copytree(tree, tmp_path / "data")
-    save(data / "train" / "disc" / "grey.png", np.full((16, 16), 90, dtype=np.uint8))
+    save(data / "train" / "disc" / "gray.png", np.full((16, 16), 90, dtype=np.uint8))
     (data / "train" / "disc" / "bad.png").write_bytes(b"no image")
     argv = flags(tmp_path / "models", *ALONE, "--periods", "1", "--period", "100", "--bs", "25", "--data", str(data))
     done = cli([*argv, "--skip_bad", "--storage", storage])

@@ -308,8 +308,8 @@ def test_corrupted_is_what_the_generator_sees():
     assert control.fingerprint == "gray+down2"  # a resumed run has the same
     assert control.logged() == {"p_gen": 1.0, "synthetic_share": 1.0}
     assert torch.equal(one, other)
-    grey = (images.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1)
-    half = grey.unflatten(1, (4, 2)).unflatten(3, (4, 2)).mean((2, 4))[:, None]
+    gray = (images.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1)
+    half = gray.unflatten(1, (4, 2)).unflatten(3, (4, 2)).mean((2, 4))[:, None]
     wanted = F.interpolate(half, (8, 8), mode="bicubic").clamp(0, 255)
     assert (one.float() - wanted).abs().max() <= 1  # the same in all channels
 
@@ -417,7 +417,7 @@ def test_label_preservation_is_whole_for_the_images_and_chance_for_black_ones():
     device = torch.device("cpu")
     labels = torch.arange(300) % 3
     images = torch.randint(0, 130, (300, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
-    images[torch.arange(300), labels] += 60  # the class is a colour
+    images[torch.arange(300), labels] += 60  # the class is a color
     split = Split(images, labels, ["red", "green", "blue"])
     encoder = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
     same = Reports.label_preservation(encoder, Made(lambda images: images), split, 0, device)
@@ -816,17 +816,17 @@ def test_a_bank_is_of_a_generator_and_of_the_images():
 def test_cosines_of_the_pairs():
     images = torch.randint(256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
     split = Split(images, torch.zeros(20, dtype=torch.int64), ["one"])
-    net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())  # the mean colour
+    net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())  # the mean color
     positives = TrainSimCLR.SamePair(2)
     positives.synthetic = lambda indices, images, step: 255 - images
 
     def measured(augmentation):
-        return Reports.measure_pairs(net, positives, split, augmentation, 0, torch.device("cpu"), labelled=False)
+        return Reports.measure_pairs(net, positives, split, augmentation, 0, torch.device("cpu"), labeled=False)
 
     plain = measured(Data.plain_views(8))
-    colours = images.float().mean((2, 3)) / 255
+    colors = images.float().mean((2, 3)) / 255
     assert plain["cosine_real"] == pytest.approx(1)
-    wanted = F.cosine_similarity(colours, 1 - colours).mean().item()
+    wanted = F.cosine_similarity(colors, 1 - colors).mean().item()
     assert plain["cosine_synthetic"] == pytest.approx(wanted, rel=1e-5)
     assert measured(Augmentation(8))["cosine_real"] < 0.9999
 

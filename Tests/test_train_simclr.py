@@ -32,6 +32,7 @@ from torch import nn
 
 import Backbones
 import Data
+import Export
 import Flags
 import Losses
 import TrainSimCLR
@@ -210,14 +211,14 @@ def interrupted(quick, tmp_path, cli, monkeypatch):
     def make(number):
         log_step = TrainSimCLR.log_step
 
-        def signalled(trainer, *rest):
+        def signaled(trainer, *rest):
             log_step(trainer, *rest)
             if trainer.step == 35:
                 signal.raise_signal(number)
 
         argv = quick(tmp_path)
         with monkeypatch.context() as patched:
-            patched.setattr(TrainSimCLR, "log_step", signalled)
+            patched.setattr(TrainSimCLR, "log_step", signaled)
             done = cli(argv)
         return argv, only_run(tmp_path), done
 
@@ -414,7 +415,7 @@ BAD = {
     "--nosuch 1": ("--nosuch: no such flag; --help",),
     "--data cifar": ("--data cifar", "did you mean cifar10?"),
     "--chunk_views -1": ("--chunk_views", "at least 0"),
-    "--chunk_views 1": ("--chunk_views 1", "batch normalisation", "use 3 or more, or 0"),
+    "--chunk_views 1": ("--chunk_views 1", "batch normalization", "use 3 or more, or 0"),
     "--n_ramp 3": ("--n_ramp 3", "--epochs 3", "use 0.3"),
     "--n_ramp nan": ("--n_ramp",),
     "--temp 0": ("--temp",),
@@ -484,7 +485,7 @@ def test_variants_train(quick, tmp_path, cli, more):
         assert pairs.height == 5 * (views * 17 + 1)
 
 
-def test_unlabelled_images_train_and_are_not_scored(quick, tree, tmp_path, cli):
+def test_unlabeled_images_train_and_are_not_scored(quick, tree, tmp_path, cli):
     flat = tmp_path / "flat"
     flat.mkdir()
     for path in (tree / "val").rglob("*.png"):
@@ -575,7 +576,7 @@ def step(small_trainer):
 
 
 def plain_layers():
-    """An encoder without batch normalisation and dropout."""
+    """An encoder without batch normalization and dropout."""
     return [nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 7 * 7, 32)]
 
 
@@ -737,7 +738,7 @@ def weights_after(argv, steps=3):
         ("--lars", "--trust 1"),
     ],
 )
-def test_a_flag_changes_what_is_learnt(quick, tmp_path, base, more):
+def test_a_flag_changes_what_is_learned(quick, tmp_path, base, more):
     without, having = (weights_after(quick(tmp_path, *base.split(), *words.split())) for words in ("", more))
     assert not torch.equal(without, having)
 
@@ -813,13 +814,17 @@ def test_a_run_goes_on_without_the_weights_that_it_began_with(whole, quick, tmp_
     assert "kNN on raw pixels" in done.out
 
 
-@pytest.mark.parametrize("name", ["3.pt", "encoder.pt"])
+@pytest.mark.parametrize("name", ["3.pt", "encoder.pt", "exported.pt"])
 def test_an_encoder_that_was_trained_on_other_values_is_told(whole, quick, tmp_path, cli, name):
-    argv = quick(tmp_path / "m", "--init", whole.folder / name, "--dry_run")
-    assert "--normalise" not in cli(argv).err
-    done = cli([*argv, "--normalise"])
+    file = whole.folder / name
+    if name == "exported.pt":
+        file = tmp_path / name
+        assert cli([whole.folder, "--out", file], Export).code == 0
+    argv = quick(tmp_path / "m", "--init", file, "--dry_run")
+    assert "--normalize" not in cli(argv).err
+    done = cli([*argv, "--normalize"])
     assert done.code == 0, done.err
-    assert f"--init {whole.folder / name}: this encoder was trained without --normalise" in done.err
+    assert f"--init {file}: this encoder was trained without --normalize" in done.err
 
 
 def test_a_folder_is_no_file_of_weights(whole, quick, tmp_path, cli):

@@ -98,9 +98,10 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
 
 
 def test_flags_of_an_older_version_are_read_under_their_present_names():
-    stored = {"m": "4,2", "compile": "auto", "camnet": "--m 4,2 --models_dir=a --m=8"}
+    stored = {"m": "4,2", "normalise": True, "compile": "auto", "camnet": "--m 4,2 --models_dir=a --m=8"}
     now = {
         "candidates": "4,2",
+        "normalize": True,
         "compile": False,
         "objective": "cimle",
         "camnet": "--candidates 4,2 --models_dir=a --candidates=8",
