@@ -388,7 +388,7 @@ def get_args(argv=None):
         metavar="FILE",
         help="file to write; default: evaluation-EPOCH-SPLIT.json next to the checkpoint",
     )
-    Flags.add_reading(parser.add_argument_group("reading images (default but for --device: as in the run)"))
+    Flags.add_reading(parser.add_argument_group("reading images (defaults: those of the run, except for --device)"))
     parser.set_defaults(n_workers=None, data_dir=None, storage=None, skip_bad=None)
     args = parser.parse_args(argv)
     if args.data is not None:

@@ -3,7 +3,7 @@
     python Export.py Models/RUN                                        # prints the code that loads it in torchvision
     python Export.py Models/RUN --library timm                         # the same in timm, for ResNets
     python Export.py Models/RUN --out encoder.safetensors              # or .pt, .onnx: writes it and prints the code
-    python Export.py Models/RUN --features FOLDER --out features.npz   # or .csv: one row of features for each image
+    python Export.py Models/RUN --features FOLDER --out features.npz   # or .csv: a row for each image of --split
     torchrun --nproc_per_node=2 Export.py Models/RUN --features FOLDER --out features.npz   # the processes share them
 
 RUN is a run folder of TrainSimCLR.py or TrainISICLE.py, or a .pt file in it.

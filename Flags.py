@@ -177,14 +177,15 @@ def add_data_place(group):
     """Add --data and --size."""
     add = group.add_argument
     add("--data", default="shapes", help=f"{NAMES}, or the path of a folder of images")
-    add("--size", type=bounded(int, 8), metavar="PX", help="side of the images; those of files are resized to it")
+    size = "side of the images; files are resized (shorter side) and center-cropped to it"
+    add("--size", type=bounded(int, 8), metavar="PX", help=size)
 
 
 def add_reading(group, can_stream=True):
     """Add the flags of every script that reads images. can_stream: with --storage."""
     add = group.add_argument
     add("--device", default="auto", help="torch device, for example cpu or cuda:1; auto: cuda if available")
-    workers = "processes that decode image files"
+    workers = "worker processes that decode image files"
     add("--n_workers", type=bounded(int, 0, MOST_WORKERS), default=2, metavar="N", help=workers)
     add("--data_dir", type=path, default=str(DATA_DIR), metavar="DIR", help="folder that holds the data sets")
     if can_stream:
@@ -195,11 +196,11 @@ def add_reading(group, can_stream=True):
 
 
 def add_run_group(parser, unit):
-    """Add the group of flags that do not change the result, the last one of --help; return it.
+    """Add the group of flags that change the result by rounding at most, the last one of --help; return it.
 
     unit: what is counted between checkpoints, "epochs" or "periods".
     """
-    group = parser.add_argument_group("run (does not change the result)")
+    group = parser.add_argument_group("run (same result, up to rounding; --device also sets the defaults)")
     add_reading(group)
     add = group.add_argument
     models = str(Utils.ROOT / "Models")
@@ -212,7 +213,7 @@ def add_run_group(parser, unit):
     add("--log_iter", type=bounded(int, 1), default=20, metavar="N", help="steps between logged lines")
     save = f"{unit} between checkpoints; 0: only at the end"
     add("--save_iter", type=bounded(int, 0), default=10, metavar=unit[0].upper(), help=save)
-    precision = "number format of the net; tf32: of its convolutions on CUDA, otherwise fp32; auto: bf16 if the "
+    precision = "precision of the network; tf32: of its convolutions on CUDA, otherwise fp32; auto: bf16 if the "
     precision += "hardware has it, otherwise tf32"
     add("--precision", choices=["auto", "bf16", "tf32", "fp32"], default="auto", help=precision)
     deterministic = "on CUDA, use only convolutions that give the same bits in every run, as they do on a CPU"
@@ -220,7 +221,7 @@ def add_run_group(parser, unit):
     add(
         "--compile", action="store_true", help="compile the training step (torch.compile); the first steps take minutes"
     )
-    graph = "on CUDA, without torchrun, launch all kernels of a training step at once, which helps a slow processor"
+    graph = "on CUDA, without torchrun, launch all kernels of a training step at once, which helps if the CPU is slow"
     add("--cuda_graph", action="store_true", help=graph)
     return group
 

@@ -111,7 +111,7 @@ FORMS = {  # --loss NAME
     "lout": Form(_lout, "SupCon over all views"),
     "lin": Form(_lin, "the same with the sum over positives inside the logarithm"),
     "ntxent": Form(_ntxent, "NT-Xent of the first two views, plus --gen_weight x its mean over first and further view"),
-    "align": Form(_align, "as ntxent, but further views are only pulled towards the first (CLSP, arXiv:2408.16965)"),
+    "align": Form(_align, "as ntxent, but further views are only pulled toward the first (CLSP, arXiv:2408.16965)"),
 }
 
 

@@ -69,7 +69,7 @@ def build_parser(data="shapes", device_type="cpu"):
     parser = Flags.plain_parser(__doc__)
     group = parser.add_argument_group("data")
     Flags.add_data_place(group)
-    flip = "mirror half of the images, another half in every period"
+    flip = "flip a random half of the images horizontally, another half in every period"
     group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help=flip)
     add_generator_flags(parser.add_argument_group("generator"))
     add_search_flags(parser.add_argument_group("search and distance"), device_type)
@@ -125,7 +125,7 @@ def add_search_flags(group, device_type):
     reject = "skip candidates nearer to the target than D (RS-IMLE), so that the codes in training are more like those "
     reject += "in sampling; 0: skip none"
     add("--reject", type=bounded(float, 0), default=0.0, metavar="D", help=reject)
-    distance = "pixels or patches, which need no download, or LPIPS with this backbone; energy takes patches"
+    distance = "pixels, patches, or LPIPS with this backbone; --objective energy: patches unless given, no LPIPS"
     add("--distance", choices=list(Distances.NAMES), help=distance)
     alpha = "weight of the squared pixel error that is added to LPIPS (published: 0)"
     add("--alpha", type=bounded(float, 0), default=0.1, help=alpha)
@@ -701,7 +701,7 @@ def describe(args, trainer, folder):
     data = Utils.shown(args.data)
     shape = f"{len(trainer.rows)} images of {trainer.split.size} px, {len(trainer.held_out)} more held out to measure"
     say(f"{data}: {shape}, on {trainer.device} in {precision}")
-    say(f"{args.net} generator: {count_parameters(net):,} weights, {sides} px, undoes {net.corruption.spec}")
+    say(f"{args.net} generator: {count_parameters(net):,} parameters, {sides} px, undoes {net.corruption.spec}")
     periods, steps = Reports.plural(args.periods, "period"), Reports.plural(trainer.steps_per_period, "step")
     say(f"{periods}: {images}, then {steps} of {trainer.bs} images")
     Runs.announce(folder, trainer.step, args.dry_run)
@@ -791,7 +791,7 @@ def try_out(args, device, folder):
         trainer.update(period, everything[: args.bs]).item()
     seconds = args.periods * search + trainer.steps * pace.seconds
     memory = Devices.peak_memory(trainer.device) / 2**30
-    twice = ", and as much for the net of one code" if args.single_code else ""
+    twice = ", and less than that for the net of one code" if args.single_code else ""
     say(f"generator: about {Reports.duration(seconds)}{twice}; memory {memory:.1f} GiB")
     say("dry run of the generator: no run folder was made")
     return trainer, seconds

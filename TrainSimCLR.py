@@ -87,7 +87,7 @@ def add_data_flags(group):
     )
     scored += "only for numbers that are reported"
     add("--eval", choices=["val", "cv", "test"], default="val", help=scored)
-    aug = "full: crop, flip, color; crop: crop and flip; none: the images as they are"
+    aug = "full: crop, flip, color jitter, grayscale, blur; crop: crop and flip; none: the images as they are"
     add("--aug", choices=["full", "crop", "none"], default="full", help=aug)
     add("--color_s", type=bounded(float, 0, 2), metavar="S", help="strength of the color jitter, 0 to about 1")
     add("--crop_min", type=bounded(float, 0.001, 1), metavar="A", help="smallest part of the area that a crop keeps")
@@ -705,7 +705,7 @@ def describe(args, row, splits, trainer, folder):
     steps = Reports.plural(trainer.steps, "step")
     say(f"{row.name}: {n} of {row.size} px, {labels_text(splits)}; on {trainer.device} in {precision}")
     encoder = f"{args.backbone}, {stem}" if stem else args.backbone
-    say(f"{encoder}: {count_parameters(net.encoder):,} weights, head {count_parameters(net.head):,}")
+    say(f"{encoder}: {count_parameters(net.encoder):,} parameters, head {count_parameters(net.head):,}")
     say(f"views: {trainer.augmentation}")
     say(f"{steps} of {args.bs} images x {len(trainer.positives)} views, {optimizer}")
     Runs.announce(folder, trainer.step, args.dry_run)

@@ -289,9 +289,9 @@ def is_running(process):
 # ---------------------------------------------------------------------------------------------------- all kinds
 
 KINDS = {  # title: (tries, attack, what a hit is)
-    "killed while saving, TrainSimCLR": (40, partial(kill_while_saving, "TrainSimCLR"), "before it was whole"),
-    "killed while saving, TrainISICLE": (30, partial(kill_while_saving, "TrainISICLE"), "before it was whole"),
-    "killed while saving, TrainCamNet": (30, partial(kill_while_saving, "TrainCamNet"), "before it was whole"),
+    "killed while saving, TrainSimCLR": (40, partial(kill_while_saving, "TrainSimCLR"), "with the file incomplete"),
+    "killed while saving, TrainISICLE": (30, partial(kill_while_saving, "TrainISICLE"), "with the file incomplete"),
+    "killed while saving, TrainCamNet": (30, partial(kill_while_saving, "TrainCamNet"), "with the file incomplete"),
     "killed at random, TrainSimCLR": (20, partial(kill_at_random, "TrainSimCLR"), "kills"),
     "killed at random, TrainISICLE": (20, partial(kill_at_random, "TrainISICLE"), "kills"),
     "killed at random, TrainCamNet": (20, partial(kill_at_random, "TrainCamNet"), "kills"),

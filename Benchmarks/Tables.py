@@ -21,7 +21,7 @@ SHOWN_RUN_FLAGS = ("eval",)  # of the flags that do not change the result
 
 
 def spread(values):
-    """Return mean and, of several values, their standard deviation, in per cent, as text."""
+    """Return mean and, of several values, their standard deviation, in percent, as text."""
     values = [100 * value for value in values]
     mean = f"{statistics.mean(values):.1f}"
     return mean + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
@@ -205,10 +205,10 @@ def arms_table(records):
     head = ["arm", "seeds", "kNN", "linear", "steps", "compute", "shared", "generator's part", "minutes"]
     first = records[0]
     below = (
-        f"Split {first['split']}, {first['n_test']:,} images; compute in 10^12 multiply-accumulates; shared: the same "
+        f"Split {first['split']}, {first['n_test']:,} images; compute in 10^12 multiply-accumulates; shared: compute "
     )
     devices = " or ".join(dict.fromkeys(device_of(record) for record in records))
-    below += f"if the runs of this table divide the training of their generator; each run on {devices}."
+    below += f"if the runs of this table share the cost of the generator's training; each run on {devices}."
     return markdown(head, rows, below)
 
 
@@ -300,6 +300,9 @@ def processes_table(content):
     return markdown(head, rows, f"`{content['command']}`, {device_of(content)}")
 
 
+RATIO = "ours / it: the median over rounds, so not the quotient of two speeds"
+
+
 def decoding_table(content):
     """Return the table of a file of Benchmarks/Decoding.py."""
     rows = []
@@ -308,7 +311,7 @@ def decoding_table(content):
         equal = f"{100 * row['equal']:.1f} %"
         rows.append([row["variant"], speed, f"{row['ratio']:.2f}", f"{row['difference']:.4f}", equal])
     size = f"JPEGs of {content['bytes_per_image'] / 1000:,.0f} kB to {content['size']} pixels"
-    below = f"{size}. `{content['command']}`, cpu, 1 thread"
+    below = f"{size}; {RATIO}. `{content['command']}`, cpu, 1 thread"
     head = ["variant", "images/s on a core", "ours / it", "difference from Pillow", "equal values"]
     return markdown(head, rows, below)
 
@@ -321,7 +324,7 @@ def search_table(content):
         rows.append([row["part"], row["variant"], f"{row['images_per_second']:,.1f}", f"{row['ratio']:.2f}", same])
     generator = command_of("TrainCamNet.py", content["generator"])
     measured = f"python -m Benchmarks.Search --images {content['images']} --rounds {content['rounds']}"
-    below = f"`{generator}`, then `{measured}`, {device_of(content)}"
+    below = f"{RATIO}. `{generator}`, then `{measured}`, {device_of(content)}"
     return markdown(["what", "variant", "images/s", "ours / it", "same codes"], rows, below)
 
 

@@ -143,7 +143,7 @@ def check_board(folder, group):
     for line in lines(folder):
         for name in line.keys() - {"step", "epoch", "seconds"}:
             tag = Run.TAGS.get(name, f"{'Train' if 'loss' in line else group}/{name}")
-            unit = 100 if tag.startswith("Accuracy/") else 1  # shown in per cent
+            unit = 100 if tag.startswith("Accuracy/") else 1  # shown in percent
             logged.setdefault(tag, {})[line["step"]] = unit * line[name]
     assert set(events.Tags()["scalars"]) == logged.keys()
     for tag, values in logged.items():

@@ -31,7 +31,7 @@ REGISTRIES = ("Tests/test_data.py", "Tests/test_losses.py", "-k", "rows or recip
 # What the commands of a section print, where its diff works.
 PRINTED = {
     "A data set": ["birds: 40 images of 96 px"],
-    "A backbone": ["mobilenet_v3_small", "convmixer: 87,936 weights"],
+    "A backbone": ["mobilenet_v3_small", "convmixer: 87,936 parameters"],
     "A loss": ["images x 3 views"],
     "A pair": ["images x 3 views"],
     "A corruption": ["undoes gray+poster2"],

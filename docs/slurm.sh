@@ -11,7 +11,7 @@
 #SBATCH --signal=B:TERM@120      # 120 s before the time is over, this script is told
 #
 # A training script on several machines, for longer than a job may take: before the time is over, and when the job is
-# cancelled by SIGTERM, the run saves and the job goes back into the queue. It ends when the run does, or fails.
+# canceled by SIGTERM, the run saves and the job goes back into the queue. It ends when the run does, or fails.
 #
 #     sbatch docs/slurm.sh TrainISICLE.py --data cifar10 --epochs 1000
 #
