@@ -128,6 +128,17 @@ def check_backbone(name, small_stem, size):
         ) from error
 
 
+@torch.no_grad()
+def takes_size(encoder, size):
+    """Return whether an encoder in evaluation mode takes images of size x size pixels."""
+    device = next(encoder.parameters()).device
+    try:
+        encoder(torch.zeros(1, 3, size, size, device=device))
+    except (RuntimeError, AssertionError):
+        return False
+    return True
+
+
 def is_torchvision(name):
     """Return whether a backbone is a model of torchvision, not one of this repository."""
     return name in torchvision.models.list_models(module=torchvision.models)

@@ -116,7 +116,7 @@ class BankSchedule:
         return filling_seconds(self.args, self.split, self.device, self.generator, self.autocast, seed)
 
     def remove(self, index):
-        """Remove a bank that is not used any more."""
+        """Remove a bank that is not used anymore."""
         file = self.file(index)
         file.unlink(missing_ok=True)
         file.with_name(file.name + ".json").unlink(missing_ok=True)

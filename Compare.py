@@ -154,13 +154,21 @@ def is_locked(file):
     return False
 
 
+def holds_run(folder):
+    """Return whether a folder is a run's; one that must not be entered counts as none."""
+    try:
+        return (folder / "args.json").exists()
+    except PermissionError:
+        return False
+
+
 def find_runs(path):
     """Return the run folders at or directly inside a path. Raises UserError if it holds none."""
     try:
         folders = [path, *sorted(path.iterdir())]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}: give a run folder, or a folder of runs such as Models") from error
-    runs = [folder for folder in folders if (folder / "args.json").exists()]
+    runs = [folder for folder in folders if holds_run(folder)]
     if not runs:
         raise UserError(f"{path} holds no run: train one by python TrainSimCLR.py, or give another folder")
     return runs[:1] if runs[0] == path else runs

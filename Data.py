@@ -448,7 +448,10 @@ def get_ssl_data_augs(data, color_s=None, *, aug="full", size=None, crop_min=Non
     color_s: strength of the color jitter, 0 to about 1: (.8, .8, .8, .2) times it, for four images of five.
     aug: "full"; "crop", crop and flip alone; or "none", the images as they are.
     crop_min: smallest share of the area that a crop keeps. gray_p, blur_p: probabilities of grayscale and of blur.
+    Raises UserError if `data` or `aug` is not known.
     """
+    if aug not in ("full", "crop", "none"):
+        raise UserError(f"--aug {shown(aug)}: choose full, crop or none")
     row = get_row(data, size)
     if aug == "none":
         return plain_views(row.size)

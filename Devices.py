@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import Distributed
-from Utils import UserError
+from Utils import UserError, first_line
 
 
 def pick_device(name):
@@ -83,17 +83,62 @@ def precision_name(name, bf16, device):
     return "tf32" if name != "fp32" and device.type == "cuda" else "fp32"
 
 
-def free_memory(device):
-    """Return the bytes that are free on a device."""
+def free_memory(device, root="/"):
+    """Return the bytes that are free on a device. Main memory: no more than a container or a job's limit leaves.
+
+    root: where /proc and /sys are looked for.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps what was freed
         return torch.cuda.mem_get_info(device)[0] + cached
     try:  # memory available without swapping, page cache included: it can be full of a bank that was just written
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        lines = Path(root, "proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # macOS: all of its memory
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([free, *_left_by_limits(Path(root))])
+
+
+LIMITS = {  # version of control groups: their folder, and the files of the limit and of what is used
+    2: ("sys/fs/cgroup", "memory.max", "memory.current"),
+    1: ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
+
+
+def _left_by_limits(root):
+    """Return the bytes that each memory limit on this process leaves (Linux control groups), page cache included."""
+    try:
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return []
+    left = []
+    for number, controllers, group in groups:
+        version = 2 if number == "0" else 1
+        if version == 1 and "memory" not in controllers.split(","):
+            continue
+        place, limit_name, used_name = LIMITS[version]
+        top = root / place
+        folder = top / group.lstrip("/")
+        for each in (folder, *folder.parents):  # the limit of a group holds for those in it
+            limit = first_line(each / limit_name)
+            used = first_line(each / used_name)
+            if limit.isdigit() and used.isdigit():
+                left.append(max(0, int(limit) - int(used) + _page_cache(each)))
+            if each == top:
+                break
+    return left
+
+
+def _page_cache(group):
+    """Return the bytes of files that the kernel keeps for a control group, and gives up when memory is needed."""
+    try:
+        words = [line.split() for line in (group / "memory.stat").read_text().splitlines()]
+    except OSError:
+        return 0
+    amounts = {name: int(amount) for name, amount in words}
+    total = "total_" if "total_inactive_file" in amounts else ""  # version 1 counts the groups inside apart
+    return amounts.get(f"{total}inactive_file", 0) + amounts.get(f"{total}active_file", 0)
 
 
 def peak_memory(device):
@@ -118,5 +163,9 @@ def has_room(n_bytes, device):
 
 
 def is_held(storage, n_bytes, device):
-    """Return whether a bank is held on the device: --bank_storage memory, or auto where it fits."""
-    return storage == "memory" or (storage == "auto" and has_room(n_bytes, device))
+    """Return whether a bank is held on the device: --bank_storage memory, or auto where it fits.
+
+    On CPUs each process of this machine holds one.
+    """
+    copies = Distributed.local_count() if torch.device(device).type == "cpu" else 1
+    return storage == "memory" or (storage == "auto" and has_room(copies * n_bytes, device))

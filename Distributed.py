@@ -32,6 +32,11 @@ def local_rank():
     return int(os.environ["LOCAL_RANK"]) if is_launched() else 0
 
 
+def local_count():
+    """Return the number of processes that a launcher has started on this machine; 1 without one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_launched() else 1
+
+
 def is_first():
     """Return whether this is the only process, or the first of several: the one that prints and writes."""
     return dist.get_rank() == 0 if is_joined() else not is_launched() or os.environ["RANK"] == "0"

@@ -31,6 +31,7 @@ import Flags
 import Runs
 import Utils
 from Augmentations import to_float
+from Backbones import takes_size
 from Images.Folders import DATA_DIR
 
 PROTOCOL = {
@@ -279,7 +280,9 @@ def chance(splits):
 def fine_tune(encoder, splits, device, views, epochs, bs=256, lr=0.05, seed=0):
     """Return the accuracy of a copy of the encoder trained further, with a linear layer on top, on the labeled images.
 
-    SGD with Nesterov momentum .9, weight decay 5e-4, a cosine per step; views: the augmentation.
+    SGD with Nesterov momentum .9, weight decay 5e-4, a cosine per step; views: the augmentation. epochs: 1 or more;
+    bs: images in a step; lr: at the start; seed: of views and order, while the layer's first weights follow torch's own
+    random state. The accuracy, in [0, 1], is that of `splits.test`, or the mean over the folds of cross-validation.
     """
     rng = torch.Generator().manual_seed(seed)
     train_labels = splits.train.labels.to(device)
@@ -436,6 +439,13 @@ def main(args):
     splits = Flags.splits_for(run, device)
     if not args.data:
         Runs.check_data(file, state, splits.train, run.data, "name those to score on by --data PATH")
+    size = splits.train.size
+    with evaluation_mode(encoder):
+        if not takes_size(encoder, size):
+            raise Utils.UserError(
+                f"--data {run.data}: images of {size} px, which {run.backbone} of {file} does not take: give images of "
+                f"{run.image_size} px"
+            )
     if args.labels < 1:
         splits = with_few_labels(splits, args.labels)
     if not can_probe(splits):
@@ -444,12 +454,17 @@ def main(args):
         )
 
     # scores
-    with Signals.heartbeat("scoring") if Distributed.is_first() else contextlib.nullcontext():
+    beat = Signals.heartbeat("scoring") if Distributed.is_first() else contextlib.nullcontext()
+    with beat:
         result = evaluate(encoder, untrained, splits, Flags.augmentation_for(run), device, state["epoch"])
     if args.finetune:
         crop = Flags.augmentation_for(run, aug="crop")
         tuned = partial(fine_tune, encoder, splits, device, crop, args.finetune)
-        result["finetune"] = Distributed.first_rank_only(tuned)
+        try:
+            result["finetune"] = Distributed.first_rank_only(tuned)
+        except torch.OutOfMemoryError as error:
+            reason = f"out of memory on {device}: use a device with more memory, or leave it out"
+            raise Utils.UserError(f"--finetune {args.finetune}: {reason}") from error
     result["data"] = Utils.shown(run.data)
     result["protocol"] = PROTOCOL | {"labels": args.labels, "finetune_epochs": args.finetune}
     Distributed.say(f"{Utils.shown(file)}\n{scores_table(result)}")  # before it is written: the disk may be full

@@ -34,7 +34,7 @@ import Evaluate
 import Flags
 import Utils
 from Augmentations import to_float
-from Backbones import classifier_name, is_resnet, is_torchvision, model_options
+from Backbones import classifier_name, is_resnet, is_torchvision, model_options, takes_size
 from EncoderFiles import load_encoder, plain_weights
 from Utils import UserError
 
@@ -113,8 +113,6 @@ def check_out(out, endings):
     if out.suffix not in endings:
         raise UserError(f"--out {out}: ending not known: choose {', '.join(endings)}")
     Flags.check_folder_of(out)
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder: name a file")
     missing = [name for name in PACKAGES.get(out.suffix, ()) if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"--out {out}: needs another package: pip install {' '.join(missing)}")
@@ -280,13 +278,10 @@ def write_table(out, table, metadata):
 
 def check_size(encoder, size):
     """Raise UserError if the encoder does not take images of that size."""
-    try:
-        with torch.no_grad():
-            encoder.net(torch.zeros(1, 3, size, size))
-    except (RuntimeError, AssertionError) as error:
+    if not takes_size(encoder.net, size):
         raise UserError(
             f"--size {size}: {encoder.metadata['backbone']} of {encoder.file} does not take it: leave it out"
-        ) from error
+        )
 
 
 def open_split(args, size):

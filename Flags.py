@@ -72,7 +72,9 @@ def path(text):
 
 
 def check_folder_of(out):
-    """Raise UserError if the file of --out has no folder to lie in."""
+    """Raise UserError if the file of --out has no folder to lie in, or is a folder."""
+    if out.is_dir():
+        raise Utils.UserError(f"--out {out}: it is a folder: name a file")
     if not out.parent.is_dir():
         raise Utils.UserError(f"--out {out}: no folder {out.parent}: make it first")
 
@@ -123,7 +125,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _meant(word, names):
-    """Return a question with the name that is closest to a misspelt word; "" if none is close."""
+    """Return a question with the name that is closest to a misspelled word; "" if none is close."""
     near = Utils.nearest(word, names)
     return f": did you mean {near}?" if near else ""
 
@@ -304,11 +306,19 @@ def parse(argv, build_parser):
     return _parse_resumed(argv, parser, early.resume, stored)
 
 
+def _script_with(flags):
+    """Return the name of the script that has these flags; None for one without flags of its own."""
+    for flag, name in SCRIPT_OF.items():
+        if flag in flags:
+            return name
+    return None
+
+
 def _parse_resumed(argv, parser, file, stored):
     """Parse the flags of a run that continues from a checkpoint; see `parse`. stored: the flags that the file holds."""
     defaults = parser.parse_args([])
-    theirs = next((name for flag, name in SCRIPT_OF.items() if flag in Utils.current_flags(stored)), None)
-    if theirs and not any(name == theirs for flag, name in SCRIPT_OF.items() if flag in defaults):
+    theirs = _script_with(Utils.current_flags(stored))
+    if theirs and theirs != _script_with(vars(defaults)):
         raise Utils.UserError(f"--resume {file}: a run of {theirs}: start that script")
     note_version(file, stored, vars(defaults))
     stored = Utils.current_flags(stored)
@@ -339,8 +349,8 @@ def _parse_resumed(argv, parser, file, stored):
 
 def _can_be(action, value):
     """Return whether a flag can have a value that a checkpoint holds. action: argparse's object of the flag."""
-    if value is None:
-        return action.default is None
+    if value is None:  # --size: a recipe may have one where that of the checkpoint's device has none
+        return action.default is None or action.dest == "size"
     if action.nargs == 0:
         return isinstance(value, bool)
     if action.type is None:
@@ -358,7 +368,7 @@ def check_place(data, whose):
     if Data.is_named(data) or Path(Utils.expanded(data)).is_dir():
         return
     raise Utils.UserError(
-        f"{whose}: the images are not in {data}, which is neither a data set nor a folder (any more): "
+        f"{whose}: the images are not in {data}, which is neither a data set nor a folder (anymore): "
         "--data NEW_PLACE gives their new place"
     )
 
@@ -375,7 +385,10 @@ def note_version(file, stored, defaults):
     """Print which flags a checkpoint of another version lacks, whose defaults are used, or which it calls otherwise."""
     current = Utils.current_flags(stored)
     missing = [f"--{key} {value}" for key, value in defaults.items() if key not in current and key not in RUN_FLAGS]
-    renamed = [f"--{before} is --{now} {stored[before]}" for before, now in Utils.RENAMED.items() if before in stored]
+    renamed = []
+    for before, now in Utils.RENAMED.items():
+        if stored.get(before) not in (None, False):  # a switch that is off says nothing
+            renamed.append(f"--{before} is --{now} {stored[before]}")
     notes = [f"it lacks {', '.join(missing)}: these defaults are used"] if missing else []
     notes += [f"its {', '.join(renamed)} now"] if renamed else []
     if notes:
@@ -463,7 +476,7 @@ def augmentation_for(args, aug=None):
 def untrained_encoder(args, device):
     """Return `encoder_for` on a device, to compare the trained one with; None, with a notice, without --init's file."""
     if args.init and any_process(not Path(args.init).is_file()):
-        say(f"--init {Utils.shown(args.init)}: no such file any more: no scores of the untrained encoder")
+        say(f"--init {Utils.shown(args.init)}: no such file anymore: no scores of the untrained encoder")
         return None
     return encoder_for(args).to(device, memory_format=torch.channels_last)
 

@@ -131,7 +131,7 @@ def contrastive(z, temperature=0.5, form="lout", weight=1.0):
 def view_statistics(z):
     """Return what an embedding looks like, as a dictionary of scalar tensors: no gradient, no wait for the device.
 
-    z: (M, N, D) projections as for `multi_positive`. On the unit sphere (Wang & Isola 2020, arXiv:2005.10242):
+    z: (M, N, D) projections as for `multi_positive`, N >= 2. On the unit sphere (Wang & Isola 2020, arXiv:2005.10242):
         embedding_std  mean over dimensions of the standard deviation over images, times sqrt(D): 1 when spread
                        evenly over the sphere, 0 when all embeddings are equal (collapse)
         alignment      mean squared distance between the first two views of an image, 0 (equal) to 4

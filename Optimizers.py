@@ -78,7 +78,7 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             weights = [w for w in group["params"] if w.grad is not None]
@@ -116,7 +116,7 @@ class AdamLARS(torch.optim.Adam):
             group["trust"] = trust
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         """Take Adam's step, then rescale it in the groups that adapt."""
         adapting = [group for group in self.param_groups if group.get("adapt", True)]
         before = [[w.clone() for w in group["params"]] for group in adapting]

@@ -157,8 +157,7 @@ def measure_pairs(net, positives, split, augmentation, step, device, labeled):
     rng = torch.Generator().manual_seed(0)
 
     def project(batch):
-        views = augmentation(batch, rng)
-        return net(views.contiguous(memory_format=torch.channels_last)).float()
+        return Evaluate.embed(net, augmentation(batch, rng))
 
     with Evaluate.frozen(net):
         # the pairs as the loss sees them

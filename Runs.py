@@ -116,7 +116,7 @@ def _different_flags(stored, args, hyper, usual):
 
 
 def _is_gone(place):
-    """Return whether a folder that held images is not there any more."""
+    """Return whether a folder that held images is not there anymore."""
     return Path(place).is_absolute() and not Path(place).exists()
 
 
@@ -275,6 +275,11 @@ def logged_at(folder, step):
     return numbers
 
 
+def write_image(file, image):
+    """Write an image, float (3, H, W) in [0, 1], as PNG, atomically."""
+    Utils.write_atomically(file, lambda scratch: torchvision.utils.save_image(image, scratch, format="png"))
+
+
 class Run:
     """A run folder: args.json, metrics.jsonl, TensorBoard event files, checkpoints, pictures."""
 
@@ -312,7 +317,7 @@ class Run:
         if kept:
             self.before = kept[-1]["seconds"]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        Utils.write_atomically(self.metrics, lambda scratch: scratch.write_text(text))
+        Utils.write_text(self.metrics, text)
 
     def clock(self):
         """Return the seconds that this run has taken, including earlier starts."""
@@ -375,7 +380,7 @@ class Run:
 
     def picture(self, name, image, step=0):
         """Write NAME.png and the same to TensorBoard. image: float (3, H, W) in [0, 1]."""
-        torchvision.utils.save_image(image, self.folder / f"{name}.png")
+        write_image(self.folder / f"{name}.png", image)
         self.board.add_image(name, image, step)
 
     def failure(self, problem, causes):

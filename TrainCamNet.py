@@ -459,6 +459,8 @@ def train(trainer, run, interruption, title):
         left = (now - began) / (trainer.step - first_step) * (trainer.steps - trainer.step)
         times = Reports.times(now - started, left)
         Distributed.first_rank_only(partial(finish_period, trainer, run, title, mean, times))
+        if stopped and trainer.step < trainer.steps:
+            return True
     return False
 
 
@@ -478,19 +480,20 @@ def train_period(trainer, run, interruption, period, pace, title, search_seconds
     args = trainer.args
     number = trainer.period + 1
     logged_at = time.perf_counter()
-    logged_step = trainer.step
+    n_images = 0  # since then
     batches = list(trainer.batches(len(period.condition)))
     for batch in tqdm(batches, f"{title} {number}/{args.periods}: train", leave=False, disable=run.quiet):
         loss = trainer.update(period, batch)
+        n_images += len(batch)
         if pace.tick(trainer.step) and run.writes:
             show_estimate(trainer, title, number, pace.left(trainer.step) + (args.periods - number) * search_seconds)
         if trainer.step % args.log_iter == 0 or trainer.step == 1:
             value = check_loss(trainer, run, loss)
             lr = trainer.optimizer.param_groups[0]["lr"]
-            speed = (trainer.step - logged_step) * len(batch) / (time.perf_counter() - logged_at)
+            speed = n_images / (time.perf_counter() - logged_at)
             run.log(trainer.step, trainer.period, loss=value, lr=lr, views_per_second=round(speed, 1))
             logged_at = time.perf_counter()
-            logged_step = trainer.step
+            n_images = 0
         if Distributed.any_process(interruption.signal is not None):
             return True
     return False
@@ -618,7 +621,7 @@ def measure(trainer, single):
 
     # time and memory
     n_searched = trainer.period * trainer.images_per_period
-    n_trained = trainer.step * min(args.bs, trainer.images_per_period)
+    n_trained = n_searched * args.visits
     result["seconds_search_per_1000"] = 1000 * trainer.seconds["search"] / n_searched
     result["seconds_train_per_1000"] = 1000 * trainer.seconds["train"] / n_trained
     result["peak_memory_bytes"] = Devices.peak_memory(trainer.device)
@@ -773,7 +776,7 @@ def try_out(args, device, folder):
     trainer = Trainer(args, split, generator, distance, codes_per_level(args), device)
     describe(args, trainer, folder)
     say(f"measuring {'part of a search and ' if trainer.searches else ''}a few steps")
-    rows = trainer.rows_of(0)[: trainer.searched_at_once]
+    rows = trainer.rows_of(0)[: max(trainer.searched_at_once, trainer.bs)]
     images = trainer.images(rows)
     keys = make_keys(args.seed, Purpose.CODE, 0, rows).to(trainer.device)
     period = Period(trainer, rows, images, keys)
@@ -782,13 +785,17 @@ def try_out(args, device, folder):
     search = 0.0
     if trainer.searches:
         started = time.perf_counter()
-        period.keys = period.search(trainer, trainer.frozen(), everything, keys).keys
-        period.keys.cpu()  # waits for the device
-        search = (time.perf_counter() - started) * trainer.images_per_period / len(rows) / Distributed.count()
+        searched = everything[: trainer.searched_at_once]
+        found = period.search(trainer, trainer.frozen(), searched, keys).keys
+        found.cpu()  # waits for the device
+        parts = trainer.images_per_period / len(searched)
+        search = (time.perf_counter() - started) * parts / Distributed.count()
+        # a step takes as long by other images' codes
+        period.keys = found.repeat(math.ceil(len(rows) / len(found)), 1)[: len(rows)]
 
     pace = Reports.Pace(0, trainer.steps, trainer.device)
     while not pace.tick(trainer.step):
-        trainer.update(period, everything[: args.bs]).item()
+        trainer.update(period, everything[: trainer.bs]).item()
     seconds = args.periods * search + trainer.steps * pace.seconds
     memory = Devices.peak_memory(trainer.device) / 2**30
     twice = ", and less than that for the net of one code" if args.single_code else ""

@@ -196,7 +196,7 @@ class Trainer:
     """What a step changes (net, optimizer, random state, position), and the step itself."""
 
     def __init__(self, args, train_split, positives, device, rank=0, world=1, with_init=True):
-        """with_init: False if `load` follows, so that the file of --init is not needed any more."""
+        """with_init: False if `load` follows, so that the file of --init is not needed anymore."""
         check_views(args, len(positives))
         self.args = args
         self.train_split = train_split
@@ -588,8 +588,10 @@ def finish_run(trainer, run, splits, again):
     if baselines:
         run.baseline("pixels", {"knn": result["pixels_knn"]}, trainer.step)
     Reports.show_embedding(run, encoder, splits.test, trainer.device)
-    if not logged.items() >= (scores | result["pairs"]).items():
-        run.log(trainer.step, trainer.epoch, group="Pairs", **scores, **result["pairs"])
+    new = scores | result["pairs"]
+    is_logged = all(logged.get(name) == value for name, value in new.items())
+    if not is_logged:
+        run.log(trainer.step, trainer.epoch, group="Pairs", **new)
     return result
 
 
@@ -616,12 +618,14 @@ def check_memory(args, row, world, device):
     weights = 3 * 4 * args.proj_hidden * (features + args.proj_dim)
     Devices.check_room(weights, device, f"a head of --proj_hidden {args.proj_hidden} and --proj_dim {args.proj_dim}")
 
-    # this process's views, and half of what the net keeps of them, as it is in bf16
+    # this process's views, and half of what the net keeps of those of a forward pass, as it is in bf16
     bs = args.bs if "bs" in args.given else 2  # the images may be fewer
     count = getattr(args, "num_views", 2)
-    of_a_view = 4 * 3 * row.size**2 + 2 * args.proj_hidden
-    of_a_view += kept_bytes(args.backbone, args.small_stem, row.size) // 2
-    Devices.check_room(bs * count * of_a_view // world, device, f"--size {row.size}: {bs} x {count} views")
+    views = bs * count // world
+    at_once = min(views, args.chunk_views or views)
+    needed = views * (4 * 3 * row.size**2 + 2 * args.proj_hidden)
+    needed += at_once * kept_bytes(args.backbone, args.small_stem, row.size) // 2
+    Devices.check_room(needed, device, f"--size {row.size}: {bs} x {count} views")
 
 
 def adjust_to_images(args, row, n, world, device):

@@ -125,7 +125,7 @@ RUNTIME_ERRORS = {  # part of the message of a RuntimeError: what it means, and 
 
 
 def nearest(word, names):
-    """Return the name that is closest to a misspelt word, or None if none is close."""
+    """Return the name that is closest to a misspelled word, or None if none is close."""
     return next(iter(difflib.get_close_matches(word, names, n=1)), None)
 
 
@@ -208,19 +208,19 @@ def usable_cores(root="/"):
     """
     cores = set()
     for cpu in os.sched_getaffinity(0):
-        siblings = _first_line(Path(root, f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"))
+        siblings = first_line(Path(root, f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"))
         cores.add(siblings or str(cpu))
     folder = Path(root, "sys/fs/cgroup")
-    quota = _first_line(folder / "cpu.max").split()
+    quota = first_line(folder / "cpu.max").split()
     if not quota:
-        quota = [_first_line(folder / "cpu" / name) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]
+        quota = [first_line(folder / "cpu" / name) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]
     n_cores = len(cores)
     if all(quota) and quota[0] not in ("max", "-1"):
         n_cores = min(n_cores, int(quota[0]) // int(quota[1]))
     return max(1, n_cores)
 
 
-def _first_line(file):
+def first_line(file):
     """Return the first line of a file, or "" where there is none."""
     try:
         return file.read_text().split("\n")[0].strip()
@@ -340,10 +340,14 @@ def read_json(file, names=(), use=None):
     return content
 
 
+def write_text(file, text):
+    """Write a text to `file`, atomically."""
+    write_atomically(file, lambda scratch: scratch.write_text(text))
+
+
 def write_json(file, content):
     """Write plain values to `file` as JSON, atomically."""
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomically(file, lambda scratch: scratch.write_text(text))
+    write_text(file, json.dumps(content, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
@@ -369,7 +373,7 @@ def write_tensors(file, content):
 def load_(file, **parts):
     """Return what `save_` wrote, tensors on the CPU; load each named part strictly.
 
-    Raises UserError if the file is missing, damaged (its checksums are compared), holds numbers that are not finite, or
+    Raises UserError if the file is missing, damaged (its checksums are compared), holds weights that are not finite, or
     does not fit.
     """
     file = Path(file)

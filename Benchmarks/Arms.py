@@ -267,8 +267,17 @@ def read_records(file):
         raise Utils.UserError(f"--out {file}: no records of runs ({error}): name another file") from error
 
 
-def missing(args, arms, records):
-    """Return the runs (arm, seed, words) of some arms that have no record yet, seed after seed."""
+def missing(args, arms, records, file):
+    """Return the runs (arm, seed, words) of some arms that have no record yet, seed after seed.
+
+    Raises UserError if the file of the records holds runs of these arms with other flags: no table may mix them.
+    """
+    for row in records:
+        if row["arm"] in arms:
+            command = shlex.join(["python", *words_of(args, row["arm"], row["seed"], records)])
+            if row["command"] != command:
+                other = f"{file} holds a run of this arm with other flags, {row['command']}"
+                raise Utils.UserError(f"--arms {row['arm']}: {other}: name another file by --out, or move it away")
     done = {row["command"] for row in records}
     runs = []
     for seed in range(args.seeds):
@@ -295,7 +304,7 @@ def main(args):
     first = [arm for arm in args.arms if not arm.endswith(EQUAL)]
     last = [arm for arm in args.arms if arm.endswith(EQUAL)]  # their length follows from the others
     for arms in (first, last):
-        for row in finished(args, missing(args, arms, records)):
+        for row in finished(args, missing(args, arms, records, file)):
             records = add(records, row)
             file.parent.mkdir(parents=True, exist_ok=True)
             Utils.write_json(file, records)

@@ -123,7 +123,7 @@ def main(args):
         before = file.read_text()
         after = fill(before, Utils.ROOT / "Results")
         if after != before:
-            file.write_text(after)
+            Utils.write_text(file, after)
         print(f"{'unchanged' if after == before else 'written'}: {file}")
     return 0
 

@@ -33,9 +33,13 @@ def encoder_macs(flags, steps):
 
     # all views of an image
     views = flags.num_views if "num_views" in flags else len(TrainISICLE.Restored(flags))
-    per_image = 3 * views * (forward + projection)
-    if getattr(flags, "pick", "random") == "farthest":  # all restorations are looked at
-        per_image += (flags.num_codes + (flags.pair != "gen_gen")) * forward
+    passes = 4 if flags.chunk_views else 3  # in chunks, the views go forward twice
+    per_image = passes * views * (forward + projection)
+    if getattr(flags, "pick", "random") == "farthest" and flags.pair != "corrupted":
+        compared = flags.num_codes  # all restorations, and the image if the pair has it
+        if TrainISICLE.PAIRS[flags.pair].real:
+            compared += 1
+        per_image += compared * forward
     return steps * flags.bs * per_image
 
 

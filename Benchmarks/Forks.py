@@ -68,7 +68,7 @@ class Child:
     def _become(self, script, argv, prepare):
         code = 1
         Signals.end_with_parent(signal.SIGKILL)
-        tqdm.set_lock(threading.RLock())  # tqdm's own one is shared by forks: one that is killed could hold it for ever
+        tqdm.set_lock(threading.RLock())  # tqdm's own one is shared by forks: one that is killed could hold it forever
         try:
             sys.stdout = sys.stderr = self.log.open("w", buffering=1)
             os.dup2(sys.stdout.fileno(), 1)

@@ -15,10 +15,11 @@ import statistics
 from pathlib import Path
 
 import torch
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 
 import Flags
 import Reports
+import Runs
 import TrainISICLE
 import Utils
 from Augmentations import to_float
@@ -74,7 +75,7 @@ def draw_method(run, file):
     Utils.load_parts(checkpoint, state, generator=generator)
     theirs = argparse.Namespace(**state["args"])
     split = Flags.train_split_for(theirs, cpu)
-    rows, images = next(iter(split.batches([torch.arange(8 * ROWS)], cpu)))
+    rows, images = next(iter(split.batches([torch.arange(min(8 * ROWS, len(split)))], cpu)))
     keys = make_keys(0, rows)
     condition = generator.corruption(images, keys)
     restored = [generator.sample(condition, make_keys(keys, k)) for k in range(3)]
@@ -92,7 +93,7 @@ def draw_method(run, file):
     columns = [to_float(images), generator.corruption.upsample(condition), *restored, *views]
     tiles = torch.stack([column[shown] for column in columns], dim=1)  # (ROWS, columns, 3, S, S)
     grid = make_grid(tiles.flatten(0, 1).float().clamp(0, 1), nrow=len(columns), padding=1, pad_value=1)
-    save_image(Reports.captioned(grid, HEADS), file)
+    Runs.write_image(file, Reports.captioned(grid, HEADS))
 
 
 # ---------------------------------------------------------------------------------------------------- arms
@@ -149,7 +150,7 @@ def draw_arms(records, file):
     seeds = max(len(runs) for runs in groups)
     title = f"{Path(data).name}: SimCLR (circles), ISICLE (squares), controls (triangles); "
     figure.suptitle(title + f"mean ± standard deviation, {seeds} seeds")
-    figure.savefig(file, dpi=100)
+    Utils.write_atomically(file, lambda scratch: figure.savefig(scratch, dpi=100, format="png"))
     plt.close(figure)
 
 
@@ -161,7 +162,7 @@ def draw_shapes(file):
     images, labels = Shapes.make_split("train")
     rows = [images[labels == index][:EACH] for index in range(len(Shapes.CLASSES))]
     grid = make_grid(to_float(torch.cat(rows)), nrow=EACH, padding=1, pad_value=1)
-    save_image(Reports.captioned(grid, rows=Shapes.CLASSES), file)
+    Runs.write_image(file, Reports.captioned(grid, rows=Shapes.CLASSES))
 
 
 def main(args):

@@ -355,14 +355,14 @@ def kernels_table(content):
             counts = [f"{sum(row[kind] for row in rows)}" for kind in kinds]
             contrastive.append([step, *(kernels_cell([row]) for row in rows), kernels_cell(rows), *counts])
             parts = [row["part"] for row in rows]
-    below = f"{content['bs']} images in a step; kernels, and in brackets the MiB that they touch."
+    below = f"{content['bs']} images in a step; kernels, and in parentheses the MiB that they touch."
     first = markdown(["step of ResNet-18", *parts, "sum", *kinds], contrastive, below)
     measured = f"{content['camnet_bs']} images, 4 codes, the pixel distance. `python -m Benchmarks.Kernels`"
     return f"{first}\n\n{markdown(['net', 'part', 'kernels', *kinds], camnet, measured)}"
 
 
 def kernels_cell(rows):
-    """Return the kernels of rows and, in brackets, the MiB that they touch, as text."""
+    """Return the kernels of rows and, in parentheses, the MiB that they touch, as text."""
     touched = sum(row["touched bytes"] for row in rows) / 2**20
     return f"{sum(row['kernels'] for row in rows):,} ({touched:,.0f})"
 

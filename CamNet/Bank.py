@@ -134,7 +134,11 @@ def fill(
                 if len(rows) == 1:
                     raise
             at_once = len(rows) // 2
-        return torch.cat([restored_of(*part) for part in zip(rows.split(at_once), x.split(at_once))])
+        # one part after the other
+        parts = []
+        for some_rows, some_x in zip(rows.split(at_once), x.split(at_once)):
+            parts.append(restored_of(some_rows, some_x))
+        return torch.cat(parts)
 
     def restored(parts):
         for rows, x in split.batches(parts, device):

@@ -123,7 +123,9 @@ class Cache:
             pass
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write_record(bad, [])
+            with Locks.locked(self.lock, f"decoding {self.name}"):
+                if self._read_record() is None:  # otherwise another process has made the cache in the meantime
+                    self._write_record(bad, [])
         except (OSError, UserError):
             notice(f"{self.name}: every start checks its files again: {shown(self.folder)} cannot be written")
         return bad
@@ -204,7 +206,7 @@ class Cache:
     def _write_record(self, bad, sums):
         text = json.dumps({"bad": bad, "checksums": sums})
         content = f"{text}\n{zlib.crc32(text.encode()):08x}"
-        Utils.write_atomically(self.record, lambda scratch: scratch.write_text(content))
+        Utils.write_text(self.record, content)
 
     def _decoded(self, skip_bad, bad, title):
         """Yield the images of each batch of files; put {index: reason} of those that do not decode into bad."""

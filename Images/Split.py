@@ -77,7 +77,8 @@ class Split(_Images):
         # all indices where the images are, by one copy that does not wait
         rows = torch.cat(index_batches)
         if self.images.is_cuda:
-            rows = rows.pin_memory().to(self.images.device, non_blocking=True)
+            rows = rows.pin_memory()
+        rows = rows.to(self.images.device, non_blocking=self.images.is_cuda)
 
         for indices, part in zip(index_batches, rows.split([len(each) for each in index_batches])):
             images = self.images.index_select(0, part)

@@ -101,6 +101,15 @@ def test_started_again_it_runs_what_is_missing(done, arms, cli):
         assert after[-1][name] == records[-1][name], name  # not the revision, which may be another one by now
 
 
+def test_runs_with_other_flags_do_not_join_a_table(done, arms, tmp_path, cli):
+    out = tmp_path / "arms.json"
+    out.write_text(json.dumps(done[1]))
+    for more in (["--lr", "0.7"], ["--epochs", "3"]):
+        argv = [*arms.argv("--out", str(out)), *more]
+        one_error(cli(argv, Arms), "--arms simclr", "holds a run of this arm with other flags", "--out")
+    assert json.loads(out.read_text()) == done[1]
+
+
 def test_failing_run_is_one_line(arms, tmp_path, cli, monkeypatch):
     monkeypatch.setattr(Arms, "subprocess", FORKED)
     more = ("--arms", "isicle_full", "--out", str(tmp_path / "a.json"), "--isicle", f"--generator {tmp_path}")
@@ -207,6 +216,20 @@ def test_compute_is_what_was_counted_by_hand(done):
         assert rows[arm]["encoder_macs"] == 3 * views * 8 * 60 * (stem + blocks + head)
     assert rows["simclr_full"]["generator_macs"] == 0
     assert rows["isicle_full"]["generator_macs"] > 0
+
+
+def test_chunks_and_farthest_restorations_are_counted():
+    def macs(*words):
+        flags = TrainISICLE.get_args([*words, "--num_codes", "5"])
+        TrainSimCLR.adjust_flags(flags, 1)
+        return Compute.encoder_macs(flags, 10)
+
+    plain = macs("--pair", "multi")
+    assert macs("--pair", "multi", "--chunk_views", "8") * 3 == plain * 4  # a second forward pass
+    more = {pair: macs("--pair", pair, "--pick", "farthest") - macs("--pair", pair) for pair in TrainISICLE.PAIRS}
+    assert more["corrupted"] == 0
+    assert more["multi"] == more["gen_gen"] == more["gen_twice"]  # five restorations
+    assert more["real_gen"] * 5 == more["multi"] * 6  # and the image
 
 
 @pytest.mark.parametrize("pair, views", [("gen_gen", 2), ("corrupted", 2), ("multi", 3), ("real_real_gen", 3)])

@@ -189,7 +189,7 @@ def test_checking_leaves_no_hook_behind():
 
 
 @pytest.mark.parametrize("name", ["resnet19", "ResNet18", "convnext-tiny"])
-def test_a_misspelt_name(name):
+def test_a_misspelled_name(name):
     near = {"resnet19": "resnet18", "ResNet18": "resnet18", "convnext-tiny": "convnext_tiny"}
     message = refused(name, False, 32)
     assert message.startswith(f"--backbone {name}: not known: did you mean ")
@@ -284,3 +284,8 @@ def test_count_parameters():
     assert count_parameters(layer) == 6
     assert count_parameters(build_encoder("resnet18", False, 32)) == 11_176_512  # torchvision's 11,689,512 less its fc
     assert count_parameters(build_encoder("resnet50", False, 32)) == 23_508_032
+
+
+@pytest.mark.parametrize("name, size, fits", [("alexnet", 16, False), ("alexnet", 64, True), ("resnet8", 8, True)])
+def test_takes_size(name, size, fits):
+    assert Backbones.takes_size(build_encoder(name, False, 64).eval(), size) == fits

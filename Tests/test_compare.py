@@ -360,3 +360,18 @@ def test_a_plot_of_names_with_dollars(tmp_path):
     save_run(tmp_path / "Models" / "a", data="/x/$a^$b_{")
     Compare.main([str(tmp_path / "Models"), "--plot", str(tmp_path / "plot.png")])
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_that_must_not_be_entered_is_passed_over(monkeypatch, tmp_path):
+    for name in ("lost+found", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run" / "args.json").write_text("{}")
+    exists = Path.exists
+
+    def refused(path, **options):
+        if "lost+found" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path, **options)
+
+    monkeypatch.setattr(Path, "exists", refused)
+    assert Compare.find_runs(tmp_path) == [tmp_path / "run"]

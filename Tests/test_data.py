@@ -609,6 +609,7 @@ def test_flags_replace_the_recipe():
 def test_weaker_views():
     images = Shapes.draw(torch.arange(10), 32, torch.Generator().manual_seed(0))
     plain = images.float() / 255
+    one_line(lambda: Data.get_ssl_data_augs("shapes", aug="crops"), "--aug crops", "full, crop or none")
     for views in (Data.get_ssl_data_augs("shapes", aug="none"), Data.plain_views(32)):
         assert torch.equal(views(images, torch.Generator()), plain)
     constant = torch.arange(30, dtype=torch.uint8).view(10, 3, 1, 1).expand(10, 3, 32, 32).contiguous()

@@ -76,3 +76,58 @@ def test_the_pace_counts_what_a_gpu_still_has_to_do(monkeypatch):
         clock.waiting += 1.0  # to compute it
         known = pace.tick(step)
     assert pace.seconds == pytest.approx(1.01)
+
+
+def write(root, files):
+    for name, content in files.items():
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+
+
+@pytest.mark.parametrize(
+    "group, files, free",
+    [
+        ("0::/", {}, 9000 * 1024),  # no limit
+        ("0::/", {"memory.max": "max", "memory.current": "5"}, 9000 * 1024),
+        ("0::/", {"memory.max": "7000", "memory.current": "5000"}, 2000),
+        ("0::/", {"memory.max": "7000", "memory.current": "8000"}, 0),
+        # page cache is free; that of tmpfs is not
+        (
+            "0::/",
+            {
+                "memory.max": "7000",
+                "memory.current": "5000",
+                "memory.stat": "file 900\ninactive_file 300\nactive_file 40",
+            },
+            2340,
+        ),
+        # a limit of any group around the process
+        ("0::/job/step", {"job/memory.max": "7000", "job/memory.current": "6000", "job/step/memory.max": "max"}, 1000),
+        ("0::/job/step", {"job/step/memory.max": "500", "job/step/memory.current": "100"}, 400),
+    ],
+)
+def test_free_memory_is_what_a_limit_leaves(tmp_path, group, files, free):
+    write(tmp_path, {"proc/meminfo": "MemTotal: 10000 kB\nMemAvailable: 9000 kB\n", "proc/self/cgroup": f"{group}\n"})
+    write(tmp_path / "sys/fs/cgroup", files)
+    assert Devices.free_memory("cpu", tmp_path) == free
+
+
+def test_free_memory_under_version_1_of_control_groups(tmp_path):
+    write(tmp_path, {"proc/meminfo": "MemAvailable: 9000 kB\n"})
+    write(tmp_path, {"proc/self/cgroup": "9:cpu,cpuacct:/other\n4:memory:/docker/a\n"})
+    folder = tmp_path / "sys/fs/cgroup/memory/docker/a"
+    write(folder, {"memory.limit_in_bytes": "4096", "memory.usage_in_bytes": "3000"})
+    write(folder, {"memory.stat": "inactive_file 1\ntotal_inactive_file 20\ntotal_active_file 3\n"})
+    assert Devices.free_memory("cpu", tmp_path) == 4096 - 3000 + 23
+
+
+def test_every_process_of_a_machine_holds_a_bank_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(Devices, "free_memory", lambda device: 200)
+    assert Devices.is_held("auto", 100, "cpu")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert not Devices.is_held("auto", 100, "cpu")
+    assert Devices.is_held("auto", 50, "cpu")

@@ -455,6 +455,24 @@ def test_a_checkpoint_is_one_under_any_name(folder, tmp_path):
     assert (scores["knn"], scores["linear"]) == (expected["knn"], expected["linear"])
 
 
+def test_images_that_the_encoder_does_not_take_are_one_line(folder, monkeypatch):
+    monkeypatch.setattr(Evaluate, "takes_size", lambda encoder, size: size != 32)
+    one_line(lambda: evaluated(folder), "images of 32 px", "resnet8", "does not take")
+
+
+def test_fine_tuning_without_enough_memory_is_one_line(folder, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Evaluate, "fine_tune", full)
+    one_line(lambda: evaluated(folder, "--finetune", "1"), "--finetune 1", "out of memory on cpu", "leave it out")
+
+
+def test_scores_are_not_written_over_a_folder(folder, monkeypatch):
+    monkeypatch.setattr(Evaluate, "evaluate", None)  # it is refused before the scores
+    one_line(lambda: evaluated(folder, "--out", folder), "--out", "it is a folder")
+
+
 def test_data_that_cannot_be_scored_is_one_line(folder, tmp_path):
     flat = tmp_path / "flat"
     save_shapes(tmp_path, 2, classes=["flat"] * 10)
@@ -511,6 +529,6 @@ def test_without_the_weights_that_a_run_began_with_all_else_is_scored(folder, tm
     content["args"]["init"] = "/gone/weights.pt"
     torch.save(content, tmp_path / "1.pt")
     evaluated(tmp_path / "1.pt", "--out", tmp_path / "out.json")
-    assert "--init /gone/weights.pt: no such file any more" in capsys.readouterr().out
+    assert "--init /gone/weights.pt: no such file anymore" in capsys.readouterr().out
     left_out = {"untrained_knn", "untrained_linear"}
     assert json.loads((tmp_path / "out.json").read_text()).keys() == (NAMES | {"data"}) - left_out

@@ -616,3 +616,19 @@ def test_a_file_that_could_not_be_read_for_a_time_is_read_again(load, folder, mo
             assert len(load(skip_bad=True, storage=storage)) == 5
     assert len(load(skip_bad=True, storage=storage)) == 6
     assert f"{bad} could not be read before, and now it can" in capsys.readouterr().err
+
+
+def test_a_check_of_files_leaves_the_cache_that_another_process_has_made(folder, tmp_path, monkeypatch):
+    paths = list_folder(folder).paths
+    cache, other = (Cache.Cache(folder, paths, 8, tmp_path / "c", 0, "images") for _ in range(2))
+    decoded = cache._decoded
+
+    def slow(*arguments):
+        yield from decoded(*arguments)
+        other.load(skip_bad=False)
+
+    monkeypatch.setattr(cache, "_decoded", slow)
+    assert cache.find_bad(skip_bad=False) == {}
+    record = cache._read_record()
+    assert record == other._read_record()
+    assert record["checksums"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from helpers import count_lines, lines, one_line
 
 import Runs
@@ -186,3 +187,19 @@ def test_a_revision_is_dirty_if_the_code_was_edited_not_if_results_were_written(
 def test_damaged_lines_of_a_log_are_passed_over(tmp_path, text):
     (tmp_path / "metrics.jsonl").write_text(f'{text}\n{{"step": 2, "seconds": 1, "loss": 3}}\n')
     assert Runs.read_metrics(tmp_path) == [{"step": 2, "seconds": 1.0, "loss": 3}]
+
+
+def test_a_picture_is_whole_or_the_one_before(tmp_path, monkeypatch):
+    file = tmp_path / "pairs.png"
+    Runs.write_image(file, torch.zeros(3, 4, 4))
+    before = file.read_bytes()
+
+    def interrupted(image, scratch, **options):
+        Path(scratch).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torchvision.utils, "save_image", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Runs.write_image(file, torch.ones(3, 4, 4))
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]

@@ -494,6 +494,45 @@ def test_the_energy_score_needs_no_search_and_resumes_to_the_same_bits(flags, tm
     assert cli(["--resume", folder / "3.pt"]).code == 0
 
 
+def test_a_signal_ends_a_run_whose_periods_have_one_step(flags, tmp_path, cli, monkeypatch):
+    update = TrainCamNet.Trainer.update
+
+    def interrupted(trainer, *arguments):
+        if trainer.step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return update(trainer, *arguments)
+
+    monkeypatch.setattr(TrainCamNet.Trainer, "update", interrupted)
+    argv = energy_flags(flags, tmp_path / "m", "--bs", "16", "--visits", "1", "--periods", "9", "--save_iter", "0")
+    done = cli(argv)
+    assert done.code == 0
+    assert "interrupted: saved" in done.out
+    assert [file.name for file in only_run(tmp_path / "m").glob("*.pt")] == ["2.pt"]
+
+
+def test_a_dry_run_measures_whole_steps(flags, tmp_path, cli, monkeypatch):
+    update = TrainCamNet.Trainer.update
+    sizes = set()
+
+    def measured(trainer, period, batch):
+        sizes.add(len(batch))
+        return update(trainer, period, batch)
+
+    monkeypatch.setattr(TrainCamNet.Trainer, "update", measured)
+    monkeypatch.setattr(TrainCamNet, "AT_ONCE", 8)  # images that are searched at once
+    assert cli([*flags(tmp_path / "m", *ALONE), "--period", "24", "--bs", "20", "--dry_run"]).code == 0
+    assert sizes == {20}
+
+
+def test_times_are_those_of_the_images_that_were_trained_on(flags, tmp_path, cli):
+    argv = [*flags(tmp_path / "m", *ALONE), "--period", "10", "--bs", "8"]  # the second step of a visit has two images
+    assert cli(argv).code == 0
+    folder = only_run(tmp_path / "m")
+    seconds = torch.load(folder / "3.pt")["seconds"]["train"]
+    stored = json.loads((folder / "generator.json").read_text())["seconds_train_per_1000"]
+    assert stored == pytest.approx(1000 * seconds / (3 * 2 * 10))  # periods, visits, images
+
+
 def test_ctrl_c_at_the_single_code_and_resume_file_needs_no_other_flags(unfinished, whole, cli, fork):
     argv, folder = unfinished("generator.json", "single_code")
     child = fork(TrainCamNet, [*argv, "--resume", "auto"])

@@ -830,6 +830,14 @@ def test_cosines_of_the_pairs():
     assert plain["cosine_synthetic"] == pytest.approx(wanted, rel=1e-5)
     assert measured(Augmentation(8))["cosine_real"] < 0.9999
 
+    def forward(x):
+        if len(x) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return x.mean((2, 3))
+
+    net.forward = forward  # by halves where memory runs out
+    assert measured(Data.plain_views(8)) == pytest.approx(plain, abs=1e-6)
+
 
 def test_the_lock_of_a_generator_has_a_short_name(tmp_path):
     folders = [tmp_path / letter / ("x" * 245) for letter in "ab"]

@@ -830,3 +830,28 @@ def test_an_encoder_that_was_trained_on_other_values_is_told(whole, quick, tmp_p
 def test_a_folder_is_no_file_of_weights(whole, quick, tmp_path, cli):
     argv = quick(tmp_path / "m", "--init", whole.folder, "--dry_run")
     one_error(cli(argv), f"--init {whole.folder}: it is a folder", "such as encoder.pt")
+
+
+def test_memory_is_that_of_a_chunk(monkeypatch):
+    asked = []
+    monkeypatch.setattr(TrainSimCLR.Devices, "check_room", lambda n_bytes, device, what: asked.append(n_bytes))
+
+    def needed(*words):
+        args = TrainSimCLR.get_args(["--device", "cpu", "--backbone", "resnet50", "--bs", "4096", *words])
+        row = TrainSimCLR.adjust_flags(args, 1)
+        TrainSimCLR.check_memory(args, row, 1, torch.device("cpu"))
+        return asked[-1]
+
+    whole, chunked, small = needed(), needed("--chunk_views", "64"), needed("--bs", "32")
+    assert chunked < whole / 20
+    assert chunked > small  # the images of all views
+    assert needed("--chunk_views", "9999") == whole
+
+
+def test_a_run_without_a_size_is_resumed_on_a_device_whose_recipe_has_one(whole, tmp_path):
+    folder = shutil.copytree(whole.folder, tmp_path / whole.folder.name)
+    state = torch.load(folder / "1.pt")
+    state["args"]["size"] = None
+    torch.save(state, folder / "1.pt")
+    args = TrainSimCLR.get_args(["--resume", str(folder / "1.pt"), "--device", "cpu"])
+    assert args.size is None
