@@ -141,6 +141,12 @@ def _page_cache(group):
     return amounts.get(f"{total}inactive_file", 0) + amounts.get(f"{total}active_file", 0)
 
 
+def wait(device):
+    """Wait for what a GPU still has to do, which the host has only launched; on other devices nothing is left."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def peak_memory(device):
     """Return the most bytes that this process has held: on the GPU, or of main memory."""
     if device.type == "cuda":

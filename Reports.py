@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
+import Devices
 import Evaluate
 import Graphs
 from Augmentations import to_float
@@ -91,7 +92,7 @@ class Pace:
     def tick(self, step):
         """Note that `step` steps are done. Return whether the pace is now known for the first time."""
         if self.started is None and step >= self.first:
-            self.wait()
+            Devices.wait(self.device)
             self.started = time.perf_counter()
             self.started_at = step
         done = step - self.started_at if self.started else 0
@@ -99,14 +100,9 @@ class Pace:
             return False
         is_first = self.seconds is None
         if is_first:
-            self.wait()
+            Devices.wait(self.device)
         self.seconds = (time.perf_counter() - self.started) / done
         return is_first
-
-    def wait(self):
-        """Wait for what a GPU still has to do, which the host has only launched."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def left(self, step):
         """Return the seconds that the training still takes."""

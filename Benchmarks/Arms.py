@@ -189,7 +189,7 @@ def record_of(arm, seed, data, words, folder, output):
         raise Utils.UserError(f"--data {data}: too few labels to score by: the arms need classes to compare")
     result = json.loads((folder / "evaluation.json").read_text())
     run = json.loads((folder / "args.json").read_text())
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    last = Runs.read_metrics(folder)[-1]
     flags = argparse.Namespace(**run["args"])
     start = run["starts"][-1]
     record = {
@@ -228,7 +228,7 @@ def generator_record(flags, folder):
     theirs = argparse.Namespace(**Runs.stored_flags(folder))
     banks = math.ceil(flags.epochs / flags.refresh) if flags.refresh else 1
     n = len(Data.get_train_split(flags.data, Flags.file_options(flags, "cpu")))
-    seconds = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+    seconds = Runs.read_metrics(folder)[-1]["seconds"]
     record["generator_macs"] = generator_macs(theirs, n, flags.num_codes, banks)
     record["generator_minutes"] = round(seconds / 60, 1)
     return record

@@ -76,22 +76,17 @@ class Bench:
         self.device = device
         self.scale = scale
 
-    def wait(self):
-        """Wait until the device has computed everything."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def milliseconds(self, step):
         """Return the mean time of step() in ms; it is repeated for `scale.seconds`."""
         for _ in range(self.scale.warm_up):
             step()
-        self.wait()
+        Devices.wait(self.device)
         count = 0
         started = time.perf_counter()
         while not count or time.perf_counter() - started < self.scale.seconds:
             step()
             count += 1
-        self.wait()
+        Devices.wait(self.device)
         return round(1000 * (time.perf_counter() - started) / count, 3)
 
     def split(self, count):
@@ -118,7 +113,7 @@ def measure_copies(bench):
 
     def seconds(copies):
         """Return the host's time for these copies, begun while the device is busy, and the time until all is done."""
-        bench.wait()
+        Devices.wait(bench.device)
         started = time.perf_counter()
         for _ in range(20):
             matrix @ matrix
@@ -126,7 +121,7 @@ def measure_copies(bench):
         for each in copies:
             each.to(bench.device, non_blocking=True)
         copied = time.perf_counter() - queued
-        bench.wait()
+        Devices.wait(bench.device)
         return copied, time.perf_counter() - started
 
     small = torch.zeros(1, device=bench.device)
@@ -166,17 +161,19 @@ def simclr_trainer(bench, split, **changes):
     return TrainSimCLR.Trainer(args, split, TrainSimCLR.SamePair(2), bench.device)
 
 
-def speed_ups(device):
-    """Return {start of a measurement's name: flags} of what can make a step faster on the device."""
-    return {name: flags for name, flags in SPEED_UPS.items() if device.type == "cuda" or not flags["cuda_graph"]}
-
-
 SPEED_UPS = {  # start of a measurement's name: flags
     "": {"cuda_graph": False, "compile": False},
     "graph_": {"cuda_graph": True, "compile": False},
     "compiled_": {"cuda_graph": False, "compile": True},
     "compiled_graph_": {"cuda_graph": True, "compile": True},
 }
+
+
+def speed_ups(device):
+    """Return {start of a measurement's name: flags} of what can make a step faster: CUDA graphs need a GPU."""
+    if device.type == "cuda":
+        return SPEED_UPS
+    return {name: flags for name, flags in SPEED_UPS.items() if not flags["cuda_graph"]}
 
 
 def measure_simclr(bench):
@@ -188,7 +185,7 @@ def measure_simclr(bench):
         step = steps_of(simclr_trainer(bench, split, **flags))
         for _ in range(bench.scale.warm_up):
             step()
-        bench.wait()
+        Devices.wait(bench.device)
         yield f"{name}start_s", round(time.perf_counter() - started, 1)
         yield f"{name}step_ms", bench.milliseconds(step)
         yield f"{name}epoch_s", epoch_seconds(bench, step)
@@ -210,11 +207,11 @@ def measure_simclr(bench):
 
 def epoch_seconds(bench, step):
     """Return the time of as many steps as an epoch has."""
-    bench.wait()
+    Devices.wait(bench.device)
     started = time.perf_counter()
     for _ in range(bench.scale.images // bench.scale.bs):
         step()
-    bench.wait()
+    Devices.wait(bench.device)
     return round(time.perf_counter() - started, 3)
 
 
@@ -272,7 +269,7 @@ def measure_camnet(bench):
             step = partial(trainer.update, period, part)
             for _ in range(bench.scale.warm_up):
                 step()
-            bench.wait()
+            Devices.wait(bench.device)
             yield f"{name}start_of_{bs}_s", round(time.perf_counter() - started, 1)
             yield f"{name}step_of_{bs}_ms", bench.milliseconds(step)
     yield "distance", trainer.args.distance

@@ -193,10 +193,10 @@ def measure(bench, rounds, device):
         results = {}
         for turn in range(rounds + 1):
             for name, function in variants.items():
-                _wait(device)
+                Devices.wait(device)
                 start = time.perf_counter()
                 results[name] = function()
-                _wait(device)
+                Devices.wait(device)
                 speed = len(bench.keys) / (time.perf_counter() - start)
                 title = f"round {turn}/{rounds}" if turn else "warm-up"
                 print(f"{part}, {title}: {name}: {speed:,.1f} images/s", flush=True)
@@ -212,12 +212,6 @@ def measure(bench, rounds, device):
                 row["same"] = round(same.float().mean().item(), 4)
             rows.append(row)
     return rows
-
-
-def _wait(device):
-    """Wait until the device has computed everything."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @Signals.heartbeat("measuring")

@@ -129,6 +129,8 @@ def kill_while_saving(name, site, rng, index):
     child.kill()
 
     folder = run_folder(models_dir, name)
+    if folder is None:
+        return Outcome(f"it made no run folder: {child.output()[-300:]}")
     scratch = [path.name for path in folder.glob(".*.tmp")]
     files = {file.name for file in folder.glob("[0-9]*.pt")}
     steps = [line["step"] for line in Runs.read_metrics(folder) if "loss" in line]
@@ -259,7 +261,7 @@ def kill_in_torchrun(victim, site, rng, index):
         if folder and len(Runs.read_metrics(folder)) >= steps:
             break
         time.sleep(0.01)
-    ranks = [int(word) for word in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+    ranks = children(launcher.pid)
     if len(ranks) != 2:
         launcher.kill()
         return Outcome("it did not start", 0)
@@ -276,6 +278,14 @@ def kill_in_torchrun(victim, site, rng, index):
         return Outcome(f"ranks {left} went on" if left else "the launcher said that all is well")
     with Locks.locked(folder / ".lock", "testing", wait=False):  # raises if a rank still works there
         return Outcome(check_checkpoints(folder))
+
+
+def children(process):
+    """Return the ids of the processes that a process has started; [] if it has ended."""
+    try:
+        return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def is_running(process):

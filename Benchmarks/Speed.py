@@ -205,18 +205,17 @@ def running(step):
 def measure(part, variants, views, args, device):
     """Return rows of views per second; the variants take turns, and each turn begins with a step that is not timed."""
     rounds = {name: [] for name in variants}
-    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     for turn in range(args.rounds):
         for name, step in variants.items():
             with running(step):
                 step()
-                wait()
+                Devices.wait(device)
                 count = 0
                 start = time.perf_counter()
                 while not count or time.perf_counter() - start < args.seconds / args.rounds:
                     step()
                     count += 1
-                wait()
+                Devices.wait(device)
                 speed = round(count * views / (time.perf_counter() - start), 1)
             rounds[name].append(speed)
             say(f"{part}, round {turn + 1}/{args.rounds}: {name}: {speed:,.0f} views/s")
