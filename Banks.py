@@ -15,7 +15,7 @@ import Locks
 import Runs
 import Utils
 from CamNet import Measures
-from CamNet.Bank import Bank, fill, fingerprint, read, restore
+from CamNet.Bank import Bank, batch_size, fill, fingerprint, read, restore
 from CamNet.Corruptions import Corruption
 from CamNet.Generator import Generator
 from Distributed import first_rank_only, say
@@ -122,9 +122,10 @@ class BankSchedule:
         file.with_name(file.name + ".json").unlink(missing_ok=True)
 
 
-def filling_seconds(args, split, device, generator, autocast, seed, most=64):
+def filling_seconds(args, split, device, generator, autocast, seed):
     """Return the seconds that one process takes to fill a bank, estimated from a few images."""
-    rows, images = next(iter(split.batches([torch.arange(min(most, len(split)))], device)))
+    few = batch_size(device, split.size) if device.type == "cuda" else 64  # a small batch takes a GPU as long
+    rows, images = next(iter(split.batches([torch.arange(min(few, len(split)))], device)))
     with autocast():
         frozen = generator.frozen()
     for _ in range(2):  # the first warms up

@@ -1,5 +1,6 @@
 """Devices: which one is used, its random states, number formats and memory."""
 
+import gc
 import os
 import re
 import resource
@@ -20,6 +21,8 @@ def pick_device(name):
         device = _device_of(name)
     if device.type == "cuda":
         _check_index(name, device, torch.cuda.device_count())
+        # losses and probes are float32; a variable in NVIDIA's containers would make their products tf32
+        torch.backends.cuda.matmul.allow_tf32 = False
     return device
 
 
@@ -153,6 +156,19 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def forget_peak(device):
+    """Let `peak_memory` of a GPU begin anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def release(device):
+    """Give back what torch keeps of a GPU's memory for later, after objects that refer to each other are gone."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def check_room(n_bytes, device, what):

@@ -107,7 +107,8 @@ def extract(encoder, split, device, views=None, rng=None, bs=512):
     for rows, part in tqdm(results, "features", len(parts), leave=False, disable=Utils.quiet()):
         if features is None:
             features = torch.zeros(len(split), part.shape[1], device=device)
-        features[rows.to(device)] = part.to(device)
+        first = int(rows[0])  # the rows of a batch follow one another: no index is copied to the device
+        features[first : first + len(part)] = part.to(device)
     return features
 
 
@@ -206,7 +207,18 @@ def folds(splits):
 
 
 def mean_accuracy(probe, splits, train, test, passes=1):
-    """Return a probe's accuracy, averaged over `folds`. train: (passes * N, F), pass after pass; test: (M, F)."""
+    """Return a probe's accuracy, averaged over `folds`. train: (passes * N, F), pass after pass; test: (M, F).
+
+    If a GPU runs out of memory, it is computed on the CPU.
+    """
+    try:
+        return _mean_accuracy(probe, splits, train, test, passes)
+    except torch.OutOfMemoryError:
+        pass  # what took the memory is gone after this block
+    return _mean_accuracy(probe, splits, train.cpu(), test.cpu(), passes)
+
+
+def _mean_accuracy(probe, splits, train, test, passes):
     n = len(splits.train)
     train_labels = splits.train.labels.to(train.device)
     test_labels = splits.test.labels.to(train.device)

@@ -218,7 +218,8 @@ def add_run_group(parser, unit):
     precision = "precision of the network; tf32: of its convolutions on CUDA, otherwise fp32; auto: bf16 if the "
     precision += "hardware has it, otherwise tf32"
     add("--precision", choices=["auto", "bf16", "tf32", "fp32"], default="auto", help=precision)
-    deterministic = "on CUDA, use only convolutions that give the same bits in every run, as they do on a CPU"
+    deterministic = "on CUDA, use only convolutions that give the same bits in every run, as they do on a CPU; "
+    deterministic += "the gradient of LPIPS still differs"
     add("--deterministic", action="store_true", help=deterministic)
     add(
         "--compile", action="store_true", help="compile the training step (torch.compile); the first steps take minutes"

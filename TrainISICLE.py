@@ -476,6 +476,7 @@ def make_positives(args, splits, device, fingerprint=""):
         checkpoint = Banks.find_generator(args, split, asked, fingerprint)
         if checkpoint is None:
             checkpoint = train_generator(args, split, words, asked)
+            Devices.release(device)
         schedule = Banks.BankSchedule(args, split, device, checkpoint, asked)
         source.bank_of_epoch = schedule
         source.fingerprint = schedule.fingerprint

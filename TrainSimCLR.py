@@ -205,6 +205,7 @@ class Trainer:
         self.rank = rank
         self.world = world
         self.data_fingerprint = train_split.fingerprint()
+        Devices.forget_peak(device)  # that of a generator's training
 
         # views
         self.augmentation = Flags.augmentation_for(args)
@@ -227,12 +228,19 @@ class Trainer:
         self.chunks = math.ceil(views / (args.chunk_views or views))
         check_chunks(args, self.net, views // self.chunks)
 
+        self.draw_apart()
+
         # speed
         self.bf16 = Devices.set_precision(args.precision, device)
         self.forward = Distributed.wrap(self.net, device, args.compile)
         self.graph = None
         if self.chunks == 1 and Graphs.can_capture(args.cuda_graph, device):
             self.graph = Graphs.GraphedLoss(self.loss_of, self.net.parameters())
+
+    def draw_apart(self):
+        """Let each process have random numbers of its own for dropout; views are drawn for all of them together."""
+        if self.rank:
+            torch.manual_seed(Utils.derived_seed(self.args.seed, self.step * self.world + self.rank))
 
     @property
     def epoch(self):
@@ -282,6 +290,7 @@ class Trainer:
         with Utils.fitting(file, "random"):
             self.rng.set_state(state["random"]["views"])
             Devices.set_random_states(self.device, state["random"])
+        self.draw_apart()
 
     def batches(self):
         """Yield (indices, images) for each remaining step of the epoch: this process's share of the batch.

@@ -118,10 +118,10 @@ RUNTIME_ERRORS = {  # part of the message of a RuntimeError: what it means, and 
     "unable to allocate shared memory": "shared memory is full: pass --n_workers 0, or docker run --shm-size=1g",
     "DataLoader worker": "a process that decodes images was killed, probably since memory or shared memory ran out: "
     "pass --n_workers 0, or docker run --shm-size=1g",
-    "gloo": "another process of this run has ended: see its error; --resume auto continues",
-    "NCCL": "another process of this run has ended: see its error; --resume auto continues",
-    "Connection closed by peer": "another process of this run has ended: see its error; --resume auto continues",
+    "CUDA error: out of memory": "out of memory on the GPU: lower --bs",
+    "ALLOC_FAILED": "out of memory on the GPU: lower --bs",  # of cuBLAS and cuDNN
 }
+OF_A_GROUP = ("gloo", "NCCL", "Connection closed by peer")  # the same of an error where processes communicate
 
 
 def nearest(word, names):
@@ -151,6 +151,10 @@ def explain(error):
         for part, message in RUNTIME_ERRORS.items():
             if part in str(error):
                 return message
+        if any(part in str(error) for part in OF_A_GROUP):
+            reason = " ".join(str(error).split())
+            lost = "another process of this run has ended: see its error; --resume auto continues"
+            return f"{lost} (if no process shows another error, it is this one: {reason[:200]} ... {reason[-200:]})"
     return None
 
 

@@ -355,6 +355,8 @@ ORIGINAL_COMPILE = torch.compile
 def work(name, device, scale, limit, sender):
     """Run a part in its own process; send (name, value) of each measurement, then ("error", text) or None."""
     function, _ = PARTS[name]
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # CUDA graphs are captured on the current one
     bench = Bench(device, scale)
     more = (limit,) if name == "tests" else ()
     usual = torch.compile if device.type == "cuda" else compile_without_inductor

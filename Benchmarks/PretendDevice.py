@@ -304,6 +304,8 @@ def _answers(gpu):
         "get_device_name": lambda device=None: "pretend",
         "mem_get_info": lambda device=None: (gpu.free_memory, gpu.free_memory),
         "max_memory_allocated": lambda device=None: 0,
+        "reset_peak_memory_stats": lambda device=None: None,
+        "empty_cache": lambda: None,
         "memory_allocated": lambda device=None: 0,
         "memory_reserved": lambda device=None: 0,
         "current_stream": lambda device=None: None,

@@ -192,7 +192,9 @@ def _lower(one, other):
 
 
 def _is_out_of_memory(error):
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    # of the CPU; of a kernel that is loaded late; of cuBLAS and cuDNN
+    parts = ("allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in parts)
 
 
 def loss(generator, distance, condition, target_features, codes):

@@ -32,6 +32,8 @@ SMALL = "--size 32 --backbone resnet8 --bs 8 --epochs 3 --n_ramp 1 --lr 0.1 --pr
 OFTEN = "--log_iter 1 --save_iter 1 --eval_iter 0 --n_workers 0 --device cpu"
 
 os.environ["OMP_NUM_THREADS"] = "1"  # one thread here and in all processes started: the same bits everywhere
+# MKL keeps memory for each thread behind a lock, and forks have waited for that lock forever
+os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
 torch.set_num_threads(1)
 
 OWN_PROCESS = ("test_pretend_device", "test_cuda")  # files that run only where they are named

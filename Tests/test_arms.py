@@ -142,7 +142,7 @@ def arguments(*argv):
 
 def test_every_arm_has_its_seeds_and_flags():
     args = arguments("--data", "cifar10", "--seeds", "2", "--isicle", "--num_codes 4")
-    runs = Arms.missing(args, ["simclr_crop", "gen_gen_crop"], [])
+    runs = Arms.missing(args, ["simclr_crop", "gen_gen_crop"], [], "arms.json")
     assert [(arm, seed) for arm, seed, _ in runs] == [(a, s) for s in (0, 1) for a in ("simclr_crop", "gen_gen_crop")]
     assert runs[0][2] == shlex.split("TrainSimCLR.py --data cifar10 --lr 0.5 --aug crop --eval test --seed 0")
     restored = "TrainISICLE.py --data cifar10 --lr 0.5 --pair gen_gen --p_gen 1 --aug crop --num_codes 4"

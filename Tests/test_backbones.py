@@ -226,10 +226,11 @@ def test_what_is_said_of_a_size_is_true(name):
 # ---------------------------------------------------------------------------------------------------- head, whole net
 
 
-def test_weights_are_loaded(tmp_path):
-    theirs = models.resnet18()
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "swin_t"])
+def test_weights_are_loaded(name, tmp_path):
+    theirs = models.get_model(name)
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
-    encoder = build_encoder("resnet18", False, 32)
+    encoder = build_encoder(name, False, 32)
     Backbones.load_weights(encoder, tmp_path / "w.pth")
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, theirs.state_dict()[name])

@@ -375,3 +375,13 @@ def test_a_folder_that_must_not_be_entered_is_passed_over(monkeypatch, tmp_path)
 
     monkeypatch.setattr(Path, "exists", refused)
     assert Compare.find_runs(tmp_path) == [tmp_path / "run"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "1.pt"])
+def test_a_table_does_not_replace_files_of_runs(name, tmp_path, capsys):
+    (tmp_path / "args.json").write_text("{}")
+    file = tmp_path / name
+    file.write_text("kept")
+    with pytest.raises(Compare.UserError, match="files of runs end so"):
+        Compare.replace_file("--csv", file, lambda scratch: scratch.write_text("a table"))
+    assert file.read_text() == "kept"

@@ -12,6 +12,7 @@ import tarfile
 import threading
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -340,6 +341,23 @@ def test_a_tree_in_the_place_of_a_download(tmp_path, data, capsys):
     save_shapes(tmp_path / data / test, 1, seed=1)
     assert len(splits(data, "test", data_dir=tmp_path, size=None).test.images) == 10
     assert splits(data, data_dir=tmp_path).eval == "cv" and "no validation split" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
+def test_each_cifar_is_read_as_torchvision_gives_it(name, tmp_path, monkeypatch):
+    asked = []
+
+    def dataset(root, train, download):
+        asked.append((root, train, download))
+        pixels = np.arange(2 * 32 * 32 * 3, dtype=np.uint8).reshape(2, 32, 32, 3)
+        return SimpleNamespace(data=pixels, targets=[1, 0], classes=["x", "y"])
+
+    monkeypatch.setattr(Data.torchvision.datasets, name, dataset)
+    found = splits(name.lower(), "test", data_dir=tmp_path, size=None)
+    assert asked == [(tmp_path / name.lower(), train, True) for train in (True, False)]
+    assert found.train.classes == ["x", "y"]
+    assert found.train.labels.tolist() == [1, 0]
+    assert found.train.images[1, 2, 3, 4] == (3072 + 3 * (32 * 3 + 4) + 2) % 256
 
 
 @pytest.mark.parametrize("data", ["cifar10", "cifar100", "stl10", "tinyImagenet"])

@@ -1,5 +1,6 @@
 """Devices.py: which GPU a process uses, and what is free on it, with answers of a GPU that is not there."""
 
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,9 @@ from helpers import one_line
 
 import Devices
 import Distributed
+import Evaluate
 import Reports
+import Signals
 
 
 @pytest.fixture
@@ -76,6 +79,52 @@ def test_the_pace_counts_what_a_gpu_still_has_to_do(monkeypatch):
         clock.waiting += 1.0  # to compute it
         known = pace.tick(step)
     assert pace.seconds == pytest.approx(1.01)
+    assert pace.left(90) == pytest.approx(10.1)
+
+
+def test_the_meter_shares_the_time_among_the_stages(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(Reports.time, "perf_counter", lambda: clock.now)
+    meter = Reports.Meter(torch.device("cpu"), 10)
+    for _ in range(2):  # steps
+        for stage, seconds in zip(Reports.Meter.STAGES, (1.0, 2.0, 3.0, 4.0, 10.0)):
+            clock.now += seconds
+            meter.lap(stage)
+    shares = {"time_views": 0.1, "time_forward": 0.15, "time_loss": 0.2, "time_backward": 0.5}
+    assert meter.read(12, 16) == {"views_per_second": 0.8, "data_wait": 0.05} | shares  # 2 steps of 16 views in 40 s
+    assert (meter.waited, meter.elapsed) == (2.0, 40.0)
+
+
+@pytest.mark.parametrize("seconds, text", [(0.2, "1 s"), (99, "99 s"), (600, "10 min"), (7200, "2.0 h")])
+def test_durations_in_words(seconds, text):
+    assert Reports.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    "name, on_cuda, in_words", [("fp32", False, "fp32"), ("tf32", True, "tf32"), ("auto", True, "tf32")]
+)
+def test_tf32_is_off_under_fp32_and_in_scores(monkeypatch, name, on_cuda, in_words):
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "allow_tf32", cudnn.allow_tf32)  # as it is, at the end
+    Devices.set_precision(name, torch.device("cpu"))
+    assert cudnn.allow_tf32 == on_cuda
+    assert Devices.precision_name(name, False, torch.device("cuda")) == in_words
+    assert Devices.precision_name(name, False, torch.device("cpu")) == "fp32"
+    with Evaluate.frozen(torch.nn.Linear(2, 2)):
+        assert not cudnn.allow_tf32
+    assert cudnn.allow_tf32 == on_cuda
+
+
+def test_a_second_ctrl_c_ends_the_program_at_once():
+    with Signals.Deferred() as interruption:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # a launcher's, again
+        assert interruption.signal == signal.SIGTERM
+    with Signals.Deferred() as interruption:
+        signal.raise_signal(signal.SIGINT)
+        assert interruption.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def write(root, files):

@@ -86,9 +86,17 @@ def one_step(rank, world):
     x = torch.rand(3, 12, 3, 16, 16, generator=torch.Generator().manual_seed(1)).double() + 100  # 3 views, far from 0
     mine = x.chunk(world, dim=1)[rank].flatten(0, 1)
     forward = Distributed.wrap(net, torch.device("cpu"))
+    all_reduce = Distributed.dist.all_reduce
+
+    def checked(tensor, *more, **options):
+        assert tensor.is_contiguous()  # as NCCL demands
+        return all_reduce(tensor, *more, **options)
+
+    Distributed.dist.all_reduce = checked
     z = Distributed.gather(forward(mine).view(3, -1, 8))
     loss = multi_positive(z, 0.5)
     loss.backward()
+    Distributed.dist.all_reduce = all_reduce
     return loss.detach(), {name: each.grad for name, each in net.named_parameters()}, net.state_dict()
 
 
@@ -116,6 +124,31 @@ def chunked_step(rank, world):
     trainer.net.train()
     loss, *_ = trainer.update(*next(trainer.batches()))
     return loss, {name: each.grad for name, each in trainer.net.named_parameters()}, trainer.net.state_dict()
+
+
+def drawn(rank, world):
+    """Random numbers of torch after a Trainer was made, and after it was made from a checkpoint."""
+    flags = "--device cpu --size 16 --backbone resnet8 --bs 12 --epochs 1"
+    args = TrainSimCLR.get_args(flags.split())
+    TrainSimCLR.adjust_flags(args, world)
+    images = torch.randint(256, (24, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = Split(images, torch.zeros(24, dtype=torch.int64), ["one"])
+    trainer = TrainSimCLR.Trainer(args, split, TrainSimCLR.SamePair(2), torch.device("cpu"), rank, world)
+    weights = trainer.net.state_dict()
+    first = torch.rand(3)
+    trainer.step = 1
+    trainer.draw_apart()
+    return first, torch.rand(3), weights
+
+
+def test_dropout_differs_among_the_processes(tmp_path):
+    first = drawn(0, 1)
+    ranks = processes(2, drawn, tmp_path)
+    assert torch.equal(ranks[0][0], first[0])  # the first process draws as one alone does
+    assert not torch.equal(ranks[0][0], ranks[1][0])
+    assert not torch.equal(ranks[1][0], ranks[1][1])  # others in another step
+    for name, value in ranks[0][2].items():
+        assert torch.equal(value, ranks[1][2][name])
 
 
 def test_chunks_in_several_processes_are_those_of_one(tmp_path):
@@ -374,10 +407,13 @@ def test_a_mistake_is_reported_once(quick, tmp_path):
     ranks[1].kill()  # as torchrun does
     assert ranks[1].output() == ""
     (error,) = ranks[0].output().splitlines()
-    assert "error: --bs 33: it must be a multiple of the 2 processes" in error
+    assert "error: --bs 33: it must be a multiple of the 2 processes: use 32" in error
     assert not (tmp_path / "models").exists()
     fewer = TrainSimCLR.get_args(["--bs", "2"])
-    one_line(lambda: TrainSimCLR.adjust_flags(fewer, world=4), "--bs 2", "4 processes", "4")
+    one_line(lambda: TrainSimCLR.adjust_flags(fewer, world=4), "--bs 2", "4 processes", "use 4")
+    usual = TrainSimCLR.get_args(["--device", "cpu"])
+    TrainSimCLR.adjust_flags(usual, world=7)
+    assert usual.bs == 252  # 7 x 36, not over the recipe's 256
 
 
 def test_sigterm_to_torchrun_saves_and_the_run_goes_on(quick, tmp_path, cli, fork):

@@ -19,7 +19,6 @@ from Benchmarks.Forks import Child
 
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 FIRST_HOUR = (ROOT / "docs" / "first_hour.md").read_text()
-DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
 SMALLER = {"N": 40, "PERIODS": 1, "EPOCHS": 2, "BATCH": 16}  # numbers of first_hour.md
 QUICK = {
     "TrainSimCLR": "--device cpu --n_workers 0 --bs 16",
@@ -203,9 +202,3 @@ def test_first_hour_runs(tmp_path, fork):
         with Image.open(tmp_path / "Models" / "first_hour" / f"{name}.png") as picture:
             assert picture.width >= 600
             assert len(picture.convert("RGB").getcolors(2**24)) > 100
-
-
-@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda path: path.name)
-def test_links_and_pictures_exist(file):
-    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", file.read_text()):
-        assert (file.parent / link).exists(), link

@@ -447,6 +447,29 @@ def test_a_file_that_is_no_checkpoint_of_an_encoder_is_one_line(tmp_path, cli):
         one_line(lambda: evaluated(tmp_path / "other.pt"), "other.pt", reason)
 
 
+def test_a_probe_that_does_not_fit_on_a_gpu_is_computed_on_the_cpu():
+    splits = color_splits()
+    features = [split.images.float().mean((2, 3)) for split in (splits.train, splits.test)]
+    tries = []
+
+    def probe(*given):
+        tries.append(1)
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return Evaluate.linear_accuracy(*given)
+
+    assert Evaluate.mean_accuracy(probe, splits, *features) == Evaluate.mean_accuracy(
+        Evaluate.linear_accuracy, splits, *features
+    )
+    assert len(tries) == 2
+
+
+def test_chance_is_the_share_of_the_commonest_class():
+    labels = torch.tensor([0] * 7 + [1] * 2 + [-1])  # the last one has no label
+    split = Split(torch.zeros(10, 3, 8, 8, dtype=torch.uint8), labels, ["a", "b"])
+    assert Evaluate.chance(Data.Splits(split, split, "val")) == pytest.approx(7 / 9)
+
+
 def test_a_checkpoint_is_one_under_any_name(folder, tmp_path):
     shutil.copy(folder / "1.pt", tmp_path / "encoder.pt")
     evaluated(tmp_path / "encoder.pt", "--data", folder.parents[1] / "images")

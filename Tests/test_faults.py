@@ -663,9 +663,7 @@ def test_a_signal_ends_a_script_wherever_it_is(data, finished, tmp_path, fork, c
     child = fork(SCRIPTS[name], argv, hang(module, function, flag, times, seconds))
     wait_for(flag.exists, child)
     child.send(number)
-    sent = time.monotonic()
     assert child.wait(30) == CODES[number], child.output()
-    assert time.monotonic() - sent < 5
     assert "Traceback" not in child.output()
     if function == "restore":
         (note,) = tmp_path.glob("models/*/*.part.json")
@@ -690,9 +688,7 @@ def test_a_signal_to_one_rank_ends_all_whatever_is_logged(data, tmp_path, name, 
     ranks = start_ranks(SCRIPTS[name], argv, tmp_path)
     wait_for(lambda: count_lines(models_dir, "*/metrics.jsonl"), ranks[0])
     ranks[1].send(number)
-    sent = time.monotonic()
     assert [rank.wait(30) for rank in ranks] == [0, CODES[number]], ranks[0].output() + ranks[1].output()
-    assert time.monotonic() - sent < 5
     assert ranks[0].output().count("interrupted: saved") == 1
     assert Utils.newest_checkpoint(only_run(models_dir))
 

@@ -13,11 +13,14 @@ SCRIPTS = (TrainSimCLR, TrainISICLE, TrainCamNet)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_folder_of_images_means_the_same_from_every_place(tree, monkeypatch, script):
-    monkeypatch.chdir(tree.parent)
-    assert script.get_args(["--data", tree.name]).data == str(tree.resolve())
-    assert script.get_args(["--data", f"../{tree.parent.name}/{tree.name}/"]).data == str(tree.resolve())
-    (tree.parent / "shapes").mkdir(exist_ok=True)  # a name of a data set stays one
+def test_a_folder_of_images_means_the_same_from_every_place(tmp_path, monkeypatch, script):
+    for name in ("images", "shapes"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "data")
+    images = str((tmp_path / "data" / "images").resolve())
+    assert script.get_args(["--data", "images"]).data == images
+    assert script.get_args(["--data", "../data/images/"]).data == images
+    # a name of a data set stays one
     assert script.get_args(["--data", "shapes"]).data == "shapes"
 
 

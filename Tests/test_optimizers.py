@@ -160,6 +160,16 @@ def test_groups_are_by_module_type():
     assert len(weights["params"]) + len(others["params"]) == len(list(net.parameters()))
 
 
+@pytest.mark.parametrize(
+    "norm",
+    [nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.BatchNorm1d(4), nn.SyncBatchNorm(4), nn.InstanceNorm1d(4, affine=True)],
+)
+def test_norm_layers_of_every_kind_are_not_decayed(norm):
+    weights, others = parameter_groups(nn.Sequential(nn.Linear(4, 4), norm), 1e-4)
+    assert len(weights["params"]) == 1
+    assert {id(p) for p in norm.parameters()} < {id(p) for p in others["params"]}
+
+
 def test_the_rate_rises_linearly_then_falls_as_a_cosine_to_zero():
     assert learning_rate(1, 10, 0, 1.0) == pytest.approx(0.5 * (1 + math.cos(math.pi / 9)))  # lightly's CosineWarmup
     rates = [learning_rate(step, 100, 20, 0.4) for step in range(100)]

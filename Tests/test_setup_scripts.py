@@ -198,7 +198,9 @@ def test_layouts_and_splits(tmp_path, form, ending):
 def test_images_keep_their_content(tmp_path):
     files = stand_in("flat")
     setup(pack(tmp_path / "a.zip", files), tmp_path / "out")
-    for path in (tmp_path / "out" / "miniImagenet").glob("*/*/*.jpg"):
+    paths = list((tmp_path / "out" / "miniImagenet").glob("*/*/*.jpg"))
+    assert len(paths) == 40
+    for path in paths:
         assert path.read_bytes() == files[f"mini/images/{path.name}"]
         assert path.name.startswith(path.parent.name)
 
@@ -296,15 +298,14 @@ def test_counts_that_differ_are_an_error(tmp_path):
     assert is_clean(dest)
 
 
-@pytest.mark.parametrize(
-    "name", ["../evil.jpg", "/tmp/evil_isicle.jpg", "a/../../evil.jpg", "..\\evil.jpg", "C:\\evil.jpg"]
-)
+@pytest.mark.parametrize("name", ["../evil.jpg", "ROOT/evil.jpg", "a/../../evil.jpg", "..\\evil.jpg", "C:\\evil.jpg"])
 @pytest.mark.parametrize("ending", ["zip", "tar.gz"])
 def test_members_that_leave_the_folder_are_refused(tmp_path, name, ending):
     dest = tmp_path / "in" / "out"
+    name = name.replace("ROOT", str(tmp_path))
     archive = pack(tmp_path / f"a.{ending}", {**stand_in(), name: jpeg(1)})
     assert "evil" in setup(archive, dest, ok=False)
-    assert is_clean(dest) and not list(tmp_path.rglob("*evil*")) and not Path("/tmp/evil_isicle.jpg").exists()
+    assert is_clean(dest) and not list(tmp_path.rglob("*evil*"))
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,96 @@ def test_ema_is_the_mean_over_about_the_steps_so_far():
         torch.testing.assert_close(mean, decay * old + (1 - decay) * new.detach())
 
 
+def test_ema_is_the_share_of_the_mean_before():
+    trainer, _ = small_trainer("--ema", "0.3")
+    period = trainer.next_period(SimpleNamespace(signal=None), "", quiet=True)
+    before = copy.deepcopy(trainer.ema)
+    trainer.update(period, next(trainer.batches(10)))
+    for old, mean, new in zip(before.parameters(), trainer.ema.parameters(), trainer.net.parameters()):
+        torch.testing.assert_close(mean, 0.3 * old + 0.7 * new.detach())
+
+
+@pytest.mark.parametrize("flag, least, most", [("--flip", 0.1, 0.9), ("--no-flip", 0, 0)])
+def test_half_of_the_images_are_mirrored_and_others_in_every_period(monkeypatch, flag, least, most):
+    trainer, _ = small_trainer(flag)
+    trainer.searches = False
+    trainer.images_per_period = len(trainer.rows)
+    seen = []
+
+    def period(trainer, rows, images, keys):
+        seen.append(dict(zip(rows.tolist(), images)))
+        return SimpleNamespace(keys=None)
+
+    monkeypatch.setattr(TrainCamNet, "Period", period)
+    for index in range(3):
+        trainer.step = index * trainer.steps_per_period
+        trainer.next_period(SimpleNamespace(signal=None), "", quiet=True)
+    mirrored = []
+    for images in seen:
+        mirrored.append({row for row in images if torch.equal(images[row], trainer.split.images[row].flip(2))})
+        straight = {row for row in images if torch.equal(images[row], trainer.split.images[row])}
+        assert len(mirrored[-1]) + len(straight) == len(images)
+    assert all(least <= len(rows) / len(trainer.rows) <= most for rows in mirrored)
+    if most:
+        assert mirrored[0] != mirrored[1] or mirrored[1] != mirrored[2]
+
+
+def test_flags_of_the_search_and_the_net_reach_them(monkeypatch):
+    assert small_trainer("--reject", "0.05")[0].search.reject == 0.05
+    words = [*FLAGS.split(), "--mapping", "per_level", "--level_input", "output", "--init", "ref"]
+    net = TrainCamNet.build_generator(TrainCamNet.get_args(words), 16)
+    assert net.config.items() >= {"mapping": "per_level", "level_input": "output", "init": "ref"}.items()
+
+    class Asked(Exception):
+        pass
+
+    def build_distance(*given):
+        raise Asked(given)
+
+    monkeypatch.setattr(TrainCamNet.Distances, "build_distance", build_distance)
+    words = "--data shapes --distance squeeze --lpips_weights w.pth --lpips_side 20 --alpha 0.5 --device cpu"
+    with pytest.raises(Asked) as asked:
+        TrainCamNet.build(TrainCamNet.get_args(words.split()), torch.device("cpu"))
+    assert asked.value.args[0] == ("squeeze", "w.pth", 20, 0.5)
+
+
+@pytest.mark.parametrize(
+    "given, weights, is_there, distance",
+    [
+        ([], None, False, "pixels"),
+        ([], None, True, "squeeze"),
+        (["distance"], None, False, "squeeze"),
+        ([], "w.pth", False, "squeeze"),
+    ],
+)
+def test_lpips_without_its_weights_becomes_pixels(tmp_path, monkeypatch, capsys, given, weights, is_there, distance):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    if is_there:
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / TrainCamNet.Distances.FILES["squeeze"]).touch()
+    args = SimpleNamespace(distance="squeeze", given=given, lpips_weights=weights)
+    TrainCamNet.adjust_distance(args)
+    assert args.distance == distance
+    assert ("squeeze becomes pixels" in capsys.readouterr().out) == (distance == "pixels")
+
+
+def test_the_measures_are_those_of_the_averaged_net(monkeypatch):
+    trainer, _ = small_trainer()
+    trainer.seconds = {"search": 5.0, "train": 1.0}
+    trainer.step = 2 * trainer.steps_per_period
+    asked = []
+
+    def measure(held, ema, single, jittered):
+        asked.append((ema, single))
+        return dict.fromkeys(NAMED.split(), 1.0)
+
+    monkeypatch.setattr(TrainCamNet.HeldOut, "measure", measure)
+    monkeypatch.setattr(TrainCamNet, "unfit", lambda result: "")
+    result = TrainCamNet.measure(trainer, trainer)
+    assert asked == [(trainer.ema, trainer.ema)]
+    assert result["seconds_search_per_1000"] == pytest.approx(1000 * 5 / (2 * 10))
+
+
 def test_every_period_and_every_visit_has_an_order_of_its_own(monkeypatch):
     trainer, _ = small_trainer()
     monkeypatch.setattr(trainer, "images_per_period", len(trainer.rows))

@@ -47,6 +47,9 @@ GENERATOR = (
 )
 
 
+AUGMENTED = ("color_s", "crop_min", "gray_p", "blur_p")  # None: as in the recipe of the data
+
+
 @pytest.fixture
 def cli(cli):
     """(argv) -> .code .out .err of TrainISICLE.py with these flags, run in this process."""
@@ -78,10 +81,10 @@ def split(quick):
 @pytest.fixture(scope="module")
 def first(quick, models):
     """A finished run: .folder .argv .out."""
-    argv = quick(models, "--num_codes", "3", "--p_gen", "0.5")
+    argv = quick(models, "--num_codes", "3", "--p_gen", "0.5", "--suffix", "first")
     child = Child(TrainISICLE, argv, models / "first.log")
     assert child.wait() == 0, child.output()
-    return SimpleNamespace(folder=only_run(models, "TrainISICLE-*"), argv=argv, out=child.output())
+    return SimpleNamespace(folder=only_run(models, "TrainISICLE-*-first-*"), argv=argv, out=child.output())
 
 
 # ---------------------------------------------------------------------------------------------------- a whole run
@@ -89,7 +92,7 @@ def first(quick, models):
 
 def test_a_run_says_which_generator_it_has(first, models):
     (start,) = json.loads((first.folder / "args.json").read_text())["starts"]
-    (bank,) = models.glob("TrainCamNet-*/bank-*-k3-*.npy")
+    (bank,) = models.glob("TrainCamNet-*/bank-*-k3-s0-0.npy")
     assert bank.name.startswith(f"bank-{start['positives']}-")
 
 
@@ -100,7 +103,7 @@ def test_a_run_makes_the_bank_and_ends_with_scores(first, models):
     assert "kNN" in first.out
     assert (first.folder / "evaluation.json").exists()
     assert (first.folder / "3.pt").exists()
-    (bank,) = models.glob("TrainCamNet-*/bank-*-k3-*.npy")
+    (bank,) = models.glob("TrainCamNet-*/bank-*-k3-s0-0.npy")
     assert np.load(bank).shape == (240, 3, 3, 16, 16)
 
 
@@ -281,6 +284,28 @@ def test_auto_measures_p_gen_after_the_first_epochs(quick, models, generator, tm
         assert different(other / "3.pt", folder / "3.pt") == []
 
 
+def test_auto_compares_restorations_with_random_views(monkeypatch):
+    images = torch.randint(256, (6, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    positives = source("real_gen", data="shapes", aug="full", size=8, **dict.fromkeys(AUGMENTED))
+    positives.split = Split(images, torch.zeros(6, dtype=torch.int64), ["one"])
+    positives.encoder = torch.nn.Linear(1, 1)
+    seen = []
+
+    def neighbors_kept(encoder, known, versions, k):
+        seen.extend([known, *versions])
+        return 0.8, 0.2
+
+    monkeypatch.setattr(TrainISICLE.Evaluate, "neighbors_kept", neighbors_kept)
+    assert positives.measured_p_gen() == pytest.approx(0.0625, abs=1e-3)  # (0.2 / 0.8)^2
+    known, view, restored = seen
+    assert sorted(known[:, 0, 0, 0].tolist()) == sorted(images[:, 0, 0, 0].tolist())
+    assert not torch.equal(view, known / 255)
+    values = (restored * 255).round()
+    assert torch.equal(values, values[:, :1, :1, :1].expand_as(values))  # restorations of this bank have one value
+    of_image = (values[:, 0, 0, 0].int() - 1) // 10
+    assert torch.equal(images[of_image.long()], known)  # of its own image each
+
+
 @pytest.mark.parametrize("more", ["--epochs 1 --n_ramp 0", "--pair gen_gen"])
 def test_auto_is_a_half_where_nothing_can_be_measured(quick, more):
     positives = TrainISICLE.Restored(TrainISICLE.get_args(quick("nowhere", *more.split())))
@@ -291,6 +316,13 @@ def test_auto_is_a_half_where_nothing_can_be_measured(quick, more):
 def test_p_gen_rises_in_the_warm_up():
     rising = source(warmup_steps=20)
     assert [rising.probability(step) for step in (0, 9, 19, 50)] == pytest.approx([0.05, 0.5, 1.0, 1.0])
+
+
+def test_few_restorations_come_at_the_start_of_the_warm_up():
+    rising = source(n=20, warmup_steps=20)
+    rows = range(20)
+    assert (ask(rising, 0, rows) > 0).float().mean() < 0.3  # p_gen 0.05
+    assert (ask(rising, 19, rows) > 0).all()
 
 
 def test_gen_warmup_is_in_epochs(quick, models):
@@ -428,6 +460,15 @@ def test_label_preservation_is_whole_for_the_images_and_chance_for_black_ones():
     assert black["label_synthetic"] == pytest.approx(1 / 3, abs=0.1)
 
 
+def test_label_preservation_is_not_scored_on_what_the_probe_has_learned_from():
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (300, 3, 8, 8), generator=random).byte()
+    labels = torch.randint(3, (300,), generator=random)  # the probe can only learn 150 images by heart
+    split = Split(images, labels, ["a", "b", "c"])
+    found = Reports.label_preservation(torch.nn.Flatten(), Made(lambda x: x), split, 0, torch.device("cpu"))
+    assert found["label_real"] < 0.6
+
+
 # ---------------------------------------------------------------------------------------------------- banks
 
 
@@ -437,6 +478,25 @@ def test_positives_of_ones_own_need_no_generator(quick, tmp_path, cli):
     done = cli(quick(tmp_path / "m", "--bank", tmp_path / "mine.npy", "--epochs", "2", "--bs", "24", "--no-baselines"))
     assert done.code == 0, done.err
     assert only_run(tmp_path / "m").name.startswith("TrainISICLE-")
+
+
+def test_positives_of_ones_own_are_in_the_order_of_the_images(quick, split, tmp_path, cli):
+    images = np.random.default_rng(0).integers(0, 256, (240, 1, 3, 16, 16), dtype=np.uint8)
+    np.save(tmp_path / "mine.npy", images)
+    argv = quick(tmp_path / "m", "--bank", tmp_path / "mine.npy", "--epochs", "2", "--bs", "60", "--no-baselines")
+    splits = SimpleNamespace(train=split)
+    positives = TrainISICLE.make_positives(
+        TrainISICLE.get_args([str(word) for word in argv]), splits, torch.device("cpu")
+    )
+    rows = torch.tensor([200, 3, 77])
+    _, mine = next(iter(split.batches([rows])))
+    assert torch.equal(positives.synthetic(rows, mine, 0), torch.from_numpy(images)[rows, 0])
+
+    # other positives are noticed on resume
+    assert cli(argv).code == 0
+    (only_run(tmp_path / "m") / "2.pt").unlink()
+    np.save(tmp_path / "mine.npy", images[::-1])
+    one_error(cli([*argv, "--resume", "auto"]), "another generator, bank or corruption")
 
 
 def test_every_bank_and_every_seed_has_codes_of_its_own(monkeypatch, tmp_path):
@@ -755,7 +815,7 @@ def test_a_bank_lies_in_models_dir_if_the_generators_folder_cannot_be_written(
 
 def test_a_run_is_resumed_with_its_own_generator_not_with_a_newer_one(first, models, quick, tmp_path, cli):
     shutil.copytree(models, tmp_path / "m")
-    argv = quick(tmp_path / "m", "--num_codes", "3", "--p_gen", "0.5", "--resume", "auto")
+    argv = quick(tmp_path / "m", "--num_codes", "3", "--p_gen", "0.5", "--suffix", "first", "--resume", "auto")
     data = f"--data {argv[argv.index('--data') + 1]} --size 16 --models_dir {tmp_path / 'm'}"
     TrainCamNet.main(TrainCamNet.get_args(f"{GENERATOR} --seed 1 --no-single_code --n_workers 0 {data}".split()))
     done = cli(argv)
@@ -837,6 +897,21 @@ def test_cosines_of_the_pairs():
 
     net.forward = forward  # by halves where memory runs out
     assert measured(Data.plain_views(8)) == pytest.approx(plain, abs=1e-6)
+
+
+def test_the_pairs_are_measured_as_the_loss_sees_them():
+    images = torch.randint(256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    split = Split(images, torch.zeros(20, dtype=torch.int64), ["one"])
+    net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())  # the mean color
+
+    class Turned(TrainSimCLR.SamePair):
+        def __call__(self, indices, images, step):
+            return [images, 255 - images]
+
+    measured = Reports.measure_pairs(net, Turned(2), split, Data.plain_views(8), 0, torch.device("cpu"), labeled=False)
+    colors = images.float().mean((2, 3)) / 255
+    distance = 2 - 2 * F.cosine_similarity(colors, 1 - colors)
+    assert measured["alignment"] == pytest.approx(distance.mean().item(), rel=1e-4)
 
 
 def test_the_lock_of_a_generator_has_a_short_name(tmp_path):

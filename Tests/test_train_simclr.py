@@ -69,6 +69,8 @@ def test_a_run_says_what_it_does_in_few_lines(whole):
         "epoch 2/3",
         "epoch 3/3",
     ]
+    first = float(re.search(r"epoch 1/3  loss (\S+)", whole.out)[1])
+    assert first == pytest.approx(sum(loss for step, loss in losses(whole.folder).items() if step <= 30) / 30, abs=1e-4)
     assert len(out) < 25
     assert "tiny: 240 images of 16 px, 10 classes, scored on 60 images of the split val; on cpu" in whole.out
     assert f"python Export.py {whole.folder}" in out[-2]
@@ -312,24 +314,26 @@ def test_resume_of_what_is_no_checkpoint_is_one_line(whole, tmp_path, cli, damag
 
 
 @pytest.mark.parametrize(
-    "more",
+    "more, log_iter, scored, saved",
     [
-        ["--eval_iter", "1", "--storage", "stream"],
-        ["--log_iter", "7", "--save_iter", "0", "--storage", "stream", "--n_workers", "2", "--no-baselines"],
+        ("--eval_iter 1", 1, [1, 2, 3], [1, 2, 3]),
+        ("--log_iter 7 --save_iter 0 --n_workers 2 --no-baselines", 7, [3], [3]),
+        ("--log_iter 40 --save_iter 2 --eval_iter 2", 40, [2, 3], [2, 3]),
     ],
-    ids=" ".join,
 )
-def test_how_a_run_is_watched_and_fed_changes_no_bit(quick, whole, tmp_path, cli, more):
-    done = cli(quick(tmp_path, *more))
+def test_how_a_run_is_watched_and_fed_changes_no_bit(quick, whole, tmp_path, cli, more, log_iter, scored, saved):
+    done = cli(quick(tmp_path, "--storage", "stream", *more.split()))
     assert done.code == 0, done.err
     folder = only_run(tmp_path)
     assert folder.name == whole.folder.name
     assert different(folder / "3.pt", whole.folder / "3.pt") == []
     assert losses(folder).items() <= losses(whole.folder).items()
+    logged = [step for step in range(1, 91) if step % log_iter == 0 or step == 1 or step % 30 == 0]
+    assert list(losses(folder)) == logged  # the first one and the last one of an epoch as well
     scores = [line for line in lines(folder) if "knn" in line]
-    assert [line["epoch"] for line in scores] == ([1, 2, 3] if "--eval_iter" in more else [3])
-    saved = sorted(path.name for path in folder.glob("*.pt"))
-    assert saved == [*(["3.pt"] if "--save_iter" in more else ["1.pt", "2.pt", "3.pt"]), "encoder.pt"]
+    assert [line["epoch"] for line in scores] == scored
+    names = sorted(path.name for path in folder.glob("*.pt"))
+    assert names == [*(f"{epoch}.pt" for epoch in saved), "encoder.pt"]
     in_table = 1 if "--no-baselines" in more else 3
     epochs = [line for line in done.out.splitlines() if "  loss " in line]
     assert len(epochs) == 3
@@ -736,11 +740,25 @@ def weights_after(argv, steps=3):
         ("", "--blur_p 1"),
         ("", "--temp 1"),
         ("--lars", "--trust 1"),
+        ("", "--aug crop"),
+        ("--aug crop", "--aug none"),
+        ("", "--opt Adam"),
+        ("", "--normalize"),
     ],
 )
 def test_a_flag_changes_what_is_learned(quick, tmp_path, base, more):
     without, having = (weights_after(quick(tmp_path, *base.split(), *words.split())) for words in ("", more))
     assert not torch.equal(without, having)
+
+
+@pytest.mark.parametrize(
+    "stem, size, is_small", [("auto", 32, True), ("auto", 96, False), ("large", 32, False), ("small", 96, True)]
+)
+def test_the_stem(stem, size, is_small, tree):
+    words = ["--data", str(tree), "--size", str(size), "--backbone", "resnet18", "--stem", stem]
+    args = TrainSimCLR.get_args(words)
+    TrainSimCLR.adjust_flags(args, world=1)
+    assert args.small_stem == is_small
 
 
 @pytest.mark.parametrize("n, changed", [(50_000, {"epochs": 39}), (300, {"bs": 128, "lr": 0.6}), (600, {})])
@@ -800,6 +818,34 @@ def test_a_checkpoint_outside_its_run_folder_is_not_resumed(whole, tmp_path, cli
     one_error(cli(["--resume", tmp_path / "1.pt"]), "1.pt", "put it back")
     assert [path.name for path in tmp_path.iterdir()] == ["1.pt"]
     one_error(cli(["--resume", whole.folder / "1.pt", "--suffix", "again"]), "--suffix again", "leave one of them out")
+
+
+def test_training_begins_from_the_weights_of_init(whole, quick, tmp_path):
+    args = TrainSimCLR.get_args(quick(tmp_path, "--init", str(whole.folder / "encoder.pt")))
+    TrainSimCLR.adjust_flags(args, world=1)
+    split = Flags.splits_for(args, torch.device("cpu")).train
+    trainer = TrainSimCLR.Trainer(args, split, TrainSimCLR.SamePair(2), torch.device("cpu"))
+    trained = torch.load(whole.folder / "encoder.pt")
+    for name, value in trainer.net.encoder.state_dict().items():
+        assert torch.equal(value, trained[name]), name
+
+
+@pytest.mark.parametrize("fault, part", [("flip", "damaged"), ("nan", "not finite"), ("other", "does not fit")])
+def test_bad_weights_for_init_are_one_line(whole, quick, tmp_path, cli, fault, part):
+    file = tmp_path / "w.pt"
+    weights = torch.load(whole.folder / "encoder.pt")
+    name = next(name for name in weights if name.endswith("weight"))
+    if fault == "nan":
+        weights[name][0] = math.nan
+    if fault == "other":
+        weights["of another net"] = weights.pop(name)
+    torch.save(weights, file)
+    if fault == "flip":
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    one_error(cli(quick(tmp_path / "m", "--init", file)), f"--init {file}", part)
+    assert not (tmp_path / "m").exists()
 
 
 def test_a_run_goes_on_without_the_weights_that_it_began_with(whole, quick, tmp_path, cli):

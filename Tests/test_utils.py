@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -45,7 +46,7 @@ def test_a_heartbeat_speaks_until_its_end(capfd):
             text += capfd.readouterr().err
     capfd.readouterr()
     time.sleep(0.05)
-    assert text.count("scoring: 0 s so far\n") >= 2
+    assert len(re.findall(r"^scoring: \d+ s so far$", text, re.MULTILINE)) >= 2
     assert capfd.readouterr().err == ""
     assert signal.getsignal(signal.SIGALRM) == before
     with pytest.raises(KeyError), Signals.heartbeat("scoring", every=0.02):
@@ -95,6 +96,36 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
         Utils.write_atomically(file, interrupted)
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    file = tmp_path / "bank.lock"
+    flock = Locks.fcntl.flock
+    calls = []
+
+    def late(handle, how):
+        calls.append(how)
+        if len(calls) == 1:  # the holder removes the file, just after it was opened here
+            file.unlink()
+        flock(handle, how)
+
+    monkeypatch.setattr(Locks.fcntl, "flock", late)
+    with Locks.locked(file, "filling it"):
+        assert file.exists()
+    assert len(calls) >= 2
+
+
+def test_an_error_of_a_group_of_processes_shows_its_cause():
+    text = Utils.explain(RuntimeError("NCCL error in: x.cu:7\n" + "z" * 500 + "\nerror creating shared memory segment"))
+    assert text.startswith("another process of this run has ended")
+    assert "NCCL error in: x.cu:7" in text
+    assert text.endswith("error creating shared memory segment)")
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("text", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"])
+def test_memory_that_runs_out_beside_the_allocator_is_one_line(text):
+    assert "lower --bs" in Utils.explain(RuntimeError(text))
 
 
 def test_flags_of_an_older_version_are_read_under_their_present_names():
