@@ -114,10 +114,8 @@ def add_positives(group):
     add("--pick", choices=["random", "farthest"], default="random", help=pick)
     refresh = "epochs until the bank is made again with new codes; 0: one bank for the whole run"
     add("--refresh", type=bounded(int, 0), default=0, metavar="E", help=refresh)
-    corrupt = (
-        "corruption that the generator undoes, such as gray+detail2; default: that of the newest generator for this "
-    )
-    corrupt += "data, or the data set's recipe if there is none"
+    corrupt = "corruption that the generator undoes, such as gray+detail2; default: that of the newest generator for "
+    corrupt += "this data, or the data set's recipe if there is none"
     add("--corrupt", metavar="SPEC", help=corrupt)
     generator = "a run of TrainCamNet.py; default: the newest one for this data, or a new one"
     add("--generator", type=Flags.path, metavar="FILE|DIR", help=generator)
